@@ -1,0 +1,59 @@
+"""8-bit logarithmic codes for the weights of language models.
+
+`encode` and `decode` work on NumPy arrays; `QINSLinear` and `convert` put codes into torch models.
+Importing this package imports NumPy only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._isa import isa, isas, use_isa
+from ._threads import get_num_threads, set_num_threads
+from .array import EncodedArray, decode, encode, matmul
+from .golden import QINSCodec
+
+if TYPE_CHECKING:
+    from .convert import ConversionReport, convert
+    from .linear import DEFAULT_GROUP_SIZE, QINSLinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_GROUP_SIZE",
+    "ConversionReport",
+    "EncodedArray",
+    "QINSCodec",
+    "QINSLinear",
+    "convert",
+    "decode",
+    "encode",
+    "get_num_threads",
+    "isa",
+    "isas",
+    "matmul",
+    "set_num_threads",
+    "use_isa",
+]
+
+# Names that need torch, and the room each lives in.
+_LAZY = {
+    "ConversionReport": "convert",
+    "convert": "convert",
+    "DEFAULT_GROUP_SIZE": "linear",
+    "QINSLinear": "linear",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qins' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

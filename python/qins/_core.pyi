@@ -1,0 +1,38 @@
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+CODECS: tuple[str, ...]
+MU_MAX: float
+
+def encode(
+    codec: str,
+    weights: Array,
+    dtype: str,
+    arrays: tuple[Array, ...],
+    group_size: int,
+    mu: float,
+    threads: int,
+    /,
+) -> tuple[float, ...]: ...
+def decode(
+    codec: str,
+    arrays: tuple[Array, ...],
+    scalars: tuple[float, ...],
+    rows: int,
+    cols: int,
+    group_size: int,
+    out: Array,
+    dtype: str,
+    row: int,
+    col: int,
+    threads: int,
+    /,
+) -> None: ...
+def levels(codec: str, scalars: tuple[float, ...], /) -> bytes: ...
+def isas() -> tuple[str, ...]: ...
+def isa() -> str: ...
+def set_isa(name: str, /) -> None: ...
+def set_fork_join(address: int, /) -> None: ...

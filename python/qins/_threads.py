@@ -1,0 +1,63 @@
+"""How many threads the core may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+_chosen: int | None = None
+
+
+def _cgroup_limit() -> float:
+    """CPUs that the control group's quota amounts to; infinity without one."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            return int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        base = Path("/sys/fs/cgroup/cpu")
+        v1_quota = int((base / "cpu.cfs_quota_us").read_text())
+        if v1_quota > 0:
+            return v1_quota / int((base / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        pass
+    return float("inf")
+
+
+def _default() -> int:
+    """OMP_NUM_THREADS, else the CPUs this process may run on, within its control group's quota."""
+    try:
+        wanted = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
+        if wanted > 0:
+            return wanted
+    except ValueError:
+        pass
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, int(_cgroup_limit()) if _cgroup_limit() < cpus else cpus))
+
+
+_DEFAULT = _default()
+
+
+def set_num_threads(n: int | None) -> None:
+    """Let encoding, decoding and multiplying use `n` threads; None: follow torch (or the machine) again."""
+    global _chosen
+    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+        raise ValueError(f"n: expected a positive integer or None, got {n!r}")
+    _chosen = n
+
+
+def get_num_threads() -> int:
+    """Threads in use: what `set_num_threads` chose, else torch's number once torch is imported, else the default.
+
+    The default is OMP_NUM_THREADS, or the CPUs that this process may run on (affinity and control group).
+    """
+    if _chosen is not None:
+        return _chosen
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    return _DEFAULT

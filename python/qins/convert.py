@@ -1,0 +1,251 @@
+"""Replacing a model's linear layers by QINSLinear."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .array import EncodedArray, encode
+from .linear import QINSLinear, resolve_group_size
+
+
+@dataclass(frozen=True)
+class ConvertedModule:
+    """One converted layer. Bytes are of the weight alone; the bias is the same before and after."""
+
+    name: str
+    shape: tuple[int, int]
+    codec: str
+    group_size: int | None
+    bytes_before: int
+    bytes_after: int
+    snr_db: float  # 10 log10 of squared weights over squared errors; infinite if exact, nan on the meta device
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """A module that holds a matrix and was left as it was."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did; printing it gives a table."""
+
+    converted: list[ConvertedModule] = field(default_factory=list)
+    skipped: list[SkippedModule] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the converted weights before."""
+        return sum(m.bytes_before for m in self.converted)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of their codes."""
+        return sum(m.bytes_after for m in self.converted)
+
+    @property
+    def compression(self) -> float:
+        """Bytes before over bytes after, of the converted weights."""
+        return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "compression": self.compression,
+            "converted": [vars(m) | {"shape": list(m.shape)} for m in self.converted],
+            "skipped": [vars(m) for m in self.skipped],
+        }
+
+    def __str__(self) -> str:
+        rows = [("module", "shape", "codec", "bytes before", "bytes after", "SNR dB")]
+        for m in self.converted:
+            codec = f"{m.codec}/{m.group_size}" if m.group_size else m.codec
+            rows.append(
+                (m.name, f"{m.shape[0]}x{m.shape[1]}", codec, f"{m.bytes_before:,}", f"{m.bytes_after:,}",
+                 f"{m.snr_db:.2f}")
+            )  # fmt: skip
+        rows.append(
+            ("total", f"{len(self.converted)} modules", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}",
+             f"{self.compression:.2f}x")
+        )  # fmt: skip
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+            for r in rows
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.insert(-1, lines[1])
+        if self.skipped:
+            lines.append("left as they were:")
+            lines += [f"  {s.name} ({s.kind}): {s.reason}" for s in self.skipped]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def snr_db(weight: torch.Tensor, decoded: Callable[[int, int], torch.Tensor]) -> float:
+    """Signal to noise ratio, in dB, of decoded(first_row, end_row) against weight; a few rows at a time."""
+    signal = noise = 0.0
+    step = max(1, (1 << 20) // max(1, weight.shape[1]))
+    for row in range(0, weight.shape[0], step):
+        part = weight[row : row + step].detach().float()
+        difference = part - decoded(row, min(row + step, weight.shape[0]))
+        signal += float((part * part).sum(dtype=torch.float64))
+        noise += float((difference * difference).sum(dtype=torch.float64))
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _encoded_snr(weight: torch.Tensor, e: EncodedArray) -> float:
+    weight = weight.cpu()
+
+    def rows(begin: int, end: int) -> torch.Tensor:
+        out = torch.empty(end - begin, weight.shape[1])
+        e.decode_block(out.numpy(), "float32", begin, 0)
+        return out
+
+    return snr_db(weight, rows)
+
+
+def _patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str]:
+    listed = [patterns] if isinstance(patterns, str) else list(patterns or [])
+    if not all(isinstance(p, str) for p in listed):
+        raise TypeError(f"{argument}: expected patterns (strings), got {patterns!r}")
+    return listed
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+@contextmanager
+def progress(description: str, total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+    """Lend a function that advances a bar by n steps; without a terminal, or rich, it does nothing."""
+    if show is None:
+        show = sys.stderr.isatty()
+    if show:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        except ImportError:
+            show = False
+    if not show:
+        yield lambda n: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _reason_to_skip(name: str, module: nn.Linear, include: list[str], exclude: list[str]) -> str | None:
+    if _matches(name, exclude):
+        return "excluded"
+    if include and not _matches(name, include):
+        return "not included"
+    if type(module) is not nn.Linear:
+        return "a subclass of nn.Linear, which may compute something else"
+    if "weight" not in module._parameters:
+        return "its weight is not a parameter (something computes it)"
+    if not module.weight.dtype.is_floating_point or module.weight.element_size() == 1:
+        return f"its weight is {module.weight.dtype}"
+    return None
+
+
+def convert(
+    model: nn.Module,
+    codec: str = "log8",
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = ("lm_head",),
+    group_size: int | str | None = "default",
+    show_progress: bool | None = None,
+) -> ConversionReport:
+    """Replace every module whose class is exactly nn.Linear, at any depth, by a QINSLinear; in place.
+
+    A module that appears in several places is converted once and shared as before, and modules that
+    share one weight share its codes.
+
+    Args:
+        model: any nn.Module that contains linear layers.
+        codec: "log8", "log9" or "golden".
+        include: fnmatch patterns of module names to convert; None for all.
+        exclude: patterns of module names to leave alone.
+        group_size: inputs that share a group scale (log8); None for one scale a row.
+        show_progress: None shows a progress bar on a terminal (with rich installed).
+
+    Returns:
+        a report that prints as a table, and says what was left alone and why.
+
+    Raises:
+        ValueError: a weight is NaN or infinite; the message names the module, and the model is unchanged.
+
+    """
+    includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
+    size = resolve_group_size(codec, group_size)
+    report = ConversionReport()
+    chosen: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or isinstance(module, QINSLinear):
+            continue
+        reason = "the model itself; wrap it" if module is model else _reason_to_skip(name, module, includes, excludes)
+        if reason is None:
+            chosen[module] = name
+        else:
+            report.skipped.append(SkippedModule(name, type(module).__name__, reason))
+
+    replacements: dict[nn.Module, QINSLinear] = {}
+    by_weight: dict[torch.Tensor, QINSLinear] = {}
+    with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
+        for module, name in chosen.items():
+            assert isinstance(module, nn.Linear)
+            weight = module.weight
+            new = _encode_module(name, module, codec, size, by_weight.get(weight), report)
+            by_weight.setdefault(weight, new)
+            replacements[module] = new
+            advance(weight.numel())
+
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[key] = replacements[child]
+    return report
+
+
+def _encode_module(
+    name: str, module: nn.Linear, codec: str, size: int | None, same: QINSLinear | None, report: ConversionReport
+) -> QINSLinear:
+    weight = module.weight
+    quality = math.nan
+    encoded = None
+    if same is None and weight.device.type != "meta":
+        try:
+            encoded = encode(weight, codec, group_size=size)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+        quality = _encoded_snr(weight, encoded)
+    new = QINSLinear.from_encoded(module, encoded, codec, size)
+    if same is not None:
+        new._buffers.update(same._buffers)
+        report.skipped.append(SkippedModule(name, "Linear", "shares the codes of a module with the same weight"))
+    else:
+        after = sum(b.numel() * b.element_size() for b in new._buffers.values() if b is not None)
+        shape = (module.out_features, module.in_features)
+        before = weight.numel() * weight.element_size()
+        report.converted.append(ConvertedModule(name, shape, codec, size, before, after, quality))
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, hooks).update(getattr(module, hooks))
+    return new

@@ -1,0 +1,208 @@
+"""torch operators on codes: decode, and x @ W.T without a decoded copy of W.
+
+Codes travel as a list of tensors, `fields`, in the order of `field_names`. The operators are
+registered with torch.library, so that torch.compile and torch.export see them whole.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from . import _core
+from ._threads import get_num_threads
+from ._torch import dtype_name
+from .array import SCALARS, array_names
+
+Tensor = torch.Tensor
+
+# Scratch for decoded tiles: at most 6 x 4 MiB in the whole process, whatever the number of calls.
+_SCRATCH_BYTES = 4 << 20
+_SCRATCHES = 6
+_scratch: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
+for _ in range(_SCRATCHES):
+    _scratch.put(None)
+
+
+@contextmanager
+def _borrow_scratch() -> Iterator[Tensor]:
+    """Lend one scratch buffer; waits while all are in use."""
+    buffer = _scratch.get()
+    try:
+        if buffer is None:
+            buffer = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
+        yield buffer
+    finally:
+        _scratch.put(buffer)
+
+
+def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
+    """Names of a codec's fields, in the order the operators take them."""
+    return (*array_names(codec, group_size), *SCALARS[codec])
+
+
+def _split(codec: str, group_size: int | None, fields: Sequence[Tensor]) -> tuple[tuple[np.ndarray, ...], tuple[float, ...]]:
+    n = len(array_names(codec, group_size))
+    arrays = tuple(f.detach().numpy() for f in fields[:n])
+    return arrays, tuple(float(f) for f in fields[n:])
+
+
+class _Blocks:
+    """Decodes blocks of one CPU weight matrix."""
+
+    def __init__(self, codec: str, group_size: int | None, fields: Sequence[Tensor]) -> None:
+        self.codec, self.group_size = codec, group_size
+        self.arrays, self.scalars = _split(codec, group_size, fields)
+        self.rows, self.cols = self.arrays[0].shape
+
+    def decode(self, out: Tensor, row: int, col: int) -> Tensor:
+        """Decode the block of out's shape that begins at (row, col)."""
+        array = (out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy()
+        _core.decode(
+            self.codec, self.arrays, self.scalars, self.rows, self.cols, self.group_size or 0, array,
+            dtype_name(out.dtype), row, col, get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def tiles(self, dtype: torch.dtype, scratch: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (rows, columns, decoded tile) over the whole matrix; each tile is in `scratch`."""
+        room = scratch.view(dtype)
+        width = max(1, min(self.cols, room.numel()))
+        height = max(1, room.numel() // width)
+        for row in range(0, self.rows, height):
+            for col in range(0, self.cols, width):
+                shape = min(height, self.rows - row), min(width, self.cols - col)
+                tile = room[: shape[0] * shape[1]].view(shape)
+                yield slice(row, row + shape[0]), slice(col, col + shape[1]), self.decode(tile, row, col)
+
+
+def _decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Decode with torch's own operations, on whatever device the codes are."""
+    names = field_names(codec, group_size)
+    f = dict(zip(names, fields, strict=True))
+    scalars = tuple(float(f[n]) for n in SCALARS[codec])
+    codes = fields[0]
+    table = torch.frombuffer(bytearray(_core.levels(codec, scalars)), dtype=torch.float32).to(codes.device)
+    if codec == "log8":
+        scale = f["scale"][:, None]
+        if group_size:
+            multiplier = (f["group_scale"].float() + 1) / 256
+            scale = (scale * multiplier).repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+        values, negative = table[(codes & 0x7F).long()] * scale, codes >= 0x80
+    else:
+        values = table[codes.long()]
+        if codec == "golden":
+            negative = f["sign"] < 0
+        else:
+            bit = torch.arange(8, device=codes.device, dtype=torch.uint8)
+            negative = (f["sign_bits"].unsqueeze(-1) >> bit & 1).flatten(1)[:, : codes.shape[1]].bool()
+    return torch.where(negative, -values, values).to(dtype)
+
+
+def decode_fields(codec: str, fields: Mapping[str, Tensor], group_size: int | None, dtype: torch.dtype) -> Tensor:
+    """Return the decoded weights, of any shape, on the device of the codes."""
+    names = field_names(codec, group_size)
+    codes = fields[names[0]]
+    rows = codes.numel() // codes.shape[-1] if codes.dim() and codes.shape[-1] else int(codes.numel() > 0)
+    flat = []
+    for n in names:
+        f = fields[n]
+        flat.append(f.reshape(-1) if n == "scale" else f if n in SCALARS[codec] else _rows(f, rows))
+    if codes.device.type == "meta":
+        return torch.empty(codes.shape, dtype=dtype, device="meta")
+    if codes.device.type != "cpu":
+        return _decode_on_device(codec, group_size, flat, dtype).reshape(codes.shape)
+    out = torch.empty(codes.shape, dtype=dtype)
+    _Blocks(codec, group_size, [f.contiguous() for f in flat]).decode(_rows(out, rows), 0, 0)
+    return out
+
+
+def _rows(t: Tensor, rows: int) -> Tensor:
+    return t.reshape(rows, t.shape[-1] if t.dim() else 1)
+
+
+def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    if x.device.type != "cpu":
+        return torch.nn.functional.linear(x, _decode_on_device(codec, group_size, fields, x.dtype))
+    blocks = _Blocks(codec, group_size, fields)
+    x2 = x.reshape(-1, blocks.cols)
+    out = x.new_empty(x2.shape[0], blocks.rows)
+    with _borrow_scratch() as scratch:
+        for rows, cols, tile in blocks.tiles(x.dtype, scratch):
+            part = x2[:, cols] @ tile.T
+            if cols.start == 0:
+                out[:, rows] = part
+            else:
+                out[:, rows] += part
+    if blocks.cols == 0:
+        out.zero_()
+    return out.reshape(*x.shape[:-1], blocks.rows)
+
+
+def _multiply_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    if g.device.type != "cpu":
+        return g @ _decode_on_device(codec, group_size, fields, g.dtype)
+    blocks = _Blocks(codec, group_size, fields)
+    g2 = g.reshape(-1, blocks.rows)
+    # summed over tiles of rows, so in float32 at least
+    out = torch.zeros(g2.shape[0], blocks.cols, dtype=torch.promote_types(g.dtype, torch.float32))
+    with _borrow_scratch() as scratch:
+        for rows, cols, tile in blocks.tiles(g.dtype, scratch):
+            out[:, cols] += g2[:, rows] @ tile
+    return out.to(g.dtype).reshape(*g.shape[:-1], blocks.cols)
+
+
+@torch.library.custom_op("qins::linear", mutates_args=())
+def linear(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    """x @ W.T; x (..., in_features) in float32, bfloat16, float16 or float64, the result in x's dtype."""
+    return _multiply(x, fields, codec, group_size or None)
+
+
+@linear.register_fake
+def _(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], fields[0].shape[0])
+
+
+@torch.library.custom_op("qins::linear_backward", mutates_args=())
+def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    """g @ W; g (..., out_features), the result in g's dtype."""
+    return _multiply_transposed(g, fields, codec, group_size or None)
+
+
+@linear_backward.register_fake
+def _(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    return g.new_empty(*g.shape[:-1], fields[0].shape[1])
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, fields, ctx.codec, ctx.group_size = inputs
+    ctx.save_for_backward(*fields)
+
+
+def _backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+    fields = list(ctx.saved_tensors)
+    return linear_backward(g, fields, ctx.codec, ctx.group_size), [None] * len(fields), None, None
+
+
+def _save_for_double_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _save_for_backward(ctx, inputs, output)
+
+
+def _double_backward(ctx, gg: Tensor):  # type: ignore[no-untyped-def]
+    fields = list(ctx.saved_tensors)
+    return linear(gg, fields, ctx.codec, ctx.group_size), [None] * len(fields), None, None
+
+
+linear.register_autograd(_backward, setup_context=_save_for_backward)
+linear_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)
+
+
+def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
+    """`linear` by the shortest way: past the dispatcher when nothing but the result is wanted."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or (torch.is_grad_enabled() and x.requires_grad):
+        return linear(x, fields, codec, group_size or 0)
+    return _multiply(x, fields, codec, group_size)

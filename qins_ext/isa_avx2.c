@@ -1,0 +1,174 @@
+/* AVX2 with FMA and F16C: 16 lanes are two 256-bit registers. */
+#include "words.h"
+
+#if QINS_X86_64
+
+#include <immintrin.h>
+
+#define ISA avx2
+#define FN QINS_TARGET("avx2,fma,f16c")
+#define WORD QINS_ALWAYS_INLINE FN
+
+typedef struct {
+    __m256 a, b;
+} vf;
+typedef struct {
+    __m256i a, b;
+} vi;
+typedef const float *vl;
+
+#define PAIR(type, f, x, ...) \
+    type r;                   \
+    r.a = f((x).a, __VA_ARGS__); \
+    r.b = f((x).b, __VA_ARGS__); \
+    return r
+#define PAIRS(type, f, x, y)  \
+    type r;                   \
+    r.a = f((x).a, (y).a);    \
+    r.b = f((x).b, (y).b);    \
+    return r
+
+WORD vf vf_load(const float *p)
+{
+    vf r = {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+    return r;
+}
+WORD void vf_store(float *p, vf x)
+{
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+WORD vf vf_set1(float x)
+{
+    vf r = {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+    return r;
+}
+WORD vf vf_abs(vf x) { PAIR(vf, _mm256_and_ps, x, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX))); }
+WORD vf vf_add(vf x, vf y) { PAIRS(vf, _mm256_add_ps, x, y); }
+WORD vf vf_sub(vf x, vf y) { PAIRS(vf, _mm256_sub_ps, x, y); }
+WORD vf vf_mul(vf x, vf y) { PAIRS(vf, _mm256_mul_ps, x, y); }
+WORD vf vf_div(vf x, vf y) { PAIRS(vf, _mm256_div_ps, x, y); }
+WORD vi vf_bits(vf x)
+{
+    vi r = {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)};
+    return r;
+}
+WORD vf vf_of_bits(vi x)
+{
+    vf r = {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
+    return r;
+}
+WORD vf vf_flip(vf x, vi signs) { PAIRS(vf, _mm256_xor_ps, x, vf_of_bits(signs)); }
+WORD vf vf_lookup(const float *table, vi at)
+{
+    vf r = {_mm256_i32gather_ps(table, at.a, 4), _mm256_i32gather_ps(table, at.b, 4)};
+    return r;
+}
+WORD vl vl_load(const float *table) { return table; }
+WORD vf vf_level(const vl *table, vi m) { return vf_lookup(*table, m); }
+WORD uint32_t vf_negative(vf x)
+{
+    __m256 zero = _mm256_setzero_ps();
+    uint32_t lo = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x.a, zero, _CMP_LT_OQ));
+    uint32_t hi = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x.b, zero, _CMP_LT_OQ));
+    return lo | hi << 8;
+}
+
+WORD void vi_store(int32_t *p, vi x)
+{
+    _mm256_storeu_si256((__m256i *)p, x.a);
+    _mm256_storeu_si256((__m256i *)(p + 8), x.b);
+}
+WORD vi vi_set1(int32_t x)
+{
+    vi r = {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+    return r;
+}
+WORD vi vi_add(vi x, vi y) { PAIRS(vi, _mm256_add_epi32, x, y); }
+WORD vi vi_sub(vi x, vi y) { PAIRS(vi, _mm256_sub_epi32, x, y); }
+WORD vi vi_and(vi x, vi y) { PAIRS(vi, _mm256_and_si256, x, y); }
+WORD vi vi_or(vi x, vi y) { PAIRS(vi, _mm256_or_si256, x, y); }
+WORD vi vi_min(vi x, vi y) { PAIRS(vi, _mm256_min_epi32, x, y); }
+WORD vi vi_max(vi x, vi y) { PAIRS(vi, _mm256_max_epi32, x, y); }
+WORD vi vi_min_u(vi x, vi y) { PAIRS(vi, _mm256_min_epu32, x, y); }
+WORD vi vi_srl(vi x, int n) { PAIR(vi, _mm256_srl_epi32, x, _mm_cvtsi32_si128(n)); }
+WORD vi vi_sra(vi x, int n) { PAIR(vi, _mm256_sra_epi32, x, _mm_cvtsi32_si128(n)); }
+WORD vi vi_sll(vi x, int n) { PAIR(vi, _mm256_sll_epi32, x, _mm_cvtsi32_si128(n)); }
+WORD vi vi_count(vi n, vi x, vi y)
+{
+    /* n + 1 - (y > x): a comparison is -1 where true */
+    vi above = {_mm256_cmpgt_epi32(y.a, x.a), _mm256_cmpgt_epi32(y.b, x.b)};
+    return vi_add(vi_add(n, vi_set1(1)), above);
+}
+WORD vi vi_lookup(const uint32_t *table, vi at)
+{
+    vi r = {_mm256_i32gather_epi32((const int *)table, at.a, 4), _mm256_i32gather_epi32((const int *)table, at.b, 4)};
+    return r;
+}
+WORD vi vi_signs(uint32_t mask)
+{
+    __m256i m = _mm256_set1_epi32((int)mask), top = _mm256_set1_epi32(INT32_MIN);
+    __m256i left = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    vi r = {_mm256_and_si256(_mm256_sllv_epi32(m, left), top),
+            _mm256_and_si256(_mm256_sllv_epi32(m, _mm256_sub_epi32(left, _mm256_set1_epi32(8))), top)};
+    return r;
+}
+WORD vi vi_load_u8(const uint8_t *p)
+{
+    __m128i c = _mm_loadu_si128((const __m128i *)p);
+    vi r = {_mm256_cvtepu8_epi32(c), _mm256_cvtepu8_epi32(_mm_srli_si128(c, 8))};
+    return r;
+}
+/* Packing two registers interleaves their 128-bit halves; the permutation puts them in order. */
+WORD __m256i pack32(vi x) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8); }
+WORD void vi_store_u8(uint8_t *p, vi x)
+{
+    __m256i words = pack32(vi_and(x, vi_set1(0xff)));
+    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i *)p, bytes);
+}
+WORD vi vi_load_u16(const uint16_t *p)
+{
+    vi r = {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)),
+            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
+    return r;
+}
+WORD void vi_store_u16(uint16_t *p, vi x)
+{
+    _mm256_storeu_si256((__m256i *)p, pack32(vi_and(x, vi_set1(0xffff))));
+}
+
+WORD vf vf_load_f16(const uint16_t *p)
+{
+    vf r = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
+    return r;
+}
+WORD void vf_store_f16(uint16_t *p, vf x)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+WORD __m256 load8_f64(const double *p)
+{
+    return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(p + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(p)));
+}
+WORD vf vf_load_f64(const double *p)
+{
+    vf r = {load8_f64(p), load8_f64(p + 8)};
+    return r;
+}
+WORD void store8_f64(double *p, __m256 x)
+{
+    _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+    _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+}
+WORD void vf_store_f64(double *p, vf x)
+{
+    store8_f64(p, x.a);
+    store8_f64(p + 8, x.b);
+}
+
+#include "kernels.inc"
+
+#endif

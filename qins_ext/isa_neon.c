@@ -1,0 +1,151 @@
+/* NEON on AArch64: 16 lanes are four 128-bit registers. Lookups go lane by lane: there is no gather. */
+#include "words.h"
+
+#if QINS_AARCH64
+
+#include <arm_neon.h>
+
+#define ISA neon
+#define FN
+#define WORD QINS_ALWAYS_INLINE FN
+
+typedef float32x4x4_t vf;
+typedef uint32x4x4_t vi;
+typedef const float *vl;
+
+#define QUARTERS for (int i = 0; i < 4; i++)
+#define EACH(type, expression)       \
+    type r;                          \
+    QUARTERS { r.val[i] = (expression); } \
+    return r
+#define AS_INT(x) vreinterpretq_s32_u32(x)
+#define AS_UINT(x) vreinterpretq_u32_s32(x)
+
+/* Byte pointers, because the arrays may be unaligned. */
+WORD vf vf_load(const float *p) { EACH(vf, vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p + 16 * i))); }
+WORD void vf_store(float *p, vf x)
+{
+    QUARTERS { vst1q_u8((uint8_t *)p + 16 * i, vreinterpretq_u8_f32(x.val[i])); }
+}
+WORD vf vf_set1(float x) { EACH(vf, vdupq_n_f32(x)); }
+WORD vf vf_abs(vf x) { EACH(vf, vabsq_f32(x.val[i])); }
+WORD vf vf_add(vf x, vf y) { EACH(vf, vaddq_f32(x.val[i], y.val[i])); }
+WORD vf vf_sub(vf x, vf y) { EACH(vf, vsubq_f32(x.val[i], y.val[i])); }
+WORD vf vf_mul(vf x, vf y) { EACH(vf, vmulq_f32(x.val[i], y.val[i])); }
+WORD vf vf_div(vf x, vf y) { EACH(vf, vdivq_f32(x.val[i], y.val[i])); }
+WORD vi vf_bits(vf x) { EACH(vi, vreinterpretq_u32_f32(x.val[i])); }
+WORD vf vf_of_bits(vi x) { EACH(vf, vreinterpretq_f32_u32(x.val[i])); }
+WORD vf vf_flip(vf x, vi signs)
+{
+    EACH(vf, vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x.val[i]), signs.val[i])));
+}
+
+WORD void vi_store(int32_t *p, vi x)
+{
+    QUARTERS { vst1q_u8((uint8_t *)p + 16 * i, vreinterpretq_u8_u32(x.val[i])); }
+}
+WORD vi vi_set1(int32_t x) { EACH(vi, vdupq_n_u32((uint32_t)x)); }
+WORD vi vi_add(vi x, vi y) { EACH(vi, vaddq_u32(x.val[i], y.val[i])); }
+WORD vi vi_sub(vi x, vi y) { EACH(vi, vsubq_u32(x.val[i], y.val[i])); }
+WORD vi vi_and(vi x, vi y) { EACH(vi, vandq_u32(x.val[i], y.val[i])); }
+WORD vi vi_or(vi x, vi y) { EACH(vi, vorrq_u32(x.val[i], y.val[i])); }
+WORD vi vi_min(vi x, vi y) { EACH(vi, AS_UINT(vminq_s32(AS_INT(x.val[i]), AS_INT(y.val[i])))); }
+WORD vi vi_max(vi x, vi y) { EACH(vi, AS_UINT(vmaxq_s32(AS_INT(x.val[i]), AS_INT(y.val[i])))); }
+WORD vi vi_min_u(vi x, vi y) { EACH(vi, vminq_u32(x.val[i], y.val[i])); }
+WORD vi vi_srl(vi x, int n) { EACH(vi, vshlq_u32(x.val[i], vdupq_n_s32(-n))); }
+WORD vi vi_sra(vi x, int n) { EACH(vi, AS_UINT(vshlq_s32(AS_INT(x.val[i]), vdupq_n_s32(-n)))); }
+WORD vi vi_sll(vi x, int n) { EACH(vi, vshlq_u32(x.val[i], vdupq_n_s32(n))); }
+/* a comparison is -1, as an unsigned all ones, where true */
+WORD vi vi_count(vi n, vi x, vi y)
+{
+    EACH(vi, vsubq_u32(n.val[i], vcgeq_s32(AS_INT(x.val[i]), AS_INT(y.val[i]))));
+}
+WORD vi vi_lookup(const uint32_t *table, vi at)
+{
+    uint32_t index[QINS_LANES], found[QINS_LANES];
+    vi_store((int32_t *)index, at);
+    for (int i = 0; i < QINS_LANES; i++) {
+        found[i] = table[index[i]];
+    }
+    EACH(vi, vld1q_u32(found + 4 * i));
+}
+WORD vf vf_lookup(const float *table, vi at)
+{
+    uint32_t index[QINS_LANES];
+    float found[QINS_LANES];
+    vi_store((int32_t *)index, at);
+    for (int i = 0; i < QINS_LANES; i++) {
+        found[i] = table[index[i]];
+    }
+    return vf_load(found);
+}
+WORD vl vl_load(const float *table) { return table; }
+WORD vf vf_level(const vl *table, vi m) { return vf_lookup(*table, m); }
+
+WORD uint32_t vf_negative(vf x)
+{
+    static const uint32_t weight[4] = {1, 2, 4, 8};
+    uint32_t mask = 0;
+    QUARTERS { mask |= vaddvq_u32(vandq_u32(vcltzq_f32(x.val[i]), vld1q_u32(weight))) << (4 * i); }
+    return mask;
+}
+WORD vi vi_signs(uint32_t mask)
+{
+    static const int32_t left[4] = {31, 30, 29, 28};
+    uint32x4_t m = vdupq_n_u32(mask), top = vdupq_n_u32(0x80000000u);
+    EACH(vi, vandq_u32(vshlq_u32(m, vsubq_s32(vld1q_s32(left), vdupq_n_s32(4 * i))), top));
+}
+
+WORD vi widen_u16(uint16x8_t a, uint16x8_t b)
+{
+    vi r = {{vmovl_u16(vget_low_u16(a)), vmovl_high_u16(a), vmovl_u16(vget_low_u16(b)), vmovl_high_u16(b)}};
+    return r;
+}
+WORD uint16x8_t low_u16(uint32x4_t a, uint32x4_t b) { return vmovn_high_u32(vmovn_u32(a), b); }
+
+WORD vi vi_load_u8(const uint8_t *p)
+{
+    uint8x16_t c = vld1q_u8(p);
+    return widen_u16(vmovl_u8(vget_low_u8(c)), vmovl_high_u8(c));
+}
+WORD void vi_store_u8(uint8_t *p, vi x)
+{
+    uint16x8_t a = low_u16(x.val[0], x.val[1]), b = low_u16(x.val[2], x.val[3]);
+    vst1q_u8(p, vmovn_high_u16(vmovn_u16(a), b));
+}
+WORD vi vi_load_u16(const uint16_t *p)
+{
+    return widen_u16(vreinterpretq_u16_u8(vld1q_u8((const uint8_t *)p)),
+                     vreinterpretq_u16_u8(vld1q_u8((const uint8_t *)p + 16)));
+}
+WORD void vi_store_u16(uint16_t *p, vi x)
+{
+    vst1q_u8((uint8_t *)p, vreinterpretq_u8_u16(low_u16(x.val[0], x.val[1])));
+    vst1q_u8((uint8_t *)p + 16, vreinterpretq_u8_u16(low_u16(x.val[2], x.val[3])));
+}
+
+WORD vf vf_load_f16(const uint16_t *p)
+{
+    EACH(vf, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p + 8 * i))));
+}
+WORD void vf_store_f16(uint16_t *p, vf x)
+{
+    QUARTERS { vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.val[i]))); }
+}
+WORD float64x2_t load2_f64(const double *p) { return vreinterpretq_f64_u8(vld1q_u8((const uint8_t *)p)); }
+WORD vf vf_load_f64(const double *p)
+{
+    EACH(vf, vcvt_high_f32_f64(vcvt_f32_f64(load2_f64(p + 4 * i)), load2_f64(p + 4 * i + 2)));
+}
+WORD void vf_store_f64(double *p, vf x)
+{
+    QUARTERS
+    {
+        vst1q_u8((uint8_t *)(p + 4 * i), vreinterpretq_u8_f64(vcvt_f64_f32(vget_low_f32(x.val[i]))));
+        vst1q_u8((uint8_t *)(p + 4 * i + 2), vreinterpretq_u8_f64(vcvt_high_f64_f32(x.val[i])));
+    }
+}
+
+#include "kernels.inc"
+
+#endif

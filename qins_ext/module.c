@@ -1,0 +1,464 @@
+/* The glue: checks every argument once, releases the GIL, calls the core. No arithmetic.
+ *
+ * Python's side (python/qins/array.py) passes matrices as 2-D arrays. bfloat16 has no type number
+ * of NumPy's own, so element types travel as names beside the arrays, and bfloat16 as uint16. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#include <numpy/arrayobject.h>
+#include <stdatomic.h>
+
+#include "qins.h"
+
+/* One for the process: an instruction set is a property of the machine, not of an interpreter. */
+static _Atomic(const qins_kernels *) active;
+
+static const struct {
+    const char *name;
+    int type;
+} DTYPES[] = {[QINS_F32] = {"float32", NPY_FLOAT32},
+              [QINS_F16] = {"float16", NPY_FLOAT16},
+              [QINS_BF16] = {"bfloat16", NPY_UINT16},
+              [QINS_F64] = {"float64", NPY_FLOAT64}};
+
+static const char *const CODECS[] = {
+#define X(name) #name,
+#include "codecs.def"
+#undef X
+};
+
+/* -- checking ---------------------------------------------------------------------------------- */
+
+static int find_dtype(const char *name, qins_dtype *dtype)
+{
+    for (size_t i = 0; i < sizeof DTYPES / sizeof *DTYPES; i++) {
+        if (strcmp(name, DTYPES[i].name) == 0) {
+            *dtype = (qins_dtype)i;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_TypeError, "dtype: expected float32, float16, bfloat16 or float64, got %s", name);
+    return -1;
+}
+
+static int find_codec(const char *name, qins_codec *codec)
+{
+    for (size_t i = 0; i < QINS_CODEC_COUNT; i++) {
+        if (strcmp(name, CODECS[i]) == 0) {
+            *codec = (qins_codec)i;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "codec: unknown name '%s'", name);
+    return -1;
+}
+
+static int wrong(const char *name, const char *expected, PyObject *got)
+{
+    if (PyArray_Check(got)) {
+        PyArrayObject *a = (PyArrayObject *)got;
+        PyObject *shape = PyObject_GetAttrString(got, "shape");
+        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s%sarray of %S, shape %S", name, expected,
+                     PyArray_ISWRITEABLE(a) ? "" : "read-only ", PyArray_IS_C_CONTIGUOUS(a) ? "" : "non-contiguous ",
+                     (PyObject *)PyArray_DESCR(a), shape ? shape : Py_None);
+        Py_XDECREF(shape);
+    } else {
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s", name, expected, Py_TYPE(got)->tp_name);
+    }
+    return -1;
+}
+
+/* A C-contiguous array of this type and shape (cols < 0: one-dimensional), native byte order. */
+static int field(PyObject *o, const char *name, int type, const char *type_name, Py_ssize_t rows, Py_ssize_t cols,
+                 int writable, void **data)
+{
+    char expected[160];
+    PyArrayObject *a = (PyArrayObject *)o;
+    int dims = cols < 0 ? 1 : 2;
+    if (PyArray_Check(o) && PyArray_TYPE(a) == type && PyArray_ISNOTSWAPPED(a) && PyArray_NDIM(a) == dims &&
+        PyArray_DIM(a, 0) == rows && (dims == 1 || PyArray_DIM(a, 1) == cols) && PyArray_IS_C_CONTIGUOUS(a) &&
+        (!writable || PyArray_ISWRITEABLE(a))) {
+        *data = PyArray_DATA(a);
+        return 0;
+    }
+    if (dims == 1) {
+        PyOS_snprintf(expected, sizeof expected, "a C-contiguous%s array of %s, shape (%zd,)",
+                      writable ? " writable" : "", type_name, rows);
+    } else {
+        PyOS_snprintf(expected, sizeof expected, "a C-contiguous%s array of %s, shape (%zd, %zd)",
+                      writable ? " writable" : "", type_name, rows, cols);
+    }
+    return wrong(name, expected, o);
+}
+
+/* First and last byte of an array's elements; strides may be negative. */
+static void extent(PyArrayObject *a, const char **lo, const char **hi)
+{
+    *lo = *hi = PyArray_BYTES(a);
+    for (int i = 0; i < PyArray_NDIM(a); i++) {
+        npy_intp reach = (PyArray_DIM(a, i) - 1) * PyArray_STRIDE(a, i);
+        *(reach < 0 ? lo : hi) += reach;
+    }
+    *hi += PyArray_ITEMSIZE(a);
+}
+
+static int overlap(PyObject *out, PyObject *in, const char *out_name, const char *in_name)
+{
+    if (!PyArray_Check(out) || !PyArray_Check(in) || PyArray_SIZE((PyArrayObject *)out) == 0 ||
+        PyArray_SIZE((PyArrayObject *)in) == 0) {
+        return 0;
+    }
+    const char *lo, *hi, *lo2, *hi2;
+    extent((PyArrayObject *)out, &lo, &hi);
+    extent((PyArrayObject *)in, &lo2, &hi2);
+    if (lo < hi2 && lo2 < hi) {
+        PyErr_Format(PyExc_ValueError, "%s: expected memory of its own, got memory that overlaps %s", out_name, in_name);
+        return -1;
+    }
+    return 0;
+}
+
+static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b != 0); }
+
+/* The arrays of a codec, in the order of qins.array.ARRAYS, for a matrix of rows x cols. */
+static int codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
+                        int writable, qins_codes *e)
+{
+    Py_ssize_t expected = codec == QINS_log8 && group_size > 0 ? 3 : 2;
+    if (PyTuple_GET_SIZE(arrays) != expected) {
+        PyErr_Format(PyExc_ValueError, "arrays: expected %zd for %s, got %zd", expected, CODECS[codec],
+                     PyTuple_GET_SIZE(arrays));
+        return -1;
+    }
+    PyObject *first = PyTuple_GET_ITEM(arrays, 0), *second = PyTuple_GET_ITEM(arrays, 1);
+    void *data = NULL;
+    memset(e, 0, sizeof *e);
+    e->codec = codec;
+    e->rows = (size_t)rows;
+    e->cols = (size_t)cols;
+    if (field(first, codec == QINS_log8 ? "codes" : "stored", NPY_UINT8, "uint8", rows, cols, writable, &data) < 0) {
+        return -1;
+    }
+    e->codes = data;
+    switch (codec) {
+    case QINS_golden:
+        if (field(second, "sign", NPY_INT8, "int8", rows, cols, writable, &data) < 0) {
+            return -1;
+        }
+        e->sign = data;
+        return 0;
+    case QINS_log9:
+        if (field(second, "sign_bits", NPY_UINT8, "uint8", rows, ceil_div(cols, 8), writable, &data) < 0) {
+            return -1;
+        }
+        e->sign_bits = data;
+        return 0;
+    default:
+        if (field(second, "scale", NPY_FLOAT32, "float32", rows, -1, writable, &data) < 0) {
+            return -1;
+        }
+        e->scale = data;
+        e->group_size = (size_t)group_size;
+        if (group_size > 0) {
+            if (field(PyTuple_GET_ITEM(arrays, 2), "group_scale", NPY_UINT8, "uint8", rows,
+                      ceil_div(cols, group_size), writable, &data) < 0) {
+                return -1;
+            }
+            e->group_scale = data;
+        }
+        return 0;
+    }
+}
+
+static int check_group_size(Py_ssize_t group_size)
+{
+    if (group_size < 0) {
+        PyErr_Format(PyExc_ValueError, "group_size: expected a positive number or None, got %zd", group_size);
+        return -1;
+    }
+    return 0;
+}
+
+/* -- encode and decode -------------------------------------------------------------------------- */
+
+static PyObject *nonfinite_error(PyArrayObject *weights, qins_nonfinite bad)
+{
+    Py_ssize_t cols = PyArray_DIM(weights, 1);
+    PyErr_Format(PyExc_ValueError,
+                 "weights: expected finite float32 values, got %zu NaN or infinite, the first at flat index %zu "
+                 "(row %zu, column %zu)",
+                 bad.count, bad.first, bad.first / (size_t)cols, bad.first % (size_t)cols);
+    return NULL;
+}
+
+PyDoc_STRVAR(encode_doc, "encode(codec, weights, dtype, arrays, group_size, mu, threads, /)\n--\n\n"
+                         "Fill the arrays; return the scalars as a tuple of floats.");
+
+static PyObject *encode(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *codec_name, *dtype_name;
+    PyObject *weights, *arrays;
+    Py_ssize_t group_size;
+    double mu;
+    int threads;
+    qins_codec codec;
+    qins_matrix w;
+    qins_codes e;
+    if (!PyArg_ParseTuple(args, "sO!sO!ndi:encode", &codec_name, &PyArray_Type, &weights, &dtype_name, &PyTuple_Type,
+                          &arrays, &group_size, &mu, &threads) ||
+        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &w.dtype) < 0 || check_group_size(group_size) < 0) {
+        return NULL;
+    }
+    PyArrayObject *a = (PyArrayObject *)weights;
+    if (PyArray_NDIM(a) != 2 || PyArray_TYPE(a) != DTYPES[w.dtype].type || !PyArray_ISNOTSWAPPED(a)) {
+        wrong("weights", "a 2-D array of its dtype in native byte order", weights);
+        return NULL;
+    }
+    if (mu > (double)QINS_MU_MAX || mu != mu) {
+        PyErr_Format(PyExc_ValueError, "mu: expected 0 to %d, got %R", (int)QINS_MU_MAX, PyTuple_GET_ITEM(args, 5));
+        return NULL;
+    }
+    Py_ssize_t rows = PyArray_DIM(a, 0), cols = PyArray_DIM(a, 1);
+    if (codec_arrays(codec, arrays, rows, cols, group_size, 1, &e) < 0) {
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
+        if (overlap(PyTuple_GET_ITEM(arrays, i), weights, "arrays", "weights") < 0) {
+            return NULL;
+        }
+    }
+    w.data = PyArray_DATA(a);
+    w.rows = (size_t)rows;
+    w.cols = (size_t)cols;
+    w.row_stride = PyArray_STRIDE(a, 0);
+    w.col_stride = PyArray_STRIDE(a, 1);
+    e.mu = (float)mu;
+    const qins_kernels *kernels = atomic_load(&active);
+    qins_nonfinite bad = {0, 0};
+    Py_BEGIN_ALLOW_THREADS
+    if (qins_encode(kernels, &w, threads, &e)) {
+        bad = qins_find_nonfinite(kernels, &w);
+    }
+    Py_END_ALLOW_THREADS
+    if (bad.count > 0) {
+        return nonfinite_error(a, bad);
+    }
+    if (codec == QINS_log8) {
+        return Py_BuildValue("(d)", (double)e.mu);
+    }
+    return Py_BuildValue("(dd)", (double)e.log_min, (double)e.log_max);
+}
+
+/* Work shorter than this is done with the GIL held: releasing it costs more. */
+enum { RELEASE_GIL_ABOVE = 4096 };
+
+PyDoc_STRVAR(decode_doc, "decode(codec, arrays, scalars, rows, cols, group_size, out, dtype, row, col, threads, /)\n--\n\n"
+                         "Decode the block of out's shape that begins at (row, col) of a rows x cols matrix into out.");
+
+static PyObject *decode(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *codec_name, *dtype_name;
+    PyObject *arrays, *scalars, *out;
+    Py_ssize_t rows, cols, group_size, row, col;
+    int threads;
+    double first = 0.0, second = 0.0;
+    qins_codec codec;
+    qins_dtype dtype;
+    qins_codes e;
+    if (!PyArg_ParseTuple(args, "sO!O!nnnO!snni:decode", &codec_name, &PyTuple_Type, &arrays, &PyTuple_Type, &scalars,
+                          &rows, &cols, &group_size, &PyArray_Type, &out, &dtype_name, &row, &col, &threads) ||
+        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &dtype) < 0 || check_group_size(group_size) < 0 ||
+        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0) {
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(scalars, codec == QINS_log8 ? "d" : "dd", &first, &second)) {
+        return NULL;
+    }
+    PyArrayObject *o = (PyArrayObject *)out;
+    if (PyArray_NDIM(o) != 2 || PyArray_TYPE(o) != DTYPES[dtype].type || !PyArray_ISNOTSWAPPED(o) ||
+        !PyArray_ISWRITEABLE(o) || (PyArray_DIM(o, 1) > 1 && PyArray_STRIDE(o, 1) != PyArray_ITEMSIZE(o)) ||
+        (PyArray_DIM(o, 0) > 1 && (PyArray_STRIDE(o, 0) < PyArray_DIM(o, 1) * PyArray_ITEMSIZE(o) ||
+                                   PyArray_STRIDE(o, 0) % PyArray_ITEMSIZE(o) != 0))) {
+        wrong("out", "a writable 2-D array of its dtype whose rows are contiguous", out);
+        return NULL;
+    }
+    if (row < 0 || col < 0 || row > rows - PyArray_DIM(o, 0) || col > cols - PyArray_DIM(o, 1)) {
+        PyErr_Format(PyExc_ValueError, "out: expected a block inside (%zd, %zd), got (%zd, %zd) at (%zd, %zd)", rows,
+                     cols, (Py_ssize_t)PyArray_DIM(o, 0), (Py_ssize_t)PyArray_DIM(o, 1), row, col);
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
+        if (overlap(out, PyTuple_GET_ITEM(arrays, i), "out", "the codes") < 0) {
+            return NULL;
+        }
+    }
+    if (codec == QINS_log8) {
+        e.mu = (float)first;
+    } else {
+        e.log_min = (float)first;
+        e.log_max = (float)second;
+    }
+    const qins_kernels *kernels = atomic_load(&active);
+    size_t r = (size_t)PyArray_DIM(o, 0), c = (size_t)PyArray_DIM(o, 1);
+    size_t stride = (size_t)(PyArray_STRIDE(o, 0) / PyArray_ITEMSIZE(o));
+    PyThreadState *released = PyArray_SIZE(o) > RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
+    qins_decode(kernels, &e, (size_t)row, r, (size_t)col, c, threads, dtype, PyArray_DATA(o), stride);
+    if (released != NULL) {
+        PyEval_RestoreThread(released);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(levels_doc, "levels(codec, scalars, /)\n--\n\n"
+                         "Float32 bytes: the 128 levels f(m) of log8, or golden's 256 values by stored.");
+
+static PyObject *levels(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *codec_name;
+    PyObject *scalars;
+    double first = 0.0, second = 0.0;
+    qins_codec codec;
+    float table[256];
+    if (!PyArg_ParseTuple(args, "sO!:levels", &codec_name, &PyTuple_Type, &scalars) ||
+        find_codec(codec_name, &codec) < 0 ||
+        !PyArg_ParseTuple(scalars, codec == QINS_log8 ? "d" : "dd", &first, &second)) {
+        return NULL;
+    }
+    if (codec == QINS_log8) {
+        qins_log8_levels((float)first, table);
+        return PyBytes_FromStringAndSize((const char *)table, QINS_LEVELS * sizeof *table);
+    }
+    qins_golden_values((float)first, (float)second, table);
+    return PyBytes_FromStringAndSize((const char *)table, sizeof table);
+}
+
+/* -- instruction sets and threads --------------------------------------------------------------- */
+
+PyDoc_STRVAR(isas_doc, "isas()\n--\n\nNames of the instruction sets that run here, best first.");
+
+static PyObject *isas(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    size_t n = qins_isa_count();
+    PyObject *names = PyTuple_New((Py_ssize_t)n);
+    for (size_t i = 0; names != NULL && i < n; i++) {
+        PyObject *name = PyUnicode_FromString(qins_isa_at(i)->name);
+        if (name == NULL) {
+            Py_CLEAR(names);
+        } else {
+            PyTuple_SET_ITEM(names, (Py_ssize_t)i, name);
+        }
+    }
+    return names;
+}
+
+PyDoc_STRVAR(isa_doc, "isa()\n--\n\nName of the instruction set in use.");
+
+static PyObject *isa(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return PyUnicode_FromString(atomic_load(&active)->name);
+}
+
+PyDoc_STRVAR(set_isa_doc, "set_isa(name, /)\n--\n\nUse this instruction set from now on, in the whole process.");
+
+static PyObject *set_isa(PyObject *module, PyObject *arg)
+{
+    const char *name = PyUnicode_AsUTF8(arg);
+    if (name == NULL) {
+        return NULL;
+    }
+    const qins_kernels *k = qins_isa_find(name);
+    if (k == NULL) {
+        PyObject *available = isas(module, NULL);
+        if (available != NULL) {
+            PyErr_Format(PyExc_ValueError, "isa: expected one of %R (those that run here), got %R", available, arg);
+            Py_DECREF(available);
+        }
+        return NULL;
+    }
+    atomic_store(&active, k);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(set_fork_join_doc, "set_fork_join(address, /)\n--\n\n"
+                                "Run parallel work through the GOMP_parallel at this address; 0: through our own pool.");
+
+static PyObject *set_fork_join(PyObject *module, PyObject *arg)
+{
+    (void)module;
+    void *address = PyLong_AsVoidPtr(arg);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    qins_fork_join parallel = NULL;
+    memcpy(&parallel, &address, sizeof address);
+    qins_set_fork_join(parallel);
+    Py_RETURN_NONE;
+}
+
+/* -- the module ----------------------------------------------------------------------------------- */
+
+static PyMethodDef methods[] = {
+    {"encode", encode, METH_VARARGS, encode_doc},
+    {"decode", decode, METH_VARARGS, decode_doc},
+    {"levels", levels, METH_VARARGS, levels_doc},
+    {"isas", isas, METH_NOARGS, isas_doc},
+    {"isa", isa, METH_NOARGS, isa_doc},
+    {"set_isa", set_isa, METH_O, set_isa_doc},
+    {"set_fork_join", set_fork_join, METH_O, set_fork_join_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module)
+{
+    if (PyArray_ImportNumPyAPI() < 0) {
+        return -1;
+    }
+    if (atomic_load(&active) == NULL) {
+        atomic_store(&active, qins_isa_at(0));
+    }
+    PyObject *codecs = PyTuple_New(QINS_CODEC_COUNT);
+    for (Py_ssize_t i = 0; codecs != NULL && i < QINS_CODEC_COUNT; i++) {
+        PyObject *name = PyUnicode_FromString(CODECS[i]);
+        if (name == NULL) {
+            Py_CLEAR(codecs);
+        } else {
+            PyTuple_SET_ITEM(codecs, i, name);
+        }
+    }
+    PyObject *mu_max = PyFloat_FromDouble((double)QINS_MU_MAX);
+    int failed = codecs == NULL || mu_max == NULL || PyModule_AddObjectRef(module, "CODECS", codecs) < 0 ||
+                 PyModule_AddObjectRef(module, "MU_MAX", mu_max) < 0;
+    Py_XDECREF(codecs);
+    Py_XDECREF(mu_max);
+    return failed ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)module_exec},
+/* NumPy's C API is bound to the main interpreter. */
+#ifdef Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#ifdef Py_MOD_GIL_NOT_USED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "qins._core",
+    .m_doc = "Codecs and kernels in C; qins is its user.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,166 @@
+/* The contract of the core: formats, units, shapes, aliasing.
+ *
+ * Matrices are rows x cols, row-major, where a row is an output feature of a linear layer. All sizes
+ * are in elements unless a name says bytes. Pointers may be unaligned and none is read or written
+ * outside its array. Outputs may not overlap inputs. Nothing here allocates, raises or fails:
+ * callers (module.c) have checked every argument.
+ *
+ * Formats. value() is what a code decodes to, in float32, on every platform the same bit for bit.
+ *   golden  stored 1..255, sign -1 or +1, scalars log_min, log_max:
+ *           value = sign * exp(log_min + (255 - stored)/254 * (log_max - log_min))
+ *   log9    the same stored, with sign_bits: bit k%8 of byte k/8 of a row is set where negative
+ *   log8    code = sign<<7 | m; value = (-1)^sign * S * f(m), f(m) = ((1+mu)^(m/127) - 1)/mu;
+ *           S = scale[row], or scale[row] * ((group_scale[row, k/group_size] + 1)/256) when grouped
+ */
+#ifndef QINS_H
+#define QINS_H
+
+#include "port.h"
+
+enum {
+    QINS_LANES = 16,      /* every kernel works on 16 elements at a time, whatever the register width */
+    QINS_WINDOW = 4096,   /* elements of the float32 scratch through which other dtypes pass; a multiple of 16 */
+    QINS_LEVELS = 128,    /* magnitudes of log8 */
+    QINS_CANDIDATES = 8,  /* most scales that one search compares */
+    QINS_LUT_CELLS = 4096 /* enough for every table built by tables.c, see qins_lut_build */
+};
+
+typedef enum { QINS_F32, QINS_F16, QINS_BF16, QINS_F64 } qins_dtype;
+
+typedef enum {
+#define X(name) QINS_##name,
+#include "codecs.def"
+#undef X
+    QINS_CODEC_COUNT
+} qins_codec;
+
+/* Counts how many of an ascending list of float thresholds are <= a magnitude, exactly, with one
+ * lookup: the bit patterns of non-negative floats ascend with their values, so the pattern's high
+ * bits pick a cell, and a cell is so small that at most one threshold lies past its first float.
+ *   pattern p >= 0;  i = clamp((p - base) >> shift, 0, last);  c = cell[i]
+ *   count = (c >> 24) + (((p - base) & mask) >= (c & 0xffffff))                                      */
+typedef struct {
+    int32_t base, shift, mask, last;
+    uint32_t cell[QINS_LUT_CELLS];
+} qins_lut;
+
+/* What turns log8 magnitudes into indices and back, for one mu. */
+typedef struct {
+    float mu;
+    QINS_ALIGNED(64) float level[QINS_LEVELS]; /* f(m) */
+    qins_lut lut;                              /* counts midpoints of neighbouring levels: the nearest m */
+} qins_log8_tables;
+
+/* What turns golden magnitudes into `stored` and back, for one (log_min, log_max). */
+typedef struct {
+    float log_min, log_max;
+    QINS_ALIGNED(64) float value[256]; /* value[stored]; value[0] repeats value[1] */
+    qins_lut lut;                      /* stored = 255 - count */
+    int constant;                      /* no range to speak of: every stored is 128 */
+} qins_golden_tables;
+
+typedef struct {
+    int32_t lo, hi; /* bit patterns of the smallest and largest |w| above 1e-8f; lo > hi when there is none.
+                       hi >= 0x7f800000 says that a NaN or an infinity is among them */
+} qins_range;
+
+/* One instruction set. Elements are contiguous; n may be any size, 0 included. */
+typedef struct {
+    const char *name;
+    /* Conversions from and to float32, round to nearest even, overflow to infinity. */
+    void (*widen[4])(const void *src, size_t n, float *dst);   /* by qins_dtype */
+    void (*narrow[4])(const float *src, size_t n, void *dst);  /* by qins_dtype */
+    int32_t (*absmax)(const float *w, size_t n); /* largest bit pattern of |w|; 0 for n = 0 */
+    /* golden and log9 */
+    qins_range (*range_golden)(const float *w, size_t n, qins_range r);
+    void (*encode_golden)(const float *w, size_t n, const qins_golden_tables *t, uint8_t *stored, int8_t *sign);
+    void (*decode_golden)(const uint8_t *stored, const int8_t *sign, size_t n, const float *value, float *out);
+    /* sign_bits of n elements from a byte boundary; unused bits of the last byte are 0 */
+    void (*encode_log9)(const float *w, size_t n, const qins_golden_tables *t, uint8_t *stored, uint8_t *sign_bits);
+    void (*decode_log9)(const uint8_t *stored, const uint8_t *sign_bits, size_t n, const float *value, float *out);
+    /* log8 */
+    void (*encode_log8)(const float *w, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes);
+    /* error[i] = sum of (|w| inverse[i] - nearest level)^2, in 16 lanes, the same on every instruction set */
+    void (*errors_log8)(const float *w, size_t n, const float *inverse, int candidates, const qins_log8_tables *t,
+                        float *error);
+    /* one row from column k on; group_scale is that row's, or NULL */
+    void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
+                        size_t group_size, const float *level, float *out);
+} qins_kernels;
+
+/* dispatch.c ---------------------------------------------------------------------------------- */
+#define X(name, guard, features) extern const qins_kernels qins_kernels_##name;
+#include "isas.def"
+#undef X
+size_t qins_isa_count(void);                       /* those that run here */
+const qins_kernels *qins_isa_at(size_t i);         /* i < qins_isa_count(), best first */
+const qins_kernels *qins_isa_find(const char *name); /* NULL: unknown, or does not run here */
+
+/* cpu.c: what the processor and the operating system both allow ------------------------------- */
+enum {
+    QINS_CPU_AVX2 = 1 << 0,   /* AVX2, FMA, F16C */
+    QINS_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL */
+    QINS_CPU_VBMI = 1 << 2,
+    QINS_CPU_VNNI = 1 << 3, /* the 512-bit one */
+    QINS_CPU_NEON = 1 << 4
+};
+unsigned qins_cpu_features(void);
+
+/* threads.c ----------------------------------------------------------------------------------- */
+/* Splits [0, items) into at most `threads` contiguous parts of at least `grain` items and runs
+ * task(context, begin, end) on each, on this thread and on pool threads. Any number of threads may
+ * call at once. What a task computes must not depend on where the parts begin and end. */
+void qins_parallel(size_t items, size_t grain, int threads, void (*task)(void *, size_t, size_t), void *context);
+/* Uses `parallel` (the signature of libgomp's GOMP_parallel) in place of the pool; NULL: the pool again. */
+typedef void (*qins_fork_join)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
+void qins_set_fork_join(qins_fork_join parallel);
+
+/* tables.c ------------------------------------------------------------------------------------ */
+double qins_log(double x); /* x > 0, normal */
+double qins_exp(double x);
+/* Ascending bit patterns of thresholds, repeats allowed. */
+void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count);
+uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern);
+void qins_log8_levels(float mu, float level[QINS_LEVELS]);          /* mu >= 0, finite */
+void qins_log8_tables_build(qins_log8_tables *t, float mu);         /* mu in [0, QINS_MU_MAX] */
+void qins_golden_values(float log_min, float log_max, float value[256]);
+void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
+#define QINS_MU_MAX 65536.0f
+
+/* codec.c: whole matrices --------------------------------------------------------------------- */
+typedef struct {
+    const void *data;
+    qins_dtype dtype;
+    size_t rows, cols;
+    ptrdiff_t row_stride, col_stride; /* bytes */
+} qins_matrix;
+
+/* The codes of a matrix; only the fields of its codec are set. */
+typedef struct {
+    qins_codec codec;
+    size_t rows, cols;
+    uint8_t *codes;     /* stored (golden, log9) or codes (log8), rows x cols */
+    int8_t *sign;       /* golden, rows x cols */
+    uint8_t *sign_bits; /* log9, rows x ceil(cols/8) */
+    float log_min, log_max;
+    float *scale; /* log8, rows */
+    float mu;
+    uint8_t *group_scale; /* log8 when grouped, rows x ceil(cols/group_size) */
+    size_t group_size;    /* 0: not grouped */
+} qins_codes;
+
+/* How many elements are NaN or infinite in float32, and the flat index of the first. */
+typedef struct {
+    size_t count, first;
+} qins_nonfinite;
+qins_nonfinite qins_find_nonfinite(const qins_kernels *k, const qins_matrix *w);
+
+/* Fills the arrays and scalars of `e`. Returns 0, or 1 if w has a non-finite element (then the
+ * arrays' contents are unspecified). For log8, e->mu < 0 asks for the search. */
+int qins_encode(const qins_kernels *k, const qins_matrix *w, int threads, qins_codes *e);
+
+/* Decodes rows [row, row + rows) x columns [col, col + cols) into out, `stride` elements a row. */
+void qins_decode(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
+                 int threads, qins_dtype dtype, void *out, size_t stride);
+
+#endif

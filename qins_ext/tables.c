@@ -1,0 +1,224 @@
+/* Logarithms, levels and thresholds: everything about a format that is computed once a tensor.
+ *
+ * Only +, -, *, / and integer operations on doubles, so the results have the same bits on every
+ * platform; libm's log and exp may differ in the last bit and are not used. */
+#include <string.h>
+
+#include "qins.h"
+
+static uint64_t bits64(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static double from_bits64(uint64_t u)
+{
+    double x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+static int32_t bits32(float x)
+{
+    int32_t i;
+    memcpy(&i, &x, sizeof i);
+    return i;
+}
+
+static float from_bits32(int32_t i)
+{
+    float x;
+    memcpy(&x, &i, sizeof x);
+    return x;
+}
+
+/* ln 2 in two parts: n * LN2_HI is exact for |n| < 2^11. Cody and Waite's split, as in fdlibm. */
+static const double LN2_HI = 6.93147180369123816490e-01;
+static const double LN2_LO = 1.90821492927058770002e-10;
+
+double qins_log(double x)
+{
+    uint64_t u = bits64(x);
+    int e = (int)(u >> 52) - 1023;
+    double m = from_bits64((u & 0x000fffffffffffffu) | 0x3ff0000000000000u);
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        e += 1;
+    }
+    /* ln m = 2 atanh(s), s = (m - 1)/(m + 1), |s| < 0.1716: eleven terms reach 2^-55 */
+    double s = (m - 1.0) / (m + 1.0), z = s * s, sum = 0.0;
+    for (int k = 23; k >= 3; k -= 2) {
+        sum = (sum + 1.0 / k) * z;
+    }
+    return e * LN2_HI + (e * LN2_LO + 2.0 * (s * sum) + 2.0 * s);
+}
+
+/* e^r - 1 for |r| <= 0.5, by its Taylor series. */
+static double expm1_small(double r)
+{
+    double sum = 0.0;
+    for (int k = 17; k >= 2; k--) {
+        sum = (sum + 1.0) * (r / k);
+    }
+    return (sum + 1.0) * r;
+}
+
+double qins_exp(double x)
+{
+    if (x > 709.0) {
+        return from_bits64(0x7ff0000000000000u);
+    }
+    if (x < -700.0) {
+        return 0.0;
+    }
+    double scaled = x * 1.4426950408889634;
+    int n = (int)(scaled + (scaled < 0.0 ? -0.5 : 0.5));
+    double r = (x - n * LN2_HI) - n * LN2_LO;
+    return (expm1_small(r) + 1.0) * from_bits64((uint64_t)(n + 1023) << 52);
+}
+
+static double exp_minus_1(double x) { return x < 0.5 ? expm1_small(x) : qins_exp(x) - 1.0; }
+
+/* Kahan's way to ln(1 + x) without losing small x. */
+static double log_1_plus(double x)
+{
+    double u = 1.0 + x;
+    return u == 1.0 ? x : qins_log(u) * x / (u - 1.0);
+}
+
+/* -- lookup of thresholds --------------------------------------------------------------------- */
+
+/* Writes the cells for cells of 2^shift patterns; 0 when one would need two thresholds, or there
+ * are too many. Cell 0 and the last one lie outside all thresholds, so clamping into them is right. */
+static int try_shift(qins_lut *lut, const int32_t *threshold, int count, int shift)
+{
+    int32_t size = (int32_t)1 << shift;
+    lut->shift = shift;
+    lut->mask = size - 1;
+    lut->base = threshold[0] - size;
+    lut->last = (int32_t)(((int64_t)threshold[count - 1] - lut->base) >> shift) + 1;
+    if (lut->last >= QINS_LUT_CELLS) {
+        return 0;
+    }
+    int done = 0;
+    for (int32_t i = 0; i <= lut->last; i++) {
+        int64_t start = (int64_t)lut->base + (int64_t)i * size;
+        while (done < count && threshold[done] == start) {
+            done++;
+        }
+        uint32_t low = 0xffffff; /* no pattern's low bits reach it */
+        if (done < count && threshold[done] < start + size) {
+            low = (uint32_t)(threshold[done] - start);
+        }
+        lut->cell[i] = ((uint32_t)done << 24) | low;
+        if (low != 0xffffff) {
+            done++;
+            if (done < count && threshold[done] < start + size) {
+                return 0;
+            }
+        }
+    }
+    return 1;
+}
+
+void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count)
+{
+    /* Cells of one pattern always separate thresholds; coarser cells are tried first because few
+     * cells stay in the L1 cache. Thresholds that are spaced evenly in value or in logarithm, as
+     * all of ours are, fit long before QINS_LUT_CELLS run out. */
+    int shift = 22;
+    while (shift > 0 && !try_shift(lut, threshold, count, shift)) {
+        shift--;
+    }
+    if (shift == 0) {
+        (void)try_shift(lut, threshold, count, 0);
+    }
+}
+
+uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern)
+{
+    int32_t d = pattern - lut->base;
+    int32_t i = d >> lut->shift; /* arithmetic on every compiler qins builds with; tests check it */
+    i = i < 0 ? 0 : i > lut->last ? lut->last : i;
+    uint32_t c = lut->cell[i];
+    return (c >> 24) + ((uint32_t)(d & lut->mask) >= (c & 0xffffff));
+}
+
+/* -- log8 ------------------------------------------------------------------------------------- */
+
+void qins_log8_levels(float mu, float level[QINS_LEVELS])
+{
+    double length = log_1_plus((double)mu);
+    for (int m = 0; m < QINS_LEVELS; m++) {
+        double part = (double)m / (QINS_LEVELS - 1);
+        level[m] = (float)(mu > 0.0f ? exp_minus_1(part * length) / (double)mu : part);
+    }
+    level[QINS_LEVELS - 1] = 1.0f;
+}
+
+void qins_log8_tables_build(qins_log8_tables *t, float mu)
+{
+    int32_t threshold[QINS_LEVELS - 1];
+    t->mu = mu;
+    qins_log8_levels(mu, t->level);
+    for (int m = 0; m < QINS_LEVELS - 1; m++) {
+        double middle = ((double)t->level[m] + (double)t->level[m + 1]) * 0.5;
+        float f = (float)middle;
+        threshold[m] = bits32(f) + ((double)f < middle); /* the smallest float that is not below it */
+    }
+    qins_lut_build(&t->lut, threshold, QINS_LEVELS - 1);
+}
+
+/* -- golden ----------------------------------------------------------------------------------- */
+
+void qins_golden_values(float log_min, float log_max, float value[256])
+{
+    double range = (double)log_max - (double)log_min;
+    for (int stored = 1; stored < 256; stored++) {
+        value[stored] = (float)qins_exp((double)log_min + (255 - stored) / 254.0 * range);
+    }
+    value[0] = value[1];
+}
+
+/* Is stored(w) <= s, where stored = round_half_even(255 - 254 (ln w - log_min)/range)? */
+static int reaches(int32_t pattern, double log_min, double range, int s)
+{
+    double y = 255.0 - 254.0 * ((qins_log((double)from_bits32(pattern)) - log_min) / range);
+    return y < s + 0.5 || (y == s + 0.5 && s % 2 == 0);
+}
+
+void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
+{
+    if (r.lo > r.hi) { /* nothing above 1e-8: the seed's fallback range */
+        t->log_min = -10.0f;
+        t->log_max = 0.0f;
+        t->constant = 1;
+    } else {
+        t->log_min = (float)qins_log((double)from_bits32(r.lo));
+        t->log_max = (float)qins_log((double)from_bits32(r.hi));
+        t->constant = (double)t->log_max - (double)t->log_min < 1e-8;
+        if (t->constant) {
+            t->log_max = t->log_min;
+        }
+    }
+    qins_golden_values(t->log_min, t->log_max, t->value);
+    if (t->constant) {
+        return;
+    }
+    double low = t->log_min, range = (double)t->log_max - low;
+    int32_t threshold[254];
+    for (int s = 254; s >= 1; s--) {
+        /* exp() gives the boundary to a rounding error; then the smallest float that truly reaches s */
+        int32_t p = bits32((float)qins_exp(low + (254.5 - s) / 254.0 * range));
+        while (reaches(p - 1, low, range, s)) {
+            p--;
+        }
+        while (!reaches(p, low, range, s)) {
+            p++;
+        }
+        threshold[254 - s] = p;
+    }
+    qins_lut_build(&t->lut, threshold, 254);
+}

@@ -1,0 +1,205 @@
+/* Splitting work over threads.
+ *
+ * A call posts one job and takes part in it; pool threads that are awake in time help. Parts are
+ * taken one by one, so a thread that the system delays costs at most one part, and a caller that
+ * finds the pool busy with another caller's job simply does all parts itself.
+ *
+ * Threads of another runtime that spin while they wait (OpenMP's, under torch) would fight the pool
+ * for the cores. When such a runtime is present its own fork-join is used instead of the pool. */
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "qins.h"
+
+#if defined(_WIN32)
+#include <windows.h>
+typedef SRWLOCK mutex;
+typedef CONDITION_VARIABLE condition;
+#define MUTEX_INIT SRWLOCK_INIT
+#define CONDITION_INIT CONDITION_VARIABLE_INIT
+static void lock(mutex *m) { AcquireSRWLockExclusive(m); }
+static int try_lock(mutex *m) { return TryAcquireSRWLockExclusive(m) != 0; }
+static void unlock(mutex *m) { ReleaseSRWLockExclusive(m); }
+static void wait_for(condition *c, mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
+static void wake_all(condition *c) { WakeAllConditionVariable(c); }
+#define THREAD_RETURN DWORD WINAPI
+static int start_thread(LPTHREAD_START_ROUTINE run)
+{
+    HANDLE h = CreateThread(NULL, 0, run, NULL, 0, NULL);
+    if (h != NULL) {
+        CloseHandle(h);
+    }
+    return h != NULL;
+}
+#else
+#include <pthread.h>
+typedef pthread_mutex_t mutex;
+typedef pthread_cond_t condition;
+#define MUTEX_INIT PTHREAD_MUTEX_INITIALIZER
+#define CONDITION_INIT PTHREAD_COND_INITIALIZER
+static void lock(mutex *m) { pthread_mutex_lock(m); }
+static int try_lock(mutex *m) { return pthread_mutex_trylock(m) == 0; }
+static void unlock(mutex *m) { pthread_mutex_unlock(m); }
+static void wait_for(condition *c, mutex *m) { pthread_cond_wait(c, m); }
+static void wake_all(condition *c) { pthread_cond_broadcast(c); }
+#define THREAD_RETURN void *
+static int start_thread(void *(*run)(void *))
+{
+    pthread_t t;
+    if (pthread_create(&t, NULL, run, NULL) != 0) {
+        return 0;
+    }
+    pthread_detach(t);
+    return 1;
+}
+#endif
+
+#if QINS_X86_64
+#include <immintrin.h>
+#define SPIN_HINT() _mm_pause()
+#elif QINS_AARCH64 && (defined(__GNUC__) || defined(__clang__))
+#define SPIN_HINT() __asm__ volatile("yield")
+#else
+#define SPIN_HINT() ((void)0)
+#endif
+
+/* About 50 microseconds: longer than the gaps between the layers of a model, shorter than a time slice. */
+enum { SPINS = 1000, MAX_WORKERS = 255, PARTS_PER_THREAD = 4 };
+
+typedef struct {
+    void (*task)(void *, size_t, size_t);
+    void *context;
+    size_t items, parts;
+    atomic_size_t next; /* the first part that nobody has taken */
+} job;
+
+static mutex caller = MUTEX_INIT; /* held by the one call that uses the pool */
+static mutex state = MUTEX_INIT;  /* guards the rest */
+static condition posted = CONDITION_INIT, left = CONDITION_INIT;
+static job *current;           /* NULL: nothing to join */
+static int helping;            /* workers inside `current` */
+static int workers;            /* threads that exist */
+static atomic_uint generation; /* changes with every posted job, for spinning */
+static _Atomic(qins_fork_join) fork_join;
+
+static void run_parts(job *j)
+{
+    size_t share = j->items / j->parts, extra = j->items % j->parts;
+    for (;;) {
+        size_t p = atomic_fetch_add(&j->next, 1);
+        if (p >= j->parts) {
+            return;
+        }
+        size_t begin = p * share + (p < extra ? p : extra);
+        j->task(j->context, begin, begin + share + (p < extra));
+    }
+}
+
+static THREAD_RETURN work(void *unused)
+{
+    (void)unused;
+    unsigned seen = atomic_load(&generation) - 1; /* the job this thread was started for counts as new */
+    for (;;) {
+        for (int i = 0; i < SPINS && atomic_load(&generation) == seen; i++) {
+            SPIN_HINT();
+        }
+        lock(&state);
+        while (atomic_load(&generation) == seen) {
+            wait_for(&posted, &state);
+        }
+        seen = atomic_load(&generation);
+        job *j = current;
+        helping += j != NULL;
+        unlock(&state);
+        if (j != NULL) {
+            run_parts(j);
+            lock(&state);
+            if (--helping == 0) {
+                wake_all(&left);
+            }
+            unlock(&state);
+        }
+    }
+    return 0;
+}
+
+#if !defined(_WIN32)
+/* Threads do not survive fork: the child starts its own, and leaves other runtimes' dead ones alone. */
+static void after_fork_in_child(void)
+{
+    pthread_mutex_init(&caller, NULL);
+    pthread_mutex_init(&state, NULL);
+    pthread_cond_init(&posted, NULL);
+    pthread_cond_init(&left, NULL);
+    current = NULL;
+    helping = 0;
+    workers = 0;
+    atomic_store(&fork_join, NULL);
+}
+
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+static void register_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+#define PREPARE_FOR_FORK() pthread_once(&fork_once, register_fork_handler)
+#else
+#define PREPARE_FOR_FORK() ((void)0)
+#endif
+
+static void run_on_pool(job *j, int threads)
+{
+    lock(&state);
+    int wanted = threads - 1 < MAX_WORKERS ? threads - 1 : MAX_WORKERS;
+    while (workers < wanted && start_thread(work)) {
+        workers++;
+    }
+    current = j;
+    atomic_fetch_add(&generation, 1);
+    wake_all(&posted);
+    unlock(&state);
+
+    run_parts(j);
+
+    lock(&state);
+    current = NULL; /* who has not joined by now stays out */
+    while (helping > 0) {
+        wait_for(&left, &state);
+    }
+    unlock(&state);
+}
+
+static void join_parts(void *j) { run_parts(j); }
+
+void qins_set_fork_join(qins_fork_join parallel)
+{
+    PREPARE_FOR_FORK();
+    atomic_store(&fork_join, parallel);
+}
+
+void qins_parallel(size_t items, size_t grain, int threads, void (*task)(void *, size_t, size_t), void *context)
+{
+    if (items == 0) {
+        return;
+    }
+    size_t most = items / (grain > 0 ? grain : 1);
+    if (threads <= 1 || most <= 1) {
+        task(context, 0, items);
+        return;
+    }
+    if ((size_t)threads > most) {
+        threads = (int)most;
+    }
+    job j = {.task = task, .context = context, .items = items};
+    j.parts = (size_t)threads * PARTS_PER_THREAD < most ? (size_t)threads * PARTS_PER_THREAD : most;
+    atomic_init(&j.next, 0);
+    qins_fork_join other = atomic_load(&fork_join);
+    if (other != NULL) {
+        other(join_parts, &j, (unsigned)threads, 0);
+        return;
+    }
+    PREPARE_FOR_FORK();
+    if (!try_lock(&caller)) {
+        run_parts(&j);
+        return;
+    }
+    run_on_pool(&j, threads);
+    unlock(&caller);
+}

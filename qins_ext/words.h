@@ -1,0 +1,40 @@
+/* What every isa_<name>.c shares: names, and walking n elements 16 at a time.
+ *
+ * Before including this, an isa_<name>.c defines
+ *   ISA     its name
+ *   FN      function attributes (the target that the compiler may use in that function)
+ * and then the vector words that codec_*.inc are written in. All words work on 16 lanes:
+ *   types   vf (float32), vi (int32), vl (a table of 128 float32, loaded)
+ *   floats  vf_load vf_store vf_set1 vf_abs vf_add vf_sub vf_mul vf_div vf_bits vf_flip(v, signs)
+ *           vf_lookup(const float *table, vi index)  vl_load(const float *)  vf_level(const vl *, vi m)
+ *           vf_negative(v): 16-bit mask, lane i in bit i, of v < 0 (not -0.0, not NaN)
+ *   ints    vi_set1 vi_add vi_sub vi_and vi_or vi_min vi_max vi_sra vi_srl vi_sll (one count for all lanes)
+ *           vi_count(n, a, b): n + (a >= b)      vi_lookup(const uint32_t *table, vi index)
+ *           vi_load_u8 vi_store_u8 (low bytes)   vi_signs(mask): 0x80000000 where the mask's bit is set
+ *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
+ * Loads and stores take any alignment. Sums in float are never contracted into fused operations.
+ */
+#include <string.h>
+
+#include "qins.h"
+
+#define NAME__(base, isa) base##_##isa
+#define NAME_(base, isa) NAME__(base, isa)
+#define NAME(base) NAME_(base, ISA)
+
+/* The last, partial block of an array goes through a padded copy, so that no word needs a mask. */
+#define TAIL_IN(type, name, src, n)                \
+    type name[QINS_LANES] = {0};                   \
+    memcpy(name, (src), (size_t)(n) * sizeof(type))
+#define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
+
+/* Adds 16 lanes in one fixed order. */
+static inline float sum_lanes(float *lane)
+{
+    for (int s = QINS_LANES / 2; s > 0; s /= 2) {
+        for (int i = 0; i < s; i++) {
+            lane[i] += lane[i + s];
+        }
+    }
+    return lane[0];
+}

@@ -1,0 +1,575 @@
+/* Every instruction set that runs here against the scalar one, on buffers flush against unmapped
+ * pages; tables against slow statements; matrices against committed digests.
+ *
+ *   test_core DIGESTS           check
+ *   test_core DIGESTS --write   write the digests of the scalar core
+ *   test_core DIGESTS --no-fork where the emulator cannot start threads after a fork (qemu-user 7.2)
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "qins.h"
+
+static int passed, failed;
+
+static void check(int ok, const char *what, const char *isa, size_t a, size_t b)
+{
+    if (ok) {
+        passed++;
+    } else if (failed++ < 20) {
+        printf("FAILED %s, %s, %zu, %zu\n", what, isa, a, b);
+    }
+}
+
+static uint64_t state = 88172645463325252u;
+
+static uint64_t next(void)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state;
+}
+
+static double uniform(void) { return (double)(next() >> 11) * 0x1p-53; }
+
+/* Bell-shaped, from arithmetic alone, so that it has the same bits everywhere. */
+static float normal(void)
+{
+    double s = 0.0;
+    for (int i = 0; i < 12; i++) {
+        s += uniform();
+    }
+    return (float)((s - 6.0) * 0.02);
+}
+
+static float float_of(uint32_t u)
+{
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+static uint32_t bits_of(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static const float SPECIAL[] = {0.0f,       -0.0f,      1e-45f,    -1e-45f, 1.1754942e-38f, 1e-8f,   -1e-8f, 0.99e-8f,
+                                1.0000001f, 3.4028e38f, -3.4e38f,  1.0f,    -1.0f,          0.5f,    1e-30f, -1e-20f};
+
+static float sample_weight(size_t i) { return i % 7 == 3 ? SPECIAL[next() % 16] : normal(); }
+
+/* -- guarded buffers ---------------------------------------------------------------------------- */
+
+typedef struct {
+    char *low, *high; /* first byte after an unmapped page; one past the last byte before another */
+    size_t room;
+} guarded;
+
+static guarded guard(size_t bytes)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), room = (bytes + page - 1) / page * page;
+    char *p = mmap(NULL, room + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0 || mprotect(p + page + room, page, PROT_NONE) != 0) {
+        perror("mmap");
+        exit(2);
+    }
+    guarded g = {p + page, p + page + room, room};
+    return g;
+}
+
+enum { MOST = 4200 };
+static guarded in_f, in_u, in_v, out_a, out_b, out_c, out_d;
+
+/* Copies of the same data at either end of a guarded buffer. */
+static void *place(guarded g, const void *data, size_t bytes, int at_end)
+{
+    void *p = at_end ? g.high - bytes : g.low;
+    if (bytes > 0) {
+        memcpy(p, data, bytes);
+    }
+    return p;
+}
+
+static void *room_for(guarded g, size_t bytes, int at_end)
+{
+    memset(g.low, 0xa5, g.room);
+    return at_end ? g.high - bytes : g.low;
+}
+
+static float weights[MOST];
+static uint8_t codes[MOST], more[MOST];
+static qins_golden_tables golden;
+static qins_log8_tables log8;
+
+static void kernels_at(const qins_kernels *k, size_t n, int at_end)
+{
+    const qins_kernels *s = &qins_kernels_scalar;
+    const float *w = place(in_f, weights, n * 4, at_end);
+    const uint8_t *u = place(in_u, codes, n, at_end);
+    uint8_t *a = room_for(out_a, n, at_end), *b = room_for(out_b, n, at_end);
+    uint8_t *c = room_for(out_c, n, at_end), *d = room_for(out_d, n, at_end);
+
+    check(k->absmax(w, n) == s->absmax(w, n), "absmax", k->name, n, at_end);
+    qins_range start = {INT32_MAX, 0};
+    qins_range r = k->range_golden(w, n, start), q = s->range_golden(w, n, start);
+    check(r.lo == q.lo && r.hi == q.hi, "range_golden", k->name, n, at_end);
+
+    k->encode_golden(w, n, &golden, a, (int8_t *)b);
+    s->encode_golden(w, n, &golden, c, (int8_t *)d);
+    check(memcmp(a, c, n) == 0 && memcmp(b, d, n) == 0, "encode_golden", k->name, n, at_end);
+
+    size_t bytes = (n + 7) / 8;
+    a = room_for(out_a, n, at_end), b = room_for(out_b, bytes, at_end);
+    c = room_for(out_c, n, at_end), d = room_for(out_d, bytes, at_end);
+    k->encode_log9(w, n, &golden, a, b);
+    s->encode_log9(w, n, &golden, c, d);
+    check(memcmp(a, c, n) == 0 && memcmp(b, d, bytes) == 0, "encode_log9", k->name, n, at_end);
+
+    static const float SCALE[] = {0.08f, 0.0f, 1e-45f, 3e38f};
+    for (int i = 0; i < 4; i++) {
+        k->encode_log8(w, n, SCALE[i], &log8, a);
+        s->encode_log8(w, n, SCALE[i], &log8, c);
+        check(memcmp(a, c, n) == 0, "encode_log8", k->name, n, at_end);
+    }
+    float inverse[3] = {12.5f, 13.0f, 0.25f}, e[3], f[3];
+    k->errors_log8(w, n, inverse, 3, &log8, e);
+    s->errors_log8(w, n, inverse, 3, &log8, f);
+    check(memcmp(e, f, sizeof e) == 0, "errors_log8", k->name, n, at_end);
+
+    float *x = room_for(out_a, n * 4, at_end), *y = room_for(out_b, n * 4, at_end);
+    const int8_t *sign = place(in_v, more, n, at_end);
+    k->decode_golden(u, sign, n, golden.value, x);
+    s->decode_golden(u, sign, n, golden.value, y);
+    check(memcmp(x, y, n * 4) == 0, "decode_golden", k->name, n, at_end);
+    const uint8_t *sign_bits = place(in_v, more, bytes, at_end);
+    k->decode_log9(u, sign_bits, n, golden.value, x);
+    s->decode_log9(u, sign_bits, n, golden.value, y);
+    check(memcmp(x, y, n * 4) == 0, "decode_log9", k->name, n, at_end);
+    k->decode_log8(u, 0, n, 0.07f, NULL, 0, log8.level, x);
+    s->decode_log8(u, 0, n, 0.07f, NULL, 0, log8.level, y);
+    check(memcmp(x, y, n * 4) == 0, "decode_log8", k->name, n, at_end);
+    static const size_t GROUP[] = {1, 7, 32, 64, 5000};
+    for (int i = 0; i < 5; i++) {
+        size_t first = 13, groups = n ? (first + n - 1) / GROUP[i] + 1 : 0;
+        static uint8_t repeated[MOST + 16];
+        for (size_t j = 0; j < groups; j++) {
+            repeated[j] = more[j % MOST];
+        }
+        guarded g = in_v;
+        const uint8_t *scales = groups <= g.room ? place(g, repeated, groups, at_end) : repeated;
+        k->decode_log8(u, first, n, 0.07f, scales, GROUP[i], log8.level, x);
+        s->decode_log8(u, first, n, 0.07f, scales, GROUP[i], log8.level, y);
+        check(memcmp(x, y, n * 4) == 0, "decode_log8 grouped", k->name, n, GROUP[i]);
+    }
+    static const size_t SIZE[] = {4, 2, 2, 8};
+    for (int t = 0; t < 4; t++) {
+        void *p = room_for(out_a, n * SIZE[t], at_end), *o = room_for(out_b, n * SIZE[t], at_end);
+        k->narrow[t](w, n, p);
+        s->narrow[t](w, n, o);
+        check(memcmp(p, o, n * SIZE[t]) == 0, "narrow", k->name, n, (size_t)t);
+        float *v = room_for(out_c, n * 4, at_end), *z = room_for(out_d, n * 4, at_end);
+        k->widen[t](p, n, v);
+        s->widen[t](p, n, z);
+        check(memcmp(v, z, n * 4) == 0, "widen", k->name, n, (size_t)t);
+    }
+}
+
+/* The start of the buffers at every offset from an aligned address. */
+static void kernels_misaligned(const qins_kernels *k)
+{
+    const qins_kernels *s = &qins_kernels_scalar;
+    enum { N = 100 };
+    for (size_t offset = 0; offset < 64; offset++) {
+        float *w = memcpy(in_f.low + offset, weights, N * 4);
+        uint8_t *u = memcpy(in_u.low + offset, codes, N);
+        void *x = out_a.low + offset, *y = out_b.low;
+        memset(out_a.low, 0x5a, 64 + N * 4 + 64);
+        k->decode_log8(u, 0, N, 0.5f, NULL, 0, log8.level, x);
+        s->decode_log8(codes, 0, N, 0.5f, NULL, 0, log8.level, y);
+        int ok = memcmp(x, y, N * 4) == 0;
+        for (size_t i = 0; i < offset; i++) {
+            ok &= out_a.low[i] == 0x5a;
+        }
+        for (size_t i = 0; i < 64; i++) {
+            ok &= out_a.low[offset + N * 4 + i] == 0x5a;
+        }
+        check(ok, "misaligned decode", k->name, offset, 0);
+        k->encode_log8(w, N, 0.1f, &log8, x);
+        s->encode_log8(weights, N, 0.1f, &log8, (uint8_t *)y);
+        check(memcmp(x, y, N) == 0, "misaligned encode", k->name, offset, 0);
+        for (int t = 1; t < 4; t++) {
+            k->narrow[t](w, N, x);
+            s->narrow[t](weights, N, y);
+            check(memcmp(x, y, N * (t == 3 ? 8 : 2)) == 0, "misaligned narrow", k->name, offset, (size_t)t);
+            k->widen[t](x, N, (float *)(void *)(out_c.low + offset));
+            s->widen[t](y, N, (float *)(void *)out_d.low);
+            check(memcmp(out_c.low + offset, out_d.low, N * 4) == 0, "misaligned widen", k->name, offset, (size_t)t);
+        }
+    }
+}
+
+/* Every half, and every float whose rounding to half or bfloat16 could differ. */
+static void conversions(const qins_kernels *k)
+{
+    const qins_kernels *s = &qins_kernels_scalar;
+    static uint16_t half[1 << 16], a[1 << 16], b[1 << 16];
+    static float x[1 << 16], y[1 << 16];
+    for (size_t i = 0; i < 1 << 16; i++) {
+        half[i] = (uint16_t)i;
+    }
+    k->widen[QINS_F16](half, 1 << 16, x);
+    s->widen[QINS_F16](half, 1 << 16, y);
+    check(memcmp(x, y, sizeof x) == 0, "all halves", k->name, 0, 0);
+    k->widen[QINS_BF16](half, 1 << 16, x);
+    s->widen[QINS_BF16](half, 1 << 16, y);
+    check(memcmp(x, y, sizeof x) == 0, "all bfloat16", k->name, 0, 0);
+    for (uint32_t low = 0; low < 4; low++) {
+        static const uint32_t LOW[] = {0x0fff, 0x1000, 0x1001, 0x8000};
+        for (uint32_t i = 0; i < 1 << 16; i++) {
+            uint32_t u = i << 16 | LOW[low];
+            x[i] = (u & 0x7fffffff) >= 0x7f800000 ? 0.0f : float_of(u);
+        }
+        k->narrow[QINS_F16](x, 1 << 16, a);
+        s->narrow[QINS_F16](x, 1 << 16, b);
+        check(memcmp(a, b, sizeof a) == 0, "to half", k->name, low, 0);
+        k->narrow[QINS_BF16](x, 1 << 16, a);
+        s->narrow[QINS_BF16](x, 1 << 16, b);
+        check(memcmp(a, b, sizeof a) == 0, "to bfloat16", k->name, low, 0);
+    }
+}
+
+/* -- tables --------------------------------------------------------------------------------------- */
+
+static void tables(void)
+{
+    for (int i = 0; i < 20000; i++) {
+        double x = exp((uniform() - 0.5) * 180.0), l = qins_log(x), e = qins_exp((uniform() - 0.5) * 200.0);
+        check(fabs(l - log(x)) <= 1e-15 * (1.0 + fabs(log(x))), "log", "core", (size_t)i, 0);
+        check(isfinite(e) && fabs(qins_log(e) - log(e)) < 1e-13, "exp", "core", (size_t)i, 0);
+    }
+    for (double x = -90.0; x < 90.0; x += 0.0371) {
+        check(fabs(qins_exp(x) / exp(x) - 1.0) < 4e-16, "exp", "core", 0, 0);
+    }
+    check(qins_exp(-1e9) == 0.0 && isinf(qins_exp(1e9)), "exp ends", "core", 0, 0);
+
+    static const float MU[] = {0.0f, 1e-30f, 1e-6f, 0.01f, 0.5f, 1.0f, 2.5f, 4.0f, 6.0f, 32.0f, 255.0f, 65536.0f};
+    for (size_t i = 0; i < sizeof MU / sizeof *MU; i++) {
+        qins_log8_tables_build(&log8, MU[i]);
+        for (int m = 0; m < QINS_LEVELS; m++) {
+            double mu = MU[i], part = m / 127.0;
+            double f = mu == 0.0 ? part : expm1(part * log1p(mu)) / mu;
+            check(fabs((double)log8.level[m] - f) <= 6.1e-8 * f, "level", "core", i, (size_t)m);
+        }
+        check(log8.level[0] == 0.0f && log8.level[127] == 1.0f, "level ends", "core", i, 0);
+        for (int j = 0; j < 20000; j++) { /* nearest level, near and far from the thresholds */
+            double r = j % 2 ? uniform() * 1.2
+                             : ((double)log8.level[j % 127] + (double)log8.level[j % 127 + 1]) * 0.5 *
+                                   (1.0 + (uniform() - 0.5) * 1e-6);
+            float x = (float)r;
+            uint32_t m = 0;
+            while (m < 127 && ((double)log8.level[m] + (double)log8.level[m + 1]) * 0.5 <= (double)x) {
+                m++;
+            }
+            check(qins_lut_count(&log8.lut, (int32_t)bits_of(x)) == m, "nearest level", "core", i, (size_t)j);
+        }
+    }
+    /* ranges from two neighbouring floats to all of float32 */
+    static const uint32_t SPAN[] = {1, 2, 3, 100, 253, 254, 1000, 65536, 1u << 20, 1u << 24, 1u << 27};
+    for (size_t i = 0; i < sizeof SPAN / sizeof *SPAN; i++) {
+        qins_range r = {0x3f000000 - (int32_t)(SPAN[i] / 2), 0x3f000000 + (int32_t)((SPAN[i] + 1) / 2)};
+        qins_golden_tables_build(&golden, r);
+        if (golden.constant) {
+            check(SPAN[i] < 4, "constant", "core", i, 0);
+            continue;
+        }
+        double lo = golden.log_min, range = (double)golden.log_max - lo;
+        for (int j = 0; j < 20000; j++) {
+            int32_t p = r.lo + (int32_t)(next() % (SPAN[i] + 1));
+            double y = 255.0 - 254.0 * ((log((double)float_of((uint32_t)p)) - lo) / range), n = nearbyint(y);
+            n = n < 1.0 ? 1.0 : n > 255.0 ? 255.0 : n;
+            double near_tie = fabs(fabs(y - floor(y)) - 0.5);
+            int stored = 255 - (int)qins_lut_count(&golden.lut, p);
+            check(stored == (int)n || near_tie < 1e-12 / range, "stored", "core", i, (size_t)j);
+        }
+    }
+    qins_range all = {0x322bcc78, 0x7f7fffff};
+    qins_golden_tables_build(&golden, all);
+    check(qins_lut_count(&golden.lut, 0x7f7fffff) == 254 && qins_lut_count(&golden.lut, 0) == 0, "ends", "core", 0, 0);
+    qins_range none = {INT32_MAX, 0};
+    qins_golden_tables_build(&golden, none);
+    check(golden.constant && golden.log_min == -10.0f && golden.log_max == 0.0f, "nothing", "core", 0, 0);
+}
+
+/* -- matrices and their digests ------------------------------------------------------------------ */
+
+typedef struct {
+    const char *name;
+    qins_codec codec;
+    qins_dtype dtype;
+    size_t rows, cols, group_size;
+    float mu, spread; /* mu < 0: searched; spread: rows differ by powers of it */
+    int special;
+} matrix_case;
+
+static const matrix_case CASES[] = {
+    {"golden", QINS_golden, QINS_F32, 37, 301, 0, 0, 1.0f, 0},
+    {"golden-special", QINS_golden, QINS_F32, 5, 4099, 0, 0, 1.0f, 1},
+    {"golden-f16", QINS_golden, QINS_F16, 16, 129, 0, 0, 1.0f, 0},
+    {"log9", QINS_log9, QINS_F32, 37, 301, 0, 0, 1.0f, 0},
+    {"log9-bf16", QINS_log9, QINS_BF16, 3, 5000, 0, 0, 1.0f, 0},
+    {"log9-f64", QINS_log9, QINS_F64, 9, 77, 0, 0, 1.0f, 0},
+    {"log8", QINS_log8, QINS_F32, 65, 576, 0, -1.0f, 1.0f, 0},
+    {"log8-g128", QINS_log8, QINS_F32, 65, 576, 128, -1.0f, 1.0f, 0},
+    {"log8-g64", QINS_log8, QINS_F32, 33, 1000, 64, -1.0f, 1.0f, 0},
+    {"log8-g32", QINS_log8, QINS_F32, 33, 1000, 32, 2.5f, 1.0f, 0},
+    {"log8-g1", QINS_log8, QINS_F32, 3, 50, 1, 2.5f, 1.0f, 0},
+    {"log8-g5000", QINS_log8, QINS_F32, 3, 9001, 5000, -1.0f, 1.0f, 0},
+    {"log8-linear", QINS_log8, QINS_F32, 4, 999, 0, 0.0f, 1.0f, 0},
+    {"log8-spread", QINS_log8, QINS_F32, 40, 333, 0, -1.0f, 100.0f, 0},
+    {"log8-spread-g64", QINS_log8, QINS_F32, 40, 333, 64, -1.0f, 100.0f, 0},
+    {"log8-special", QINS_log8, QINS_F32, 7, 4500, 64, -1.0f, 1.0f, 1},
+    {"log8-f16", QINS_log8, QINS_F16, 12, 640, 0, -1.0f, 1.0f, 0},
+    {"log8-bf16-g64", QINS_log8, QINS_BF16, 12, 640, 64, -1.0f, 1.0f, 0},
+    {"log8-one", QINS_log8, QINS_F32, 1, 1, 0, -1.0f, 1.0f, 0},
+};
+enum { CASE_COUNT = sizeof CASES / sizeof *CASES, BIG = 1 << 16 };
+
+static float source[BIG], decoded[BIG], decoded2[BIG];
+static char typed[BIG * 8], narrow_out[BIG * 8];
+
+static uint64_t fnv(uint64_t h, const void *data, size_t n)
+{
+    const unsigned char *p = data;
+    for (size_t i = 0; i < n; i++) {
+        h = (h ^ p[i]) * 1099511628211u;
+    }
+    return h;
+}
+
+static void make_weights(const matrix_case *c, size_t seed)
+{
+    state = 88172645463325252u + 7919 * seed;
+    for (size_t row = 0; row < c->rows; row++) {
+        float factor = 1.0f;
+        for (size_t i = 0; i < row % 19; i++) {
+            factor *= row % 2 ? c->spread : 1.0f / c->spread;
+        }
+        for (size_t k = 0; k < c->cols; k++) {
+            float w = c->special && k % 5 == 2 ? SPECIAL[next() % 16] : normal();
+            source[row * c->cols + k] = row == 2 ? 0.0f : w * factor; /* one row of zeros */
+        }
+    }
+    qins_kernels_scalar.narrow[c->dtype](source, c->rows * c->cols, typed);
+}
+
+static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int threads, ptrdiff_t col_step)
+{
+    static const size_t SIZE[] = {4, 2, 2, 8};
+    size_t n = c->rows * c->cols, size = SIZE[c->dtype];
+    static char strided[BIG * 16];
+    qins_matrix w = {typed, c->dtype, c->rows, c->cols, (ptrdiff_t)(c->cols * size), (ptrdiff_t)size};
+    if (col_step != 1) { /* the same matrix, columns two apart and backwards */
+        for (size_t i = 0; i < n; i++) {
+            memcpy(strided + (n - 1 - i) * 2 * size, typed + i * size, size);
+        }
+        w.data = strided + (n - 1) * 2 * size;
+        w.row_stride *= -2;
+        w.col_stride *= -2;
+    }
+    size_t groups = c->group_size ? (c->cols + c->group_size - 1) / c->group_size : 0, bits = (c->cols + 7) / 8;
+    uint8_t *u = malloc(n + 1), *sign_bits = malloc(c->rows * bits + 1), *group = malloc(c->rows * groups + 1);
+    int8_t *sign = malloc(n + 1);
+    float *scale = malloc(c->rows * 4 + 4);
+    qins_codes e = {.codec = c->codec, .rows = c->rows, .cols = c->cols, .codes = u, .sign = sign,
+                    .sign_bits = sign_bits, .scale = scale, .mu = c->mu, .group_scale = group,
+                    .group_size = c->group_size};
+    uint64_t h = 14695981039346656037u;
+    check(qins_encode(k, &w, threads, &e) == 0, "finite", k->name, 0, 0);
+    h = fnv(h, u, n);
+    if (c->codec == QINS_log8) {
+        h = fnv(fnv(fnv(h, scale, c->rows * 4), &e.mu, 4), group, c->rows * groups);
+    } else {
+        h = fnv(fnv(h, &e.log_min, 4), &e.log_max, 4);
+        h = c->codec == QINS_golden ? fnv(h, sign, n) : fnv(h, sign_bits, c->rows * bits);
+    }
+    qins_decode(k, &e, 0, c->rows, 0, c->cols, threads, QINS_F32, decoded, c->cols);
+    h = fnv(h, decoded, n * 4);
+    for (int t = 1; t < 4; t++) {
+        qins_decode(k, &e, 0, c->rows, 0, c->cols, threads, (qins_dtype)t, narrow_out, c->cols);
+        h = fnv(h, narrow_out, n * SIZE[t]);
+    }
+    if (c->rows > 2 && c->cols > 9) { /* a block inside */
+        size_t rows = c->rows - 2, cols = c->cols - 7;
+        qins_decode(k, &e, 1, rows, 5, cols, threads, QINS_F32, decoded2, cols);
+        int same = 1;
+        for (size_t r = 0; r < rows; r++) {
+            same &= memcmp(decoded2 + r * cols, decoded + (r + 1) * c->cols + 5, cols * 4) == 0;
+        }
+        check(same, "block", c->name, 0, 0);
+    }
+    free(u), free(sign_bits), free(group), free(sign), free(scale);
+    return h;
+}
+
+static void digests(const char *path, int write)
+{
+    FILE *f = fopen(path, write ? "w" : "r");
+    if (f == NULL) {
+        perror(path);
+        exit(2);
+    }
+    for (size_t i = 0; i < CASE_COUNT; i++) {
+        const matrix_case *c = &CASES[i];
+        make_weights(c, i);
+        char name[64];
+        unsigned long long expected = 0;
+        if (write) {
+            fprintf(f, "%s %016llx\n", c->name, (unsigned long long)run_case(c, &qins_kernels_scalar, 1, 1));
+            continue;
+        }
+        check(fscanf(f, "%63s %llx", name, &expected) == 2 && strcmp(name, c->name) == 0, "digest file", c->name, i, 0);
+        for (size_t j = 0; j < qins_isa_count(); j++) {
+            const qins_kernels *k = qins_isa_at(j);
+            for (int threads = 1; threads <= 7; threads += 3) {
+                check(run_case(c, k, threads, 1) == expected, c->name, k->name, (size_t)threads, 1);
+            }
+            check(run_case(c, k, 2, -2) == expected, c->name, k->name, 2, 2);
+        }
+    }
+    fclose(f);
+}
+
+static void nonfinite(void)
+{
+    const matrix_case *c = &CASES[0];
+    make_weights(c, 0);
+    qins_matrix w = {source, QINS_F32, c->rows, c->cols, (ptrdiff_t)c->cols * 4, 4};
+    for (int codec = 0; codec < QINS_CODEC_COUNT; codec++) {
+        static const float BAD[] = {NAN, INFINITY, -INFINITY};
+        for (int b = 0; b < 3; b++) {
+            source[777] = source[9999] = BAD[b];
+            static uint8_t u[BIG], v[BIG], g[BIG];
+            static float scale[BIG];
+            qins_codes e = {.codec = (qins_codec)codec, .rows = c->rows, .cols = c->cols, .codes = u, .mu = -1.0f,
+                            .sign = (int8_t *)v, .sign_bits = v, .scale = scale, .group_scale = g, .group_size = 64};
+            for (size_t j = 0; j < qins_isa_count(); j++) {
+                check(qins_encode(qins_isa_at(j), &w, 2, &e) == 1, "not finite", qins_isa_at(j)->name, (size_t)b, 0);
+                qins_nonfinite found = qins_find_nonfinite(qins_isa_at(j), &w);
+                check(found.count == 2 && found.first == 777, "found", qins_isa_at(j)->name, (size_t)b, 0);
+            }
+            source[777] = source[9999] = 0.0f;
+        }
+    }
+}
+
+/* -- threads -------------------------------------------------------------------------------------- */
+
+static void mark(void *context, size_t begin, size_t end)
+{
+    unsigned char *seen = context;
+    for (size_t i = begin; i < end; i++) {
+        seen[i]++;
+    }
+}
+
+static int covers(size_t items, size_t grain, int threads)
+{
+    static unsigned char seen[10000];
+    memset(seen, 0, sizeof seen);
+    qins_parallel(items, grain, threads, mark, seen);
+    for (size_t i = 0; i < sizeof seen; i++) {
+        if (seen[i] != (i < items)) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static void serial_fork_join(void (*fn)(void *), void *data, unsigned threads, unsigned flags)
+{
+    (void)flags;
+    for (unsigned i = 0; i < threads; i++) {
+        fn(data);
+    }
+}
+
+static void parallel(int with_fork)
+{
+    static const size_t ITEMS[] = {0, 1, 2, 3, 7, 100, 9999};
+    for (int round = 0; round < 200; round++) {
+        for (size_t i = 0; i < 7; i++) {
+            check(covers(ITEMS[i], 1 + (size_t)round % 5, 1 + round % 9), "parallel", "core", ITEMS[i], (size_t)round);
+        }
+    }
+    if (with_fork) {
+        pid_t child = fork(); /* the pool's threads are gone in the child */
+        if (child == 0) {
+            _exit(covers(1000, 1, 4) && covers(5000, 1, 4) ? 0 : 1);
+        }
+        int status = 1;
+        waitpid(child, &status, 0);
+        check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "after fork", "core", 0, 0);
+    } else {
+        printf("NOT RUN fork: --no-fork\n");
+    }
+    qins_set_fork_join(serial_fork_join);
+    check(covers(1234, 1, 4), "fork-join", "core", 0, 0);
+    qins_set_fork_join(NULL);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        fprintf(stderr, "usage: test_core DIGESTS [--write | --no-fork]\n");
+        return 2;
+    }
+    if (argc > 2 && strcmp(argv[2], "--write") == 0) {
+        digests(argv[1], 1);
+        return 0;
+    }
+    tables();
+    for (size_t i = 0; i < MOST; i++) {
+        weights[i] = sample_weight(i);
+        codes[i] = (uint8_t)(i < 512 ? i : next()); /* every code, under either sign */
+        more[i] = (uint8_t)next();
+    }
+    qins_range range = qins_kernels_scalar.range_golden(weights, MOST, (qins_range){INT32_MAX, 0});
+    qins_golden_tables_build(&golden, range);
+    qins_log8_tables_build(&log8, 2.5f);
+    in_f = guard(MOST * 8), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
+    out_a = guard(MOST * 8), out_b = guard(MOST * 8), out_c = guard(MOST * 8), out_d = guard(MOST * 8);
+    for (size_t i = 0; i < qins_isa_count(); i++) {
+        const qins_kernels *k = qins_isa_at(i);
+        for (size_t n = 0; n <= 100; n++) {
+            kernels_at(k, n, 0);
+            kernels_at(k, n, 1);
+        }
+        static const size_t LENGTH[] = {127, 128, 129, 255, 256, 257, 4095, 4096, 4097};
+        for (size_t j = 0; j < sizeof LENGTH / sizeof *LENGTH; j++) {
+            kernels_at(k, LENGTH[j], (int)j % 2);
+        }
+        kernels_misaligned(k);
+        conversions(k);
+        printf("ran %s\n", k->name);
+    }
+#define X(name, guard, features)                                                  \
+    if (qins_isa_find(#name) == NULL) {                                           \
+        printf("NOT RUN %s: this processor does not have it\n", #name);           \
+    }
+#include "isas.def"
+#undef X
+    digests(argv[1], 0);
+    nonfinite();
+    parallel(argc < 3);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
