@@ -220,10 +220,10 @@ static int encode_golden(encoding *c, int threads)
 
 /* -- log8 ------------------------------------------------------------------------------------- */
 
-/* Scales of which a row takes the best, as parts of its largest magnitude: clipping a few large
- * weights a little makes every other level finer. */
-static const float SHRINK[] = {1.0f, 0.98f, 0.96f, 0.94f, 0.92f};
-enum { SHRINKS = sizeof SHRINK / sizeof *SHRINK, MULTIPLIERS = 3 };
+/* Scales that a row tries, in hundredths of its largest magnitude: clipping a few large weights a
+ * little makes every other level finer. First COARSE, then NEAR the best of those. */
+static const int COARSE[] = {100, 96, 92, 88}, NEAR[] = {2, 1, -1, -2};
+enum { SCALES = 4, MULTIPLIERS = 3 };
 
 /* Outside, reciprocals or squares would leave float32's normal range; such rows are not searched. */
 static int searchable(float scale) { return scale > 7.9e-31f && scale < 1.2e30f; }
@@ -259,21 +259,38 @@ static int smallest(const double *error, int n)
     return best;
 }
 
+static int best_percent(reader *r, size_t row, size_t n, float most, const int *percent, const qins_log8_tables *t,
+                        double *least)
+{
+    float scale[SCALES];
+    double error[SCALES];
+    for (int i = 0; i < SCALES; i++) {
+        scale[i] = most * ((float)percent[i] * 0.01f);
+    }
+    span_errors(r, row, 0, n, scale, SCALES, t, error);
+    int best = smallest(error, SCALES);
+    *least = error[best];
+    return percent[best];
+}
+
 /* The scale of a row of n elements whose largest magnitude is `most`; adds its squared error. */
 static float row_scale(reader *r, size_t row, size_t n, float most, const qins_log8_tables *t, double *total)
 {
     if (!searchable(most)) {
         return most;
     }
-    float scale[SHRINKS];
-    double error[SHRINKS];
-    for (int i = 0; i < SHRINKS; i++) {
-        scale[i] = most * SHRINK[i];
+    double error, near_error;
+    int near[SCALES], percent = best_percent(r, row, n, most, COARSE, t, &error);
+    for (int i = 0; i < SCALES; i++) {
+        near[i] = percent + NEAR[i] < 100 ? percent + NEAR[i] : 100;
     }
-    span_errors(r, row, 0, n, scale, SHRINKS, t, error);
-    int best = smallest(error, SHRINKS);
-    *total += error[best];
-    return scale[best];
+    int near_percent = best_percent(r, row, n, most, near, t, &near_error);
+    if (near_error < error) {
+        percent = near_percent;
+        error = near_error;
+    }
+    *total += error;
+    return most * ((float)percent * 0.01f);
 }
 
 static float group_scale(float scale, int multiplier) { return scale * ((float)multiplier / 256.0f); }
@@ -309,8 +326,7 @@ static int group_multiplier(reader *r, size_t row, size_t k, size_t n, float sca
     return cover - best;
 }
 
-static void row_codes(reader *r, size_t row, size_t k, size_t n, float scale, const qins_log8_tables *t,
-                      uint8_t *codes)
+static void row_codes(reader *r, size_t row, size_t k, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes)
 {
     for (size_t part; n > 0; k += part, n -= part, codes += part) {
         part = n;

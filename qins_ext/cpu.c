@@ -1,4 +1,6 @@
 /* What the processor has and the operating system lets us use. */
+#include <stdatomic.h>
+
 #include "qins.h"
 
 #if QINS_X86_64
@@ -9,10 +11,7 @@ static void cpuid(unsigned leaf, unsigned sub, unsigned r[4]) { __cpuidex((int *
 static uint64_t xgetbv0(void) { return _xgetbv(0); }
 #else
 #include <cpuid.h>
-static void cpuid(unsigned leaf, unsigned sub, unsigned r[4])
-{
-    __cpuid_count(leaf, sub, r[0], r[1], r[2], r[3]);
-}
+static void cpuid(unsigned leaf, unsigned sub, unsigned r[4]) { __cpuid_count(leaf, sub, r[0], r[1], r[2], r[3]); }
 static uint64_t xgetbv0(void)
 {
     uint32_t lo, hi;
@@ -23,7 +22,7 @@ static uint64_t xgetbv0(void)
 
 static int has(unsigned reg, int bit) { return (int)((reg >> bit) & 1u); }
 
-unsigned qins_cpu_features(void)
+static unsigned detect(void)
 {
     unsigned one[4], seven[4], top[4];
     cpuid(0, 0, top);
@@ -52,16 +51,24 @@ unsigned qins_cpu_features(void)
 
 #elif QINS_AARCH64
 
-unsigned qins_cpu_features(void)
-{
-    return QINS_CPU_NEON; /* Advanced SIMD is mandatory in the AArch64 application profile */
-}
+/* Advanced SIMD is mandatory in the AArch64 application profile. */
+static unsigned detect(void) { return QINS_CPU_NEON; }
 
 #else
 
-unsigned qins_cpu_features(void)
-{
-    return 0;
-}
+static unsigned detect(void) { return 0; }
 
 #endif
+
+unsigned qins_cpu_features(void)
+{
+    /* Asked once: CPUID traps to the hypervisor on virtual machines, which takes tens of microseconds. */
+    static atomic_uint known;
+    const unsigned asked = 1u << 31;
+    unsigned features = atomic_load(&known);
+    if (features == 0) {
+        features = detect() | asked;
+        atomic_store(&known, features);
+    }
+    return features & ~asked;
+}

@@ -17,15 +17,15 @@ typedef struct {
 } vi;
 typedef const float *vl;
 
-#define PAIR(type, f, x, ...) \
-    type r;                   \
+#define PAIR(type, f, x, ...)    \
+    type r;                      \
     r.a = f((x).a, __VA_ARGS__); \
     r.b = f((x).b, __VA_ARGS__); \
     return r
-#define PAIRS(type, f, x, y)  \
-    type r;                   \
-    r.a = f((x).a, (y).a);    \
-    r.b = f((x).b, (y).b);    \
+#define PAIRS(type, f, x, y) \
+    type r;                  \
+    r.a = f((x).a, (y).a);   \
+    r.b = f((x).b, (y).b);   \
     return r
 
 WORD vf vf_load(const float *p)
@@ -133,10 +133,7 @@ WORD vi vi_load_u16(const uint16_t *p)
             _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
     return r;
 }
-WORD void vi_store_u16(uint16_t *p, vi x)
-{
-    _mm256_storeu_si256((__m256i *)p, pack32(vi_and(x, vi_set1(0xffff))));
-}
+WORD void vi_store_u16(uint16_t *p, vi x) { _mm256_storeu_si256((__m256i *)p, pack32(vi_and(x, vi_set1(0xffff)))); }
 
 WORD vf vf_load_f16(const uint16_t *p)
 {

@@ -14,8 +14,8 @@ typedef uint32x4x4_t vi;
 typedef const float *vl;
 
 #define QUARTERS for (int i = 0; i < 4; i++)
-#define EACH(type, expression)       \
-    type r;                          \
+#define EACH(type, expression)            \
+    type r;                               \
     QUARTERS { r.val[i] = (expression); } \
     return r
 #define AS_INT(x) vreinterpretq_s32_u32(x)
@@ -56,10 +56,7 @@ WORD vi vi_srl(vi x, int n) { EACH(vi, vshlq_u32(x.val[i], vdupq_n_s32(-n))); }
 WORD vi vi_sra(vi x, int n) { EACH(vi, AS_UINT(vshlq_s32(AS_INT(x.val[i]), vdupq_n_s32(-n)))); }
 WORD vi vi_sll(vi x, int n) { EACH(vi, vshlq_u32(x.val[i], vdupq_n_s32(n))); }
 /* a comparison is -1, as an unsigned all ones, where true */
-WORD vi vi_count(vi n, vi x, vi y)
-{
-    EACH(vi, vsubq_u32(n.val[i], vcgeq_s32(AS_INT(x.val[i]), AS_INT(y.val[i]))));
-}
+WORD vi vi_count(vi n, vi x, vi y) { EACH(vi, vsubq_u32(n.val[i], vcgeq_s32(AS_INT(x.val[i]), AS_INT(y.val[i])))); }
 WORD vi vi_lookup(const uint32_t *table, vi at)
 {
     uint32_t index[QINS_LANES], found[QINS_LANES];

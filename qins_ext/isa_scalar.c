@@ -13,8 +13,8 @@ typedef struct {
 typedef const float *vl;
 
 #define LANES for (int i = 0; i < QINS_LANES; i++)
-#define EACH(type, expression)  \
-    type r;                     \
+#define EACH(type, expression)       \
+    type r;                          \
     LANES { r.v[i] = (expression); } \
     return r
 

@@ -113,7 +113,8 @@ static int overlap(PyObject *out, PyObject *in, const char *out_name, const char
     extent((PyArrayObject *)out, &lo, &hi);
     extent((PyArrayObject *)in, &lo2, &hi2);
     if (lo < hi2 && lo2 < hi) {
-        PyErr_Format(PyExc_ValueError, "%s: expected memory of its own, got memory that overlaps %s", out_name, in_name);
+        PyErr_Format(PyExc_ValueError, "%s: expected memory of its own, got memory that overlaps %s", out_name,
+                     in_name);
         return -1;
     }
     return 0;
@@ -161,8 +162,8 @@ static int codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_
         e->scale = data;
         e->group_size = (size_t)group_size;
         if (group_size > 0) {
-            if (field(PyTuple_GET_ITEM(arrays, 2), "group_scale", NPY_UINT8, "uint8", rows,
-                      ceil_div(cols, group_size), writable, &data) < 0) {
+            if (field(PyTuple_GET_ITEM(arrays, 2), "group_scale", NPY_UINT8, "uint8", rows, ceil_div(cols, group_size),
+                      writable, &data) < 0) {
                 return -1;
             }
             e->group_scale = data;
@@ -208,7 +209,8 @@ static PyObject *encode(PyObject *module, PyObject *args)
     qins_codes e;
     if (!PyArg_ParseTuple(args, "sO!sO!ndi:encode", &codec_name, &PyArray_Type, &weights, &dtype_name, &PyTuple_Type,
                           &arrays, &group_size, &mu, &threads) ||
-        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &w.dtype) < 0 || check_group_size(group_size) < 0) {
+        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &w.dtype) < 0 ||
+        check_group_size(group_size) < 0) {
         return NULL;
     }
     PyArrayObject *a = (PyArrayObject *)weights;
@@ -237,14 +239,8 @@ static PyObject *encode(PyObject *module, PyObject *args)
     e.mu = (float)mu;
     const qins_kernels *kernels = atomic_load(&active);
     qins_nonfinite bad = {0, 0};
-    Py_BEGIN_ALLOW_THREADS
-    if (qins_encode(kernels, &w, threads, &e)) {
-        bad = qins_find_nonfinite(kernels, &w);
-    }
-    Py_END_ALLOW_THREADS
-    if (bad.count > 0) {
-        return nonfinite_error(a, bad);
-    }
+    Py_BEGIN_ALLOW_THREADS if (qins_encode(kernels, &w, threads, &e)) { bad = qins_find_nonfinite(kernels, &w); }
+    Py_END_ALLOW_THREADS if (bad.count > 0) { return nonfinite_error(a, bad); }
     if (codec == QINS_log8) {
         return Py_BuildValue("(d)", (double)e.mu);
     }
@@ -254,8 +250,20 @@ static PyObject *encode(PyObject *module, PyObject *args)
 /* Work shorter than this is done with the GIL held: releasing it costs more. */
 enum { RELEASE_GIL_ABOVE = 4096 };
 
-PyDoc_STRVAR(decode_doc, "decode(codec, arrays, scalars, rows, cols, group_size, out, dtype, row, col, threads, /)\n--\n\n"
-                         "Decode the block of out's shape that begins at (row, col) of a rows x cols matrix into out.");
+PyDoc_STRVAR(decode_doc,
+             "decode(codec, arrays, scalars, rows, cols, group_size, out, dtype, row, col, threads, /)\n--\n\n"
+             "Decode the block of out's shape that begins at (row, col) of a rows x cols matrix into out.");
+
+/* Rows of adjacent elements, a whole number of elements apart, not overlapping. */
+static int rows_contiguous(PyArrayObject *a)
+{
+    npy_intp size = PyArray_ITEMSIZE(a), rows = PyArray_DIM(a, 0), cols = PyArray_DIM(a, 1);
+    if (rows == 0 || cols == 0) {
+        return 1; /* NumPy gives empty arrays any strides */
+    }
+    return (cols == 1 || PyArray_STRIDE(a, 1) == size) &&
+           (rows == 1 || (PyArray_STRIDE(a, 0) >= cols * size && PyArray_STRIDE(a, 0) % size == 0));
+}
 
 static PyObject *decode(PyObject *module, PyObject *args)
 {
@@ -279,9 +287,7 @@ static PyObject *decode(PyObject *module, PyObject *args)
     }
     PyArrayObject *o = (PyArrayObject *)out;
     if (PyArray_NDIM(o) != 2 || PyArray_TYPE(o) != DTYPES[dtype].type || !PyArray_ISNOTSWAPPED(o) ||
-        !PyArray_ISWRITEABLE(o) || (PyArray_DIM(o, 1) > 1 && PyArray_STRIDE(o, 1) != PyArray_ITEMSIZE(o)) ||
-        (PyArray_DIM(o, 0) > 1 && (PyArray_STRIDE(o, 0) < PyArray_DIM(o, 1) * PyArray_ITEMSIZE(o) ||
-                                   PyArray_STRIDE(o, 0) % PyArray_ITEMSIZE(o) != 0))) {
+        !PyArray_ISWRITEABLE(o) || !rows_contiguous(o)) {
         wrong("out", "a writable 2-D array of its dtype whose rows are contiguous", out);
         return NULL;
     }
@@ -387,8 +393,9 @@ static PyObject *set_isa(PyObject *module, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(set_fork_join_doc, "set_fork_join(address, /)\n--\n\n"
-                                "Run parallel work through the GOMP_parallel at this address; 0: through our own pool.");
+PyDoc_STRVAR(set_fork_join_doc,
+             "set_fork_join(address, /)\n--\n\n"
+             "Run parallel work through the GOMP_parallel at this address; 0: through our own pool.");
 
 static PyObject *set_fork_join(PyObject *module, PyObject *arg)
 {

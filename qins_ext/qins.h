@@ -68,9 +68,9 @@ typedef struct {
 typedef struct {
     const char *name;
     /* Conversions from and to float32, round to nearest even, overflow to infinity. */
-    void (*widen[4])(const void *src, size_t n, float *dst);   /* by qins_dtype */
-    void (*narrow[4])(const float *src, size_t n, void *dst);  /* by qins_dtype */
-    int32_t (*absmax)(const float *w, size_t n); /* largest bit pattern of |w|; 0 for n = 0 */
+    void (*widen[4])(const void *src, size_t n, float *dst);  /* by qins_dtype */
+    void (*narrow[4])(const float *src, size_t n, void *dst); /* by qins_dtype */
+    int32_t (*absmax)(const float *w, size_t n);              /* largest bit pattern of |w|; 0 for n = 0 */
     /* golden and log9 */
     qins_range (*range_golden)(const float *w, size_t n, qins_range r);
     void (*encode_golden)(const float *w, size_t n, const qins_golden_tables *t, uint8_t *stored, int8_t *sign);
@@ -92,8 +92,8 @@ typedef struct {
 #define X(name, guard, features) extern const qins_kernels qins_kernels_##name;
 #include "isas.def"
 #undef X
-size_t qins_isa_count(void);                       /* those that run here */
-const qins_kernels *qins_isa_at(size_t i);         /* i < qins_isa_count(), best first */
+size_t qins_isa_count(void);                         /* those that run here */
+const qins_kernels *qins_isa_at(size_t i);           /* i < qins_isa_count(), best first */
 const qins_kernels *qins_isa_find(const char *name); /* NULL: unknown, or does not run here */
 
 /* cpu.c: what the processor and the operating system both allow ------------------------------- */
@@ -121,8 +121,8 @@ double qins_exp(double x);
 /* Ascending bit patterns of thresholds, repeats allowed. */
 void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count);
 uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern);
-void qins_log8_levels(float mu, float level[QINS_LEVELS]);          /* mu >= 0, finite */
-void qins_log8_tables_build(qins_log8_tables *t, float mu);         /* mu in [0, QINS_MU_MAX] */
+void qins_log8_levels(float mu, float level[QINS_LEVELS]);  /* mu >= 0, finite */
+void qins_log8_tables_build(qins_log8_tables *t, float mu); /* mu in [0, QINS_MU_MAX] */
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
 #define QINS_MU_MAX 65536.0f

@@ -177,7 +177,8 @@ void qins_golden_values(float log_min, float log_max, float value[256])
 {
     double range = (double)log_max - (double)log_min;
     for (int stored = 1; stored < 256; stored++) {
-        value[stored] = (float)qins_exp((double)log_min + (255 - stored) / 254.0 * range);
+        double v = qins_exp((double)log_min + (255 - stored) / 254.0 * range);
+        value[stored] = v < (double)FLT_MAX ? (float)v : FLT_MAX; /* log_max, a float32, may round upwards */
     }
     value[0] = value[1];
 }

@@ -23,8 +23,8 @@
 #define NAME(base) NAME_(base, ISA)
 
 /* The last, partial block of an array goes through a padded copy, so that no word needs a mask. */
-#define TAIL_IN(type, name, src, n)                \
-    type name[QINS_LANES] = {0};                   \
+#define TAIL_IN(type, name, src, n) \
+    type name[QINS_LANES] = {0};    \
     memcpy(name, (src), (size_t)(n) * sizeof(type))
 #define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
 

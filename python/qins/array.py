@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 # log8's arrays when the inputs are grouped.
 ARRAYS = {"golden": ("stored", "sign"), "log9": ("stored", "sign_bits"), "log8": ("codes", "scale")}
 SCALARS = {"golden": ("log_min", "log_max"), "log9": ("log_min", "log_max"), "log8": ("mu",)}
-_FIELD_DTYPE = {
+_FIELD_DTYPE: dict[str, np.dtype[Any]] = {
     "stored": np.dtype(np.uint8),
     "sign": np.dtype(np.int8),
     "sign_bits": np.dtype(np.uint8),
@@ -142,10 +142,10 @@ class EncodedArray:
             )
         checked: dict[str, Array] = {}
         for name in names:
-            array = np.asarray(fields[name])
+            array = np.asarray(fields[name], order="C")
             if array.dtype.newbyteorder("=") != _FIELD_DTYPE[name]:
                 raise TypeError(f"{name}: expected dtype {_FIELD_DTYPE[name]}, got {array.dtype}")
-            checked[name] = np.require(array, dtype=_FIELD_DTYPE[name], requirements="C").reshape(array.shape)
+            checked[name] = array.astype(_FIELD_DTYPE[name], copy=False)
         shape = checked[names[0]].shape
         for name, want in field_shapes(codec, shape, group_size).items():
             if checked[name].shape != want:

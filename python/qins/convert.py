@@ -197,7 +197,7 @@ def convert(
     includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
     size = resolve_group_size(codec, group_size)
     report = ConversionReport()
-    chosen: dict[nn.Module, str] = {}
+    chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module, QINSLinear):
             continue
@@ -211,7 +211,6 @@ def convert(
     by_weight: dict[torch.Tensor, QINSLinear] = {}
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
         for module, name in chosen.items():
-            assert isinstance(module, nn.Linear)
             weight = module.weight
             new = _encode_module(name, module, codec, size, by_weight.get(weight), report)
             by_weight.setdefault(weight, new)

@@ -135,7 +135,7 @@ class QINSLinear(nn.Linear):
         return new
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The decoded weight, (out_features, in_features), made anew at each access; changing it changes nothing."""
         return decode_fields(self.codec, dict(self._buffers), self.group_size, self._dtype)  # type: ignore[arg-type]
 
@@ -162,7 +162,7 @@ class QINSLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ W.T + bias in the input's dtype; input is (..., in_features)."""
-        if torch.is_autocast_enabled(input.device.type):
+        if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if input.shape[-1:] != (self.in_features,):
             raise ValueError(f"input: expected shape (..., {self.in_features}), got {tuple(input.shape)}")
@@ -177,7 +177,7 @@ class QINSLinear(nn.Linear):
         for name, buffer in kept.items():
             self._buffers[name] = buffer.view(torch.int32)
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             for name in kept:
                 self._buffers[name] = self._buffers[name].view(torch.float32)  # type: ignore[union-attr]

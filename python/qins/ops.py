@@ -45,7 +45,9 @@ def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
     return (*array_names(codec, group_size), *SCALARS[codec])
 
 
-def _split(codec: str, group_size: int | None, fields: Sequence[Tensor]) -> tuple[tuple[np.ndarray, ...], tuple[float, ...]]:
+def _split(
+    codec: str, group_size: int | None, fields: Sequence[Tensor]
+) -> tuple[tuple[np.ndarray, ...], tuple[float, ...]]:
     n = len(array_names(codec, group_size))
     arrays = tuple(f.detach().numpy() for f in fields[:n])
     return arrays, tuple(float(f) for f in fields[n:])
@@ -158,23 +160,23 @@ def _multiply_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_
 
 @torch.library.custom_op("qins::linear", mutates_args=())
 def linear(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
-    """x @ W.T; x (..., in_features) in float32, bfloat16, float16 or float64, the result in x's dtype."""
+    """X @ W.T; x (..., in_features) in float32, bfloat16, float16 or float64, the result in x's dtype."""
     return _multiply(x, fields, codec, group_size or None)
 
 
 @linear.register_fake
-def _(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+def _linear_shape(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], fields[0].shape[0])
 
 
 @torch.library.custom_op("qins::linear_backward", mutates_args=())
 def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
-    """g @ W; g (..., out_features), the result in g's dtype."""
+    """G @ W; g (..., out_features), the result in g's dtype."""
     return _multiply_transposed(g, fields, codec, group_size or None)
 
 
 @linear_backward.register_fake
-def _(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+def _linear_backward_shape(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     return g.new_empty(*g.shape[:-1], fields[0].shape[1])
 
 
@@ -188,21 +190,23 @@ def _backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
     return linear_backward(g, fields, ctx.codec, ctx.group_size), [None] * len(fields), None, None
 
 
-def _save_for_double_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _save_for_backward(ctx, inputs, output)
-
-
 def _double_backward(ctx, gg: Tensor):  # type: ignore[no-untyped-def]
     fields = list(ctx.saved_tensors)
     return linear(gg, fields, ctx.codec, ctx.group_size), [None] * len(fields), None, None
 
 
 linear.register_autograd(_backward, setup_context=_save_for_backward)
-linear_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)
+linear_backward.register_autograd(_double_backward, setup_context=_save_for_backward)
 
 
 def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
     """`linear` by the shortest way: past the dispatcher when nothing but the result is wanted."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or (torch.is_grad_enabled() and x.requires_grad):
-        return linear(x, fields, codec, group_size or 0)
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.device.type != "cpu"
+        or (torch.is_grad_enabled() and x.requires_grad)
+    ):
+        y: Tensor = linear(x, fields, codec, group_size or 0)
+        return y
     return _multiply(x, fields, codec, group_size)

@@ -62,8 +62,8 @@ static uint32_t bits_of(float f)
     return u;
 }
 
-static const float SPECIAL[] = {0.0f,       -0.0f,      1e-45f,    -1e-45f, 1.1754942e-38f, 1e-8f,   -1e-8f, 0.99e-8f,
-                                1.0000001f, 3.4028e38f, -3.4e38f,  1.0f,    -1.0f,          0.5f,    1e-30f, -1e-20f};
+static const float SPECIAL[] = {0.0f,       -0.0f,      1e-45f,   -1e-45f, 1.1754942e-38f, 1e-8f, -1e-8f, 0.99e-8f,
+                                1.0000001f, 3.4028e38f, -3.4e38f, 1.0f,    -1.0f,          0.5f,  1e-30f, -1e-20f};
 
 static float sample_weight(size_t i) { return i % 7 == 3 ? SPECIAL[next() % 16] : normal(); }
 
@@ -389,8 +389,15 @@ static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int thread
     uint8_t *u = malloc(n + 1), *sign_bits = malloc(c->rows * bits + 1), *group = malloc(c->rows * groups + 1);
     int8_t *sign = malloc(n + 1);
     float *scale = malloc(c->rows * 4 + 4);
-    qins_codes e = {.codec = c->codec, .rows = c->rows, .cols = c->cols, .codes = u, .sign = sign,
-                    .sign_bits = sign_bits, .scale = scale, .mu = c->mu, .group_scale = group,
+    qins_codes e = {.codec = c->codec,
+                    .rows = c->rows,
+                    .cols = c->cols,
+                    .codes = u,
+                    .sign = sign,
+                    .sign_bits = sign_bits,
+                    .scale = scale,
+                    .mu = c->mu,
+                    .group_scale = group,
                     .group_size = c->group_size};
     uint64_t h = 14695981039346656037u;
     check(qins_encode(k, &w, threads, &e) == 0, "finite", k->name, 0, 0);
@@ -459,8 +466,16 @@ static void nonfinite(void)
             source[777] = source[9999] = BAD[b];
             static uint8_t u[BIG], v[BIG], g[BIG];
             static float scale[BIG];
-            qins_codes e = {.codec = (qins_codec)codec, .rows = c->rows, .cols = c->cols, .codes = u, .mu = -1.0f,
-                            .sign = (int8_t *)v, .sign_bits = v, .scale = scale, .group_scale = g, .group_size = 64};
+            qins_codes e = {.codec = (qins_codec)codec,
+                            .rows = c->rows,
+                            .cols = c->cols,
+                            .codes = u,
+                            .mu = -1.0f,
+                            .sign = (int8_t *)v,
+                            .sign_bits = v,
+                            .scale = scale,
+                            .group_scale = g,
+                            .group_size = 64};
             for (size_t j = 0; j < qins_isa_count(); j++) {
                 check(qins_encode(qins_isa_at(j), &w, 2, &e) == 1, "not finite", qins_isa_at(j)->name, (size_t)b, 0);
                 qins_nonfinite found = qins_find_nonfinite(qins_isa_at(j), &w);
@@ -561,9 +576,9 @@ int main(int argc, char **argv)
         conversions(k);
         printf("ran %s\n", k->name);
     }
-#define X(name, guard, features)                                                  \
-    if (qins_isa_find(#name) == NULL) {                                           \
-        printf("NOT RUN %s: this processor does not have it\n", #name);           \
+#define X(name, guard, features)                                        \
+    if (qins_isa_find(#name) == NULL) {                                 \
+        printf("NOT RUN %s: this processor does not have it\n", #name); \
     }
 #include "isas.def"
 #undef X

@@ -1,0 +1,56 @@
+# make demo | test | test-slow | lint | bench    Each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and alone: the version of the constraints file has a build for CPUs only
+PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
+
+.PHONY: demo test test-python test-core test-sdist test-slow lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
+
+test: test-core test-python test-sdist
+
+# the whole Python suite, once under each instruction set that runs here
+test-python: $(VENV)/installed-dev
+	set -e; for isa in $$($(BIN)/python -c 'import qins; print(*qins.isas())'); do \
+	    echo "== Python suite, $$isa"; \
+	    QINS_ISA=$$isa $(BIN)/python -m pytest -q -m "not slow" tests; \
+	done
+
+test-core:
+	tests/core/run.sh
+
+test-sdist: $(VENV)/installed-dev
+	BIN=$(abspath $(BIN)) tests/sdist.sh
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/codec.py
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_TORCH)
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP_REST) -e '.[all]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP_REST) -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out python/*.egg-info python/qins/*.so

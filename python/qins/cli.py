@@ -1,0 +1,57 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:  # pragma: no cover - depends on the environment
+    sys.exit("the qins command needs typer and rich: pip install 'qins[cli]'")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """8-bit logarithmic codes for the weights of language models."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub name; without it SmolLM2-135M-Instruct, from its package.")
+    ] = None,
+    codec: Annotated[str, typer.Option(help="log8, log9 or golden.")] = "log8",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for one scale a row.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of English text to compare on.")] = 2048,
+    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("qins-demo.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Quantise a real language model and compare it with its float original."""
+    from .demo import run
+
+    size: int | str | None = "default" if group_size is None else group_size or None
+    console = Console(stderr=as_json)
+    result = run(model, codec, size, tokens, picture, console)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
+    try:
+        app()
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
+        Console(stderr=True).print(f"[red]error:[/] {e}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

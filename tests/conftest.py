@@ -1,0 +1,32 @@
+"""What all tests share: a fixed number of threads, and every instruction set that runs here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import qins
+
+
+def pytest_report_header() -> str:
+    known = {"avx512", "avx2", "neon", "scalar"}
+    missing = sorted(known - set(qins.isas()))
+    return f"qins: using {qins.isa()}; runs here: {', '.join(qins.isas())}; NOT RUN, not on this processor: {missing}"
+
+
+@pytest.fixture(params=qins.isas())
+def isa(request):
+    """Run the test on each instruction set in turn."""
+    with qins.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(42)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were():
+    yield
+    qins.set_num_threads(None)

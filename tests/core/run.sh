@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Builds and runs the core's test program every way that this machine allows, and says which it does not.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+digests=$here/digests.txt
+not_run=()
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# run TITLE COMPILER [FLAGS...] -- [EMULATOR...]: build, then run under the emulator if any
+run() {
+    local title=$1 compiler=$2 flags=()
+    shift 2
+    while [ "$1" != -- ]; do flags+=("$1"); shift; done
+    shift
+    echo "== core: $title"
+    local fork=()
+    [ $# -eq 0 ] || fork=(--no-fork) # qemu-user 7.2 cannot start threads after a fork
+    "$here/build.sh" "$work/test_core" "$compiler" "${flags[@]}"
+    "$@" "$work/test_core" "$digests" "${fork[@]}" 2>"$work/stderr" || { cat "$work/stderr"; return 1; }
+}
+
+sanitize=(-g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+run "gcc" gcc --
+run "gcc, ASan and UBSan" gcc "${sanitize[@]}" --
+if have clang; then
+    run "clang" clang --
+    run "clang, ASan and UBSan" clang "${sanitize[@]}" --
+else
+    not_run+=("clang (not installed)")
+fi
+if have qemu-x86_64 && [ "$(uname -m)" = x86_64 ]; then
+    # qemu 7.2 takes a gather's index in xmm4 for no index at all, so the compiler is kept off that register
+    run "an x86-64 processor of 2006 (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Conroe
+    run "Haswell (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
+else
+    not_run+=("x86-64 processors under qemu-x86_64")
+fi
+if have qemu-aarch64 && have aarch64-linux-gnu-gcc; then
+    run "AArch64 (qemu)" aarch64-linux-gnu-gcc -- qemu-aarch64 -L /usr/aarch64-linux-gnu
+else
+    not_run+=("AArch64 under qemu-aarch64")
+fi
+for what in "${not_run[@]}"; do echo "NOT RUN: core on $what"; done

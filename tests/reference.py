@@ -1,0 +1,66 @@
+"""The formats in float64 NumPy: slow and obvious. Everything else is compared with this."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def log8_levels(mu: float) -> np.ndarray:
+    """f(m) for m in 0..127, rounded to float32."""
+    part = np.arange(128) / 127
+    f = np.expm1(part * np.log1p(mu)) / mu if mu > 0 else part
+    return f.astype(np.float32)
+
+
+def log8_scale(fields: dict, group_size: int | None, shape: tuple[int, int]) -> np.ndarray:
+    """S of every weight, in float32 as the format says."""
+    s = np.asarray(fields["scale"], np.float32)[:, None] * np.ones(shape, np.float32)
+    if group_size:
+        multiplier = (fields["group_scale"].astype(np.float32) + np.float32(1)) / np.float32(256)
+        s = s * np.repeat(multiplier, group_size, axis=1)[:, : shape[1]]
+    return s
+
+
+def decode_log8(fields: dict, group_size: int | None = None) -> np.ndarray:
+    codes = fields["codes"]
+    value = log8_levels(float(fields["mu"]))[codes & 127] * log8_scale(fields, group_size, codes.shape)
+    return np.where(codes >= 128, -value, value)
+
+
+def nearest_log8(w: np.ndarray, scale: np.ndarray, mu: float) -> np.ndarray:
+    """Codes of the nearest values, and how far (in levels' spacing) each weight is from a tie."""
+    f = log8_levels(mu).astype(np.float64)
+    middle = (f[1:] + f[:-1]) / 2
+    r = np.abs(w.astype(np.float64)) / np.where(scale > 0, scale, 1).astype(np.float64)
+    m = np.searchsorted(middle, r, side="right")
+    return (m | (np.signbit(w) << 7)).astype(np.uint8)
+
+
+def encode_golden(w: np.ndarray) -> dict:
+    """The seed's rule, correctly rounded."""
+    a = np.abs(w.astype(np.float64))
+    large = a > np.float64(np.float32(1e-8))
+    sign = np.where(w < 0, -1, 1).astype(np.int8)
+    if not large.any():
+        return {"stored": np.full(w.shape, 128, np.uint8), "sign": sign, "log_min": -10.0, "log_max": 0.0}
+    log_min, log_max = (float(np.float32(np.log(x))) for x in (a[large].min(), a[large].max()))
+    if log_max - log_min < 1e-8:
+        return {"stored": np.full(w.shape, 128, np.uint8), "sign": sign, "log_min": log_min, "log_max": log_min}
+    y = 255 - 254 * ((np.log(np.maximum(a, 1e-8)) - log_min) / (log_max - log_min))
+    return {
+        "stored": np.clip(np.rint(y), 1, 255).astype(np.uint8),
+        "sign": sign,
+        "log_min": log_min,
+        "log_max": log_max,
+    }
+
+
+def decode_golden(f: dict) -> np.ndarray:
+    lo, hi = float(f["log_min"]), float(f["log_max"])
+    return f["sign"] * np.exp(lo + (255 - f["stored"].astype(np.float64)) / 254 * (hi - lo))
+
+
+def snr_db(w: np.ndarray, q: np.ndarray) -> float:
+    w, q = w.astype(np.float64), q.astype(np.float64)
+    noise = ((w - q) ** 2).sum()
+    return float(10 * np.log10((w**2).sum() / noise)) if noise else float("inf")

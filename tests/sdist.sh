@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Builds an sdist, checks that only qins_ names leave the extension, installs it into a fresh environment and uses it.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+echo "== sdist"
+"$BIN/python" -m build --sdist --outdir "$work" "$here" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+"$BIN/python" -m venv "$work/venv"
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check "$work"/qins-*.tar.gz
+cd "$work"
+"$work/venv/bin/python" - <<'PY'
+import sys
+import numpy as np, qins
+assert "site-packages" in qins.__file__, qins.__file__
+w = np.random.default_rng(0).normal(0, 0.02, (64, 256)).astype(np.float32)
+for codec in ("golden", "log9", "log8"):
+    e = qins.encode(w, codec)
+    assert np.abs(e.decode() - w).max() < 0.005
+assert qins.matmul(w, e).shape == (64, 64)
+try:
+    qins.QINSLinear
+except ImportError as error:
+    assert "qins[torch]" in str(error), error
+else:
+    raise AssertionError("torch is not installed here")
+print("installed from the sdist, with NumPy alone:", qins.__version__, qins.isas())
+PY
+extension=$(find "$work/venv" -name '_core*.so')
+leaked=$(nm -D --defined-only "$extension" | awk '$2 ~ /[A-Z]/ {print $3}' | grep -v -e '^PyInit__core$' -e '^_init$' -e '^_fini$' || true)
+[ -z "$leaked" ] || { echo "exported: $leaked"; exit 1; }
+leaked=$(nm "$extension" 2>/dev/null | awk '$2 == "T" || $2 == "D" || $2 == "R" || $2 == "B" {print $3}' | grep -v -e '^PyInit__core$' -e '^_' -e '^qins_' || true)
+[ -z "$leaked" ] || { echo "external names without the prefix qins_: $leaked"; exit 1; }

@@ -1,0 +1,88 @@
+"""A real language model: SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+import qins
+from qins import evaluate
+from qins.models import find_model, load_causal_lm
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_causal_lm(find_model())
+
+
+@pytest.fixture(scope="module")
+def ids(loaded):
+    return loaded[1](evaluate.sample_text(), return_tensors="pt").input_ids
+
+
+def layers(model):
+    return {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("codec", "group", "least"),
+    [("golden", None, 37.4), ("log8", None, 43.6), ("log8", 128, 45.0), ("log8", 64, 45.7), ("log8", 32, 46.5)],
+)
+def test_signal_to_noise(loaded, codec, group, least):
+    signal = noise = 0.0
+    for module in layers(loaded[0]).values():
+        w = module.weight.detach()
+        q = torch.from_numpy(qins.encode(w, codec, group_size=group).decode())
+        assert torch.equal(torch.signbit(q), torch.signbit(w))
+        assert codec == "golden" or not q[w == 0].any()
+        signal += float(w.double().square().sum())
+        noise += float((w - q).double().square().sum())
+    assert 10 * math.log10(signal / noise) >= least
+
+
+# Measured over 1,023 predictions: mean KL 5.1e-3 (golden), 2.3e-3 (log8, per row and grouped by 128).
+# Teacher-forced greedy agreement is `top1`. The limits leave room for another BLAS.
+@pytest.mark.parametrize(
+    ("codec", "group", "kl", "agree"),
+    [("golden", None, 1.2e-2, 0.94), ("log8", None, 4e-3, 0.96), ("log8", 128, 4e-3, 0.96)],
+)
+def test_next_tokens(loaded, ids, codec, group, kl, agree):
+    reference, tokenizer = loaded
+    model = copy.deepcopy(reference)
+    qins.convert(model, codec, group_size=group)
+    f = evaluate.fidelity(reference, model, evaluate.windows(ids, 1024))
+    assert f.tokens >= 1000
+    assert f.kl_mean < kl
+    assert f.top1 > agree
+    assert abs(math.log(f.perplexity / f.reference_perplexity)) < 0.02
+    # free-running: honest models part ways at some point; both must answer the question the same way
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    a, _ = evaluate.greedy(reference, prompt, 24)
+    b, _ = evaluate.greedy(model, prompt, 24)
+    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), 24)
+    print(
+        f"{codec}/{group}: KL {f.kl_mean:.2e}, teacher-forced {100 * f.top1:.2f} %, free-running equal: {first} of 24"
+    )
+    assert first >= 1
+
+
+def test_log9_computes_as_golden(loaded, ids):
+    window = ids[:, :128]
+    outputs = []
+    for codec in ("golden", "log9"):
+        model = copy.deepcopy(loaded[0])
+        qins.convert(model, codec)
+        with torch.no_grad():
+            outputs.append(model(window).logits)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=2e-3)
+
+
+def test_a_shuffled_layer_is_noticed(loaded, ids):
+    model = copy.deepcopy(loaded[0])
+    qins.convert(model)
+    codes = model.model.layers[7].mlp.down_proj.codes
+    codes.copy_(codes[torch.randperm(codes.shape[0], generator=torch.Generator().manual_seed(1))])
+    assert evaluate.fidelity(loaded[0], model, evaluate.windows(ids, 256)).kl_mean > 0.05
