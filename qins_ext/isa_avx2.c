@@ -166,6 +166,129 @@ WORD void vf_store_f64(double *p, vf x)
     store8_f64(p + 8, x.b);
 }
 
+WORD vi vi_sign_bytes(const int8_t *p)
+{
+    vi b = vi_load_u8((const uint8_t *)p);
+    return vi_sll(vi_and(b, vi_set1(0x80)), 24);
+}
+WORD vf vf_set2(float a, float b)
+{
+    vf r = {_mm256_set1_ps(a), _mm256_set1_ps(b)};
+    return r;
+}
+WORD vf vf_fma(vf x, vf y, vf z)
+{
+    vf r = {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+    return r;
+}
+WORD float vf_sum(vf x)
+{
+    __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+WORD vi vi_round(vf x)
+{
+    vi r = {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
+    return r;
+}
+typedef struct {
+    __m256 lo, hi;
+} vl16;
+WORD vl16 vl16_load(const float *table)
+{
+    vl16 r = {_mm256_loadu_ps(table), _mm256_loadu_ps(table + 8)};
+    return r;
+}
+WORD __m256 pick8(const vl16 *table, __m256i at)
+{
+    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)); /* bit 3 to the sign: the upper eight */
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table->lo, at), _mm256_permutevar8x32_ps(table->hi, at), upper);
+}
+WORD vf vf_pick(const vl16 *table, vi at)
+{
+    vf r = {pick8(table, at.a), pick8(table, at.b)};
+    return r;
+}
+
+/* Products of log8. Byte shuffles look up 16 entries, so f is made of two factors (see qins_log8_words):
+ * a[code >> 4], with the sign, times b[code & 15], minus the constant c with a's sign. */
+typedef struct {
+    __m256i a_low, a_high, b_low, b_high, c;
+} vt;
+typedef struct {
+    __m256i v[4];
+} vw;
+
+/* Unpacking bytes to words works within 128-bit halves: 0-7 and 16-23, then 8-15 and 24-31. */
+#define X_ORDER_32(i)                                                                                           \
+    (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7, (i) + 16, (i) + 17, (i) + 18, (i) + 19, \
+        (i) + 20, (i) + 21, (i) + 22, (i) + 23, (i) + 8, (i) + 9, (i) + 10, (i) + 11, (i) + 12, (i) + 13,       \
+        (i) + 14, (i) + 15, (i) + 24, (i) + 25, (i) + 26, (i) + 27, (i) + 28, (i) + 29, (i) + 30, (i) + 31
+#define X_ORDER                        \
+    {                                  \
+        X_ORDER_32(0), X_ORDER_32(32)  \
+    }
+#define WORD_UNIT(t) ((t)->factor_unit)
+#define LEAST_MU QINS_FACTORS_MU
+
+/* Low and high bytes of 16 words, each repeated in both halves. */
+WORD void split_words(const int16_t *word, __m256i *low, __m256i *high)
+{
+    __m256i w = _mm256_loadu_si256((const __m256i *)word);
+    __m256i bytes = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14, 1,
+                                     3, 5, 7, 9, 11, 13, 15);
+    w = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(w, bytes), 0xd8); /* low bytes, then high bytes */
+    *low = _mm256_permute4x64_epi64(w, 0x44);
+    *high = _mm256_permute4x64_epi64(w, 0xee);
+}
+
+WORD vt vt_load(const qins_log8_words *t)
+{
+    vt r;
+    split_words(t->a, &r.a_low, &r.a_high);
+    split_words(t->b, &r.b_low, &r.b_high);
+    r.c = _mm256_set1_epi16(t->c);
+    return r;
+}
+
+WORD __m256i factors_to_words(__m256i a, __m256i b, __m256i c)
+{
+    return _mm256_sub_epi16(_mm256_mulhrs_epi16(a, b), _mm256_sign_epi16(c, a));
+}
+
+WORD void decode32(const vt *t, const uint8_t *codes, __m256i *v)
+{
+    __m256i nibble = _mm256_set1_epi8(15), code = _mm256_loadu_si256((const __m256i *)codes);
+    __m256i l = _mm256_and_si256(code, nibble), h = _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble);
+    __m256i al = _mm256_shuffle_epi8(t->a_low, h), ah = _mm256_shuffle_epi8(t->a_high, h);
+    __m256i bl = _mm256_shuffle_epi8(t->b_low, l), bh = _mm256_shuffle_epi8(t->b_high, l);
+    v[0] = factors_to_words(_mm256_unpacklo_epi8(al, ah), _mm256_unpacklo_epi8(bl, bh), t->c);
+    v[1] = factors_to_words(_mm256_unpackhi_epi8(al, ah), _mm256_unpackhi_epi8(bl, bh), t->c);
+}
+
+WORD vw vw_decode(const vt *t, const uint8_t *codes)
+{
+    vw w;
+    decode32(t, codes, w.v);
+    decode32(t, codes + 32, w.v + 2);
+    return w;
+}
+
+/* Sums of products of 32 weights, four in each of eight lanes. */
+WORD __m256i vw_half(const __m256i *w, const int16_t *x)
+{
+    return _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256((const __m256i *)x)),
+                            _mm256_madd_epi16(w[1], _mm256_loadu_si256((const __m256i *)(x + 16))));
+}
+
+WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+{
+    vf sums = {_mm256_cvtepi32_ps(vw_half(w.v, x)), _mm256_cvtepi32_ps(vw_half(w.v + 2, x + 32))};
+    return vf_fma(sums, scale, acc);
+}
+
 #include "kernels.inc"
 
 #endif

@@ -1,4 +1,4 @@
-/* AVX-512 F, BW, DQ, VL: 16 lanes are one register. */
+/* AVX-512 F, BW, DQ, VL. */
 #include "words.h"
 
 #if QINS_X86_64
@@ -9,83 +9,60 @@
 #define FN QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define WORD QINS_ALWAYS_INLINE FN
 
-typedef __m512 vf;
-typedef __m512i vi;
-/* 128 levels live in eight registers: four two-register permutations and three blends cost less
- * than a gather. */
-typedef struct {
-    __m512 t[8];
-} vl;
+#include "words_avx512.h"
 
-WORD vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
-WORD void vf_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
-WORD vf vf_set1(float x) { return _mm512_set1_ps(x); }
-WORD vf vf_abs(vf x) { return _mm512_abs_ps(x); }
-WORD vf vf_add(vf x, vf y) { return _mm512_add_ps(x, y); }
-WORD vf vf_sub(vf x, vf y) { return _mm512_sub_ps(x, y); }
-WORD vf vf_mul(vf x, vf y) { return _mm512_mul_ps(x, y); }
-WORD vf vf_div(vf x, vf y) { return _mm512_div_ps(x, y); }
-WORD vi vf_bits(vf x) { return _mm512_castps_si512(x); }
-WORD vf vf_of_bits(vi x) { return _mm512_castsi512_ps(x); }
-WORD vf vf_flip(vf x, vi signs) { return _mm512_xor_ps(x, vf_of_bits(signs)); }
-WORD vf vf_lookup(const float *table, vi at) { return _mm512_i32gather_ps(at, table, 4); }
-WORD vl vl_load(const float *table)
-{
-    vl r;
-    for (int i = 0; i < 8; i++) {
-        r.t[i] = _mm512_loadu_ps(table + 16 * i);
+/* As in isa_avx2.c: byte shuffles look up 16 entries, so f is made of two factors and a constant. */
+typedef struct {
+    __m512i a_low, a_high, b_low, b_high, c;
+} vt;
+typedef struct {
+    __m512i v[2];
+} vw;
+
+/* Unpacking bytes to words works within the four 128-bit parts: 0-7 of each, then 8-15 of each. */
+#define EIGHT(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
+#define X_ORDER                                                                             \
+    {                                                                                       \
+        EIGHT(0), EIGHT(16), EIGHT(32), EIGHT(48), EIGHT(8), EIGHT(24), EIGHT(40), EIGHT(56) \
     }
+#define WORD_UNIT(t) ((t)->factor_unit)
+#define LEAST_MU QINS_FACTORS_MU
+
+/* Low and high bytes of 16 words, each repeated in all four parts. */
+WORD void split_words(const int16_t *word, __m512i *low, __m512i *high)
+{
+    __m256i w = _mm256_loadu_si256((const __m256i *)word);
+    *low = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(w));
+    *high = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(_mm256_srli_epi16(w, 8)));
+}
+WORD vt vt_load(const qins_log8_words *t)
+{
+    vt r;
+    split_words(t->a, &r.a_low, &r.a_high);
+    split_words(t->b, &r.b_low, &r.b_high);
+    r.c = _mm512_set1_epi16(t->c);
     return r;
 }
-WORD vf vf_level(const vl *l, vi m)
+WORD __m512i factors_to_words(__m512i a, __m512i b, __m512i c)
 {
-    __mmask16 bit5 = _mm512_test_epi32_mask(m, _mm512_set1_epi32(32));
-    __mmask16 bit6 = _mm512_test_epi32_mask(m, _mm512_set1_epi32(64));
-    __m512 lo = _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(l->t[0], m, l->t[1]),
-                                     _mm512_permutex2var_ps(l->t[2], m, l->t[3]));
-    __m512 hi = _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(l->t[4], m, l->t[5]),
-                                     _mm512_permutex2var_ps(l->t[6], m, l->t[7]));
-    return _mm512_mask_blend_ps(bit6, lo, hi);
+    __m512i product = _mm512_mulhrs_epi16(a, b);
+    return _mm512_mask_add_epi16(_mm512_sub_epi16(product, c), _mm512_movepi16_mask(a), product, c);
 }
-WORD uint32_t vf_negative(vf x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ); }
-
-WORD void vi_store(int32_t *p, vi x) { _mm512_storeu_si512(p, x); }
-WORD vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
-WORD vi vi_add(vi x, vi y) { return _mm512_add_epi32(x, y); }
-WORD vi vi_sub(vi x, vi y) { return _mm512_sub_epi32(x, y); }
-WORD vi vi_and(vi x, vi y) { return _mm512_and_si512(x, y); }
-WORD vi vi_or(vi x, vi y) { return _mm512_or_si512(x, y); }
-WORD vi vi_min(vi x, vi y) { return _mm512_min_epi32(x, y); }
-WORD vi vi_max(vi x, vi y) { return _mm512_max_epi32(x, y); }
-WORD vi vi_min_u(vi x, vi y) { return _mm512_min_epu32(x, y); }
-WORD vi vi_srl(vi x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
-WORD vi vi_sra(vi x, int n) { return _mm512_sra_epi32(x, _mm_cvtsi32_si128(n)); }
-WORD vi vi_sll(vi x, int n) { return _mm512_sll_epi32(x, _mm_cvtsi32_si128(n)); }
-WORD vi vi_count(vi n, vi x, vi y)
+WORD vw vw_decode(const vt *t, const uint8_t *codes)
 {
-    return _mm512_mask_add_epi32(n, _mm512_cmpge_epi32_mask(x, y), n, _mm512_set1_epi32(1));
+    __m512i nibble = _mm512_set1_epi8(15), code = _mm512_loadu_si512(codes);
+    __m512i l = _mm512_and_si512(code, nibble), h = _mm512_and_si512(_mm512_srli_epi16(code, 4), nibble);
+    __m512i al = _mm512_shuffle_epi8(t->a_low, h), ah = _mm512_shuffle_epi8(t->a_high, h);
+    __m512i bl = _mm512_shuffle_epi8(t->b_low, l), bh = _mm512_shuffle_epi8(t->b_high, l);
+    vw w = {{factors_to_words(_mm512_unpacklo_epi8(al, ah), _mm512_unpacklo_epi8(bl, bh), t->c),
+             factors_to_words(_mm512_unpackhi_epi8(al, ah), _mm512_unpackhi_epi8(bl, bh), t->c)}};
+    return w;
 }
-WORD vi vi_lookup(const uint32_t *table, vi at) { return _mm512_i32gather_epi32(at, table, 4); }
-WORD vi vi_signs(uint32_t mask) { return _mm512_maskz_set1_epi32((__mmask16)mask, INT32_MIN); }
-WORD vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
-WORD void vi_store_u8(uint8_t *p, vi x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
-WORD vi vi_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
-WORD void vi_store_u16(uint16_t *p, vi x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
-
-WORD vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-WORD void vf_store_f16(uint16_t *p, vf x)
+WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
 {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-WORD vf vf_load_f64(const double *p)
-{
-    __m256 lo = _mm512_cvtpd_ps(_mm512_loadu_pd(p)), hi = _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8));
-    return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
-}
-WORD void vf_store_f64(double *p, vf x)
-{
-    _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-    _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+    __m512i sums = _mm512_add_epi32(_mm512_madd_epi16(w.v[0], _mm512_loadu_si512(x)),
+                                    _mm512_madd_epi16(w.v[1], _mm512_loadu_si512(x + 32)));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, acc);
 }
 
 #include "kernels.inc"

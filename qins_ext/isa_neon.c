@@ -143,6 +143,84 @@ WORD void vf_store_f64(double *p, vf x)
     }
 }
 
+WORD vi vi_sign_bytes(const int8_t *p)
+{
+    vi b = vi_load_u8((const uint8_t *)p);
+    return vi_sll(vi_and(b, vi_set1(0x80)), 24);
+}
+WORD vf vf_set2(float a, float b) { EACH(vf, vdupq_n_f32(i < 2 ? a : b)); }
+WORD vf vf_fma(vf x, vf y, vf z) { EACH(vf, vfmaq_f32(z.val[i], x.val[i], y.val[i])); }
+WORD float vf_sum(vf x)
+{
+    return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3])));
+}
+WORD vi vi_round(vf x) { EACH(vi, AS_UINT(vcvtnq_s32_f32(x.val[i]))); }
+typedef const float *vl16;
+WORD vl16 vl16_load(const float *table) { return table; }
+WORD vf vf_pick(const vl16 *table, vi at) { return vf_lookup(*table, vi_and(at, vi_set1(15))); }
+
+/* Magnitudes only, low bytes and high bytes apart; a table lookup reaches 64 entries. */
+typedef struct {
+    uint8x16x4_t low[2], high[2];
+} vt;
+typedef struct {
+    int16x8_t v[8];
+} vw;
+#define X_ORDER                                                                                              \
+    {                                                                                                        \
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, \
+            28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51,  \
+            52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63                                                   \
+    }
+#define WORD_UNIT(t) ((t)->word_unit)
+#define LEAST_MU 0.0f
+WORD vt vt_load(const qins_log8_words *t)
+{
+    vt r;
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 4; j++) {
+            r.low[i].val[j] = vld1q_u8(t->word_low + 64 * i + 16 * j);
+            r.high[i].val[j] = vld1q_u8(t->word_high + 64 * i + 16 * j);
+        }
+    }
+    return r;
+}
+/* Indices of 64 and more leave vqtbx4q's first operand as it is. */
+WORD uint8x16_t lookup128(const uint8x16x4_t *table, uint8x16_t m)
+{
+    return vqtbx4q_u8(vqtbl4q_u8(table[0], m), table[1], vsubq_u8(m, vdupq_n_u8(64)));
+}
+WORD int16x8_t negate_where(int16x8_t magnitude, int16x8_t negative)
+{
+    return vsubq_s16(veorq_s16(magnitude, negative), negative);
+}
+WORD vw vw_decode(const vt *t, const uint8_t *codes)
+{
+    vw w;
+    QUARTERS
+    {
+        uint8x16_t c = vld1q_u8(codes + 16 * i), m = vandq_u8(c, vdupq_n_u8(0x7f));
+        int8x16_t negative = vshrq_n_s8(vreinterpretq_s8_u8(c), 7);
+        uint8x16_t low = lookup128(t->low, m), high = lookup128(t->high, m);
+        w.v[2 * i] = negate_where(vreinterpretq_s16_u8(vzip1q_u8(low, high)), vmovl_s8(vget_low_s8(negative)));
+        w.v[2 * i + 1] = negate_where(vreinterpretq_s16_u8(vzip2q_u8(low, high)), vmovl_high_s8(negative));
+    }
+    return w;
+}
+WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+{
+    QUARTERS
+    {
+        int16x8_t x0 = vld1q_s16(x + 16 * i), x1 = vld1q_s16(x + 16 * i + 8);
+        int32x4_t sums = vmull_s16(vget_low_s16(w.v[2 * i]), vget_low_s16(x0));
+        sums = vmlal_high_s16(sums, w.v[2 * i], x0);
+        sums = vmlal_s16(sums, vget_low_s16(w.v[2 * i + 1]), vget_low_s16(x1));
+        sums = vmlal_high_s16(sums, w.v[2 * i + 1], x1);
+        acc.val[i] = vfmaq_f32(acc.val[i], vcvtq_f32_s32(sums), scale.val[i]);
+    }
+    return acc;
+}
+
 #include "kernels.inc"
 
 #endif

@@ -154,4 +154,48 @@ QINS_ALWAYS_INLINE void vf_store_f16(uint16_t *p, vf a)
     vi_store_u16(p, h);
 }
 
+QINS_ALWAYS_INLINE vi vi_sign_bytes(const int8_t *p) { EACH(vi, p[i] < 0 ? 0x80000000u : 0u); }
+QINS_ALWAYS_INLINE vf vf_set2(float a, float b) { EACH(vf, i < QINS_LANES / 2 ? a : b); }
+QINS_ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { EACH(vf, a.v[i] * b.v[i] + c.v[i]); }
+QINS_ALWAYS_INLINE float vf_sum(vf a) { return sum_lanes(a.v); }
+/* Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low bits: |a| < 2^22 here. */
+QINS_ALWAYS_INLINE vi vi_round(vf a) { EACH(vi, to_bits(a.v[i] + 12582912.0f) - to_bits(12582912.0f)); }
+typedef const float *vl16;
+QINS_ALWAYS_INLINE vl16 vl16_load(const float *table) { return table; }
+QINS_ALWAYS_INLINE vf vf_pick(const vl16 *table, vi at) { EACH(vf, (*table)[at.v[i] & 15]); }
+
+typedef const int16_t *vt;
+typedef struct {
+    int16_t v[QINS_BLOCK];
+} vw;
+#define X_ORDER                                                                                              \
+    {                                                                                                        \
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, \
+            28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51,  \
+            52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63                                                   \
+    }
+#define WORD_UNIT(t) ((t)->word_unit)
+#define LEAST_MU 0.0f
+QINS_ALWAYS_INLINE vt vt_load(const qins_log8_words *t) { return t->word; }
+QINS_ALWAYS_INLINE vw vw_decode(const vt *table, const uint8_t *codes)
+{
+    vw w;
+    for (int i = 0; i < QINS_BLOCK; i++) {
+        w.v[i] = (*table)[codes[i]];
+    }
+    return w;
+}
+QINS_ALWAYS_INLINE vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+{
+    LANES
+    {
+        int32_t sum = 0;
+        for (int j = 4 * i; j < 4 * i + 4; j++) {
+            sum += (int32_t)w.v[j] * x[j];
+        }
+        acc.v[i] += (float)sum * scale.v[i];
+    }
+    return acc;
+}
+
 #include "kernels.inc"

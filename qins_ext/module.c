@@ -318,6 +318,124 @@ static PyObject *decode(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(read_doc, "read(array, threads, /)\n--\n\nOnly read a C-contiguous array, for benchmarks.");
+
+static PyObject *read_array(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *array;
+    int threads;
+    if (!PyArg_ParseTuple(args, "O!i:read", &PyArray_Type, &array, &threads)) {
+        return NULL;
+    }
+    PyArrayObject *a = (PyArrayObject *)array;
+    if (!PyArray_IS_C_CONTIGUOUS(a)) {
+        wrong("array", "a C-contiguous array", array);
+        return NULL;
+    }
+    const qins_kernels *kernels = atomic_load(&active);
+    Py_BEGIN_ALLOW_THREADS
+    qins_read(kernels, PyArray_DATA(a), (size_t)PyArray_NBYTES(a), threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+/* linear_at(codec, addresses of the arrays and scalars, ...): for callers that have checked everything.
+ * A model calls it hundreds of times a token, so it takes plain numbers by position. */
+PyDoc_STRVAR(linear_at_doc,
+             "linear_at(codec, codes, second, third, first_scalar, second_scalar, rows, cols, group_size, x, batch, "
+             "dtype, y, threads, /)\n--\n\n"
+             "y = x @ W.T; arrays and scalars by address, codec and dtype by number. Checks nothing.");
+
+static PyObject *linear_at(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    enum { CODEC, CODES, SECOND, THIRD, SCALAR, SCALAR2, ROWS, COLS, GROUP, X, BATCH, DTYPE, Y, THREADS, COUNT };
+    size_t a[COUNT];
+    if (count != COUNT) {
+        PyErr_Format(PyExc_TypeError, "linear_at: expected %d arguments, got %zd", COUNT, count);
+        return NULL;
+    }
+    for (int i = 0; i < COUNT; i++) {
+        a[i] = PyLong_AsSize_t(args[i]);
+    }
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    qins_codes e = {.codec = (qins_codec)a[CODEC], .rows = a[ROWS], .cols = a[COLS], .group_size = a[GROUP]};
+    e.codes = (uint8_t *)a[CODES];
+    if (e.codec == QINS_log8) {
+        e.scale = (float *)a[SECOND];
+        e.group_scale = (uint8_t *)a[THIRD];
+        memcpy(&e.mu, (const void *)a[SCALAR], sizeof e.mu);
+    } else {
+        e.sign = (int8_t *)a[SECOND];
+        e.sign_bits = (uint8_t *)a[SECOND];
+        memcpy(&e.log_min, (const void *)a[SCALAR], sizeof e.log_min);
+        memcpy(&e.log_max, (const void *)a[SCALAR2], sizeof e.log_max);
+    }
+    const qins_kernels *kernels = atomic_load(&active);
+    PyThreadState *released = a[ROWS] * a[COLS] > RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
+    int failed = qins_linear(kernels, &e, (const void *)a[X], a[BATCH], (qins_dtype)a[DTYPE], (void *)a[Y],
+                             (int)a[THREADS]);
+    if (released != NULL) {
+        PyEval_RestoreThread(released);
+    }
+    if (failed) {
+        return PyErr_NoMemory();
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(linear_doc, "linear(codec, arrays, scalars, rows, cols, group_size, x, dtype, y, threads, /)\n--\n\n"
+                         "y = x @ W.T for C-contiguous x (batch, cols) and y (batch, rows) of one dtype.");
+
+static PyObject *linear(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *codec_name, *dtype_name;
+    PyObject *arrays, *scalars, *x, *y;
+    Py_ssize_t rows, cols, group_size;
+    int threads;
+    double first = 0.0, second = 0.0;
+    qins_codec codec;
+    qins_dtype dtype;
+    qins_codes e;
+    void *x_data, *y_data;
+    if (!PyArg_ParseTuple(args, "sO!O!nnnO!sO!i:linear", &codec_name, &PyTuple_Type, &arrays, &PyTuple_Type, &scalars,
+                          &rows, &cols, &group_size, &PyArray_Type, &x, &dtype_name, &PyArray_Type, &y, &threads) ||
+        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &dtype) < 0 || check_group_size(group_size) < 0 ||
+        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 ||
+        !PyArg_ParseTuple(scalars, codec == QINS_log8 ? "d" : "dd", &first, &second)) {
+        return NULL;
+    }
+    Py_ssize_t batch = PyArray_NDIM((PyArrayObject *)x) == 2 ? PyArray_DIM((PyArrayObject *)x, 0) : 0;
+    if (field(x, "x", DTYPES[dtype].type, dtype_name, batch, cols, 0, &x_data) < 0 ||
+        field(y, "y", DTYPES[dtype].type, dtype_name, batch, rows, 1, &y_data) < 0 || overlap(y, x, "y", "x") < 0) {
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
+        if (overlap(y, PyTuple_GET_ITEM(arrays, i), "y", "the codes") < 0) {
+            return NULL;
+        }
+    }
+    if (codec == QINS_log8) {
+        e.mu = (float)first;
+    } else {
+        e.log_min = (float)first;
+        e.log_max = (float)second;
+    }
+    const qins_kernels *kernels = atomic_load(&active);
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);
+    Py_END_ALLOW_THREADS
+    if (failed) {
+        return PyErr_NoMemory();
+    }
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(levels_doc, "levels(codec, scalars, /)\n--\n\n"
                          "Float32 bytes: the 128 levels f(m) of log8, or golden's 256 values by stored.");
 
@@ -415,6 +533,9 @@ static PyObject *set_fork_join(PyObject *module, PyObject *arg)
 static PyMethodDef methods[] = {
     {"encode", encode, METH_VARARGS, encode_doc},
     {"decode", decode, METH_VARARGS, decode_doc},
+    {"linear", linear, METH_VARARGS, linear_doc},
+    {"linear_at", (PyCFunction)(void (*)(void))linear_at, METH_FASTCALL, linear_at_doc},
+    {"read", read_array, METH_VARARGS, read_doc},
     {"levels", levels, METH_VARARGS, levels_doc},
     {"isas", isas, METH_NOARGS, isas_doc},
     {"isa", isa, METH_NOARGS, isa_doc},

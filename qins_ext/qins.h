@@ -59,6 +59,43 @@ typedef struct {
     int constant;                      /* no range to speak of: every stored is 128 */
 } qins_golden_tables;
 
+/* The levels of one mu as 16-bit fixed point, for products. Kernels use the form that suits them:
+ *   word[c]   = round(f(c & 127) * 32767), negated where c >= 128; its value is word / 32767
+ *   f(16h + l) = (a[h] * b[l] - c) * unit, in units of 1/32767: a[h] with h = c >> 4 carries the sign,
+ *   rounded products (a*b + 2^14) >> 15 give value * unit exactly enough only for mu >= QINS_FACTORS_MU */
+typedef struct {
+    float mu;
+    QINS_ALIGNED(64) int16_t word[256];
+    QINS_ALIGNED(64) uint8_t word_low[256];
+    QINS_ALIGNED(64) uint8_t word_high[256];
+    QINS_ALIGNED(32) int16_t a[16];
+    QINS_ALIGNED(32) int16_t b[16];
+    int16_t c;
+    float multiplier[256]; /* (group_scale + 1)/256 */
+    float word_unit, factor_unit; /* what 1 stands for, in levels */
+} qins_log8_words;
+#define QINS_FACTORS_MU 0.5f
+
+/* golden's value(stored) = high[stored >> 4] * low[stored & 15], to a few units in the last place. */
+typedef struct {
+    QINS_ALIGNED(64) float high[16];
+    QINS_ALIGNED(64) float low[16];
+} qins_golden_factors;
+
+enum {
+    QINS_BLOCK = 64,      /* activations that share one fixed-point scale */
+    QINS_BATCH = 8,       /* most rows of activations that a kernel takes at once */
+    QINS_X_MAX = 16383    /* 4 * QINS_X_MAX * 32767 < 2^31: a block's sums fit 32 bits in every lane */
+};
+
+/* Rows of activations, prepared for dot_log8: blocks of 64 in the order that the kernel reads. */
+typedef struct {
+    const int16_t *x;   /* batch x blocks x 64 */
+    const float *scale; /* batch x blocks */
+    size_t blocks;
+    int batch; /* 1 to QINS_BATCH */
+} qins_fixed;
+
 typedef struct {
     int32_t lo, hi; /* bit patterns of the smallest and largest |w| above 1e-8f; lo > hi when there is none.
                        hi >= 0x7f800000 says that a NaN or an infinity is among them */
@@ -71,6 +108,8 @@ typedef struct {
     void (*widen[4])(const void *src, size_t n, float *dst);  /* by qins_dtype */
     void (*narrow[4])(const float *src, size_t n, void *dst); /* by qins_dtype */
     int32_t (*absmax)(const float *w, size_t n);              /* largest bit pattern of |w|; 0 for n = 0 */
+    /* Only reads: what benchmarks compare the other kernels with. Returns something of no meaning. */
+    int32_t (*read)(const void *data, size_t bytes);
     /* golden and log9 */
     qins_range (*range_golden)(const float *w, size_t n, qins_range r);
     void (*encode_golden)(const float *w, size_t n, const qins_golden_tables *t, uint8_t *stored, int8_t *sign);
@@ -86,6 +125,19 @@ typedef struct {
     /* one row from column k on; group_scale is that row's, or NULL */
     void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
                         size_t group_size, const float *level, float *out);
+    /* Products. Sums depend on the instruction set, but not on how rows are grouped into calls. */
+    float least_mu; /* dot_log8 is exact enough from this mu on */
+    /* one row of n activations: fixed point in blocks of 64, the last padded with zeros */
+    void (*fix_activations)(const float *x, size_t n, int16_t *fixed, float *scale);
+    /* out[m] = sum over a row of f(codes) * group scale * x[m]. group_scale: NULL, or that row's, for a
+     * group_size of 32 or a multiple of 64 */
+    void (*dot_log8)(const uint8_t *codes, size_t n, const uint8_t *group_scale, size_t group_size,
+                     const qins_log8_words *t, const qins_fixed *x, float *out);
+    /* out[m] = sum of decoded values * x[m]; x: batch rows of n floats, `stride` apart; sign or sign_bits is NULL */
+    void (*dot_golden)(const uint8_t *stored, const int8_t *sign, const uint8_t *sign_bits, size_t n,
+                       const qins_golden_factors *t, const float *x, size_t stride, int batch, float *out);
+    /* out[m] = sum of w * x[m] */
+    void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);
 } qins_kernels;
 
 /* dispatch.c ---------------------------------------------------------------------------------- */
@@ -125,6 +177,8 @@ void qins_log8_levels(float mu, float level[QINS_LEVELS]);  /* mu >= 0, finite *
 void qins_log8_tables_build(qins_log8_tables *t, float mu); /* mu in [0, QINS_MU_MAX] */
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
+void qins_log8_words_build(qins_log8_words *t, float mu);
+void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f
 
 /* codec.c: whole matrices --------------------------------------------------------------------- */
@@ -162,5 +216,14 @@ int qins_encode(const qins_kernels *k, const qins_matrix *w, int threads, qins_c
 /* Decodes rows [row, row + rows) x columns [col, col + cols) into out, `stride` elements a row. */
 void qins_decode(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
                  int threads, qins_dtype dtype, void *out, size_t stride);
+
+
+/* linear.c: y = x W^T straight from the codes, for a few rows of x ------------------------------ */
+/* x is batch x cols, y is batch x rows, both dense; float32, bfloat16, float16 or float64 (computed in
+ * float32). Returns 0, or -1 if memory for `batch` rows of activations cannot be had. */
+int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype, void *y,
+                int threads);
+/* Reads an array with all threads, as fast as this instruction set does. */
+void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
 
 #endif

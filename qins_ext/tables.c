@@ -223,3 +223,41 @@ void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
     }
     qins_lut_build(&t->lut, threshold, 254);
 }
+
+/* -- products --------------------------------------------------------------------------------- */
+
+static int16_t fixed_point(double x) { return (int16_t)(x * 32767.0 + (x < 0.0 ? -0.5 : 0.5)); }
+
+void qins_log8_words_build(qins_log8_words *t, float mu)
+{
+    float level[QINS_LEVELS];
+    qins_log8_levels(mu, level);
+    t->mu = mu;
+    for (int code = 0; code < 256; code++) {
+        int16_t w = fixed_point(code < 128 ? (double)level[code] : -(double)level[code - 128]);
+        t->word[code] = w;
+        t->word_low[code] = (uint8_t)(uint16_t)w;
+        t->word_high[code] = (uint8_t)((uint16_t)w >> 8);
+        t->multiplier[code] = (float)(code + 1) / 256.0f;
+    }
+    t->word_unit = 1.0f / 32767.0f;
+
+    /* (1 + mu) f mu = (1 + mu)^(m/127) - 1; divided by 1 + mu all of it lies within 1 */
+    double growth = 1.0 + (double)mu, step = log_1_plus((double)mu) / (QINS_LEVELS - 1);
+    for (int i = 0; i < 16; i++) {
+        int16_t a = fixed_point(qins_exp(step * (16 * (i & 7) + 15 - (QINS_LEVELS - 1))));
+        t->a[i] = (int16_t)(i < 8 ? a : -a);
+        t->b[i] = fixed_point(qins_exp(step * (i - 15)));
+    }
+    t->c = fixed_point(1.0 / growth);
+    t->factor_unit = mu > 0.0f ? (float)(growth / (double)mu / 32767.0) : 0.0f;
+}
+
+void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max)
+{
+    double step = ((double)log_max - (double)log_min) / 254.0;
+    for (int i = 0; i < 16; i++) { /* split at l = 8, so that no factor leaves float32 where the product is inside */
+        t->high[i] = (float)qins_exp((double)log_min + (247 - 16 * i) * step);
+        t->low[i] = (float)qins_exp((8 - i) * step);
+    }
+}

@@ -11,6 +11,15 @@
  *   ints    vi_set1 vi_add vi_sub vi_and vi_or vi_min vi_max vi_sra vi_srl vi_sll (one count for all lanes)
  *           vi_count(n, a, b): n + (a >= b)      vi_lookup(const uint32_t *table, vi index)
  *           vi_load_u8 vi_store_u8 (low bytes)   vi_signs(mask): 0x80000000 where the mask's bit is set
+ *           vi_sign_bytes(const int8_t *): 0x80000000 where negative
+ *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
+ *           vf_set2(a, b): a in lanes 0 to 7, b in the others
+ *   tables  vl16_load(const float *): 16 floats, loaded    vf_pick(const vl16 *, vi i): i & 15 picks one
+ *   words   64 weights of log8 as 16-bit fixed point, see qins_log8_words:
+ *           vt_load(t)  vw_decode(const vt *, const uint8_t *codes)
+ *           vw_dot(acc, vw, const int16_t *x, vf scale): acc + scale * (sums of products); lanes 0 to 7
+ *           get elements 0 to 31, and x is in X_ORDER: x[i] belongs to element X_ORDER[i]
+ *           WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
  *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
  * Loads and stores take any alignment. Sums in float are never contracted into fused operations.
  */
@@ -27,6 +36,11 @@
     type name[QINS_LANES] = {0};    \
     memcpy(name, (src), (size_t)(n) * sizeof(type))
 #define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
+
+/* Asks for memory that a streaming loop will reach some hundred nanoseconds later. The address may lie
+ * beyond the array: prefetching never faults, but such a pointer must not be formed. */
+enum { PREFETCH_BYTES = 4096 };
+#define PREFETCH_AHEAD(p) QINS_PREFETCH((const void *)((uintptr_t)(p) + PREFETCH_BYTES))
 
 /* Adds 16 lanes in one fixed order. */
 static inline float sum_lanes(float *lane)

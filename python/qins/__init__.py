@@ -50,6 +50,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'qins' has no attribute {name!r}")
     import importlib
 
+    from . import _torch  # noqa: F401 - says which extra is missing where torch is
+
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value

@@ -31,6 +31,37 @@ def decode(
     threads: int,
     /,
 ) -> None: ...
+def linear(
+    codec: str,
+    arrays: tuple[Array, ...],
+    scalars: tuple[float, ...],
+    rows: int,
+    cols: int,
+    group_size: int,
+    x: Array,
+    dtype: str,
+    y: Array,
+    threads: int,
+    /,
+) -> None: ...
+def linear_at(
+    codec: int,
+    codes: int,
+    second: int,
+    third: int,
+    first_scalar: int,
+    second_scalar: int,
+    rows: int,
+    cols: int,
+    group_size: int,
+    x: int,
+    batch: int,
+    dtype: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def read(array: Array, threads: int, /) -> None: ...
 def levels(codec: str, scalars: tuple[float, ...], /) -> bytes: ...
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...

@@ -40,6 +40,24 @@ def _borrow_scratch() -> Iterator[Tensor]:
         _scratch.put(buffer)
 
 
+# Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
+# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it.
+_fused_rows = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
+
+_CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
+_DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
+    """Multiply up to `rows` rows of x straight from the codes, for one dtype of x or for all."""
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+        raise ValueError(f"rows: expected an integer >= 0, got {rows!r}")
+    if dtype is not None and dtype not in _fused_rows:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _fused_rows))}, got {dtype}")
+    for d in _fused_rows if dtype is None else [dtype]:
+        _fused_rows[d] = rows
+
+
 def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
     """Names of a codec's fields, in the order the operators take them."""
     return (*array_names(codec, group_size), *SCALARS[codec])
@@ -49,7 +67,7 @@ def _split(
     codec: str, group_size: int | None, fields: Sequence[Tensor]
 ) -> tuple[tuple[np.ndarray, ...], tuple[float, ...]]:
     n = len(array_names(codec, group_size))
-    arrays = tuple(f.detach().numpy() for f in fields[:n])
+    arrays = tuple(f.detach().contiguous().numpy() for f in fields[:n])
     return arrays, tuple(float(f) for f in fields[n:])
 
 
@@ -127,7 +145,37 @@ def _rows(t: Tensor, rows: int) -> Tensor:
     return t.reshape(rows, t.shape[-1] if t.dim() else 1)
 
 
+def _multiply_fused(
+    x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None, rows: int, cols: int, batch: int
+) -> Tensor:
+    if not x.is_contiguous():
+        x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], rows)
+    addresses = [f.data_ptr() for f in fields]
+    if codec != "log8":
+        codes, second, scalar, scalar2 = addresses
+        third = 0
+    elif group_size:
+        codes, second, third, scalar = addresses
+        scalar2 = 0
+    else:
+        codes, second, scalar = addresses
+        third = scalar2 = 0
+    _core.linear_at(
+        _CODEC_NUMBER[codec], codes, second, third, scalar, scalar2, rows, cols, group_size or 0,
+        x.data_ptr(), batch, _DTYPE_NUMBER[x.dtype], out.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    rows, cols = fields[0].shape
+    if x.dim() == 0 or x.shape[-1] != cols:
+        raise ValueError(f"x: expected shape (..., {cols}), got {tuple(x.shape)}")
+    if x.device.type == "cpu":
+        batch = x.numel() // cols if cols else 0
+        if 0 < batch <= _fused_rows.get(x.dtype, 0) and all(f.is_contiguous() for f in fields):
+            return _multiply_fused(x, fields, codec, group_size, rows, cols, batch)
     if x.device.type != "cpu":
         return torch.nn.functional.linear(x, _decode_on_device(codec, group_size, fields, x.dtype))
     blocks = _Blocks(codec, group_size, fields)

@@ -109,6 +109,8 @@ static float weights[MOST];
 static uint8_t codes[MOST], more[MOST];
 static qins_golden_tables golden;
 static qins_log8_tables log8;
+static qins_golden_tables small_golden;
+static float weights_small[MOST];
 
 static void kernels_at(const qins_kernels *k, size_t n, int at_end)
 {
@@ -180,6 +182,129 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
         k->widen[t](p, n, v);
         s->widen[t](p, n, z);
         check(memcmp(v, z, n * 4) == 0, "widen", k->name, n, (size_t)t);
+    }
+}
+
+/* -- products -------------------------------------------------------------------------------------- */
+
+/* What fixed point may cost: half a step of the activations and 1e-4 of the largest level, a product. */
+static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_size, int at_end)
+{
+    static float x[QINS_BATCH * MOST];
+    static int16_t fixed[QINS_BATCH * (MOST + QINS_BLOCK)];
+    static float fixed_scale[QINS_BATCH * (MOST / QINS_BLOCK + 1)];
+    static qins_log8_words words;
+    size_t blocks = (n + QINS_BLOCK - 1) / QINS_BLOCK;
+    qins_log8_words_build(&words, log8.mu);
+    for (size_t i = 0; i < n * (size_t)batch; i++) {
+        x[i] = normal() * (i % 97 == 5 ? 50000.0f : 50.0f);
+    }
+    const uint8_t *u = place(in_u, codes, n, at_end);
+    const uint8_t *group = group_size ? place(in_v, more, (n + group_size - 1) / group_size, at_end) : NULL;
+    for (int m = 0; m < batch; m++) {
+        const float *row = place(in_f, x + (size_t)m * n, n * 4, at_end);
+        k->fix_activations(row, n, fixed + (size_t)m * blocks * QINS_BLOCK, fixed_scale + (size_t)m * blocks);
+    }
+    qins_fixed fx = {fixed, fixed_scale, blocks, batch};
+    float out[QINS_BATCH];
+    k->dot_log8(u, n, group, group_size, &words, &fx, out);
+    for (int m = 0; m < batch; m++) {
+        double sum = 0.0, bound = 1e-30;
+        for (size_t i = 0; i < n; i++) {
+            double v = (double)x[(size_t)m * n + i], s = group ? (more[i / group_size] + 1) / 256.0 : 1.0;
+            double f = (double)log8.level[u[i] & 127] * s;
+            sum += (u[i] & 128 ? -f : f) * v;
+            bound += 1e-4 * s * fabs(v) + f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX *
+                     (double)fixed_scale[(size_t)m * blocks + i / QINS_BLOCK];
+        }
+        check(fabs((double)out[m] - sum) <= bound, "dot_log8", k->name, n, group_size);
+    }
+}
+
+static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end)
+{
+    static float x[QINS_BATCH * MOST];
+    static qins_golden_factors factors;
+    qins_golden_tables_build(&small_golden, (qins_range){0x34000000, 0x3e000000});
+    qins_golden_factors_build(&factors, small_golden.log_min, small_golden.log_max);
+    for (size_t i = 0; i < n * (size_t)batch; i++) {
+        x[i] = normal();
+    }
+    const float *rows = place(in_f, x, n * (size_t)batch * 4, at_end);
+    const uint8_t *u = place(in_u, codes, n, at_end);
+    const int8_t *sign = place(in_v, more, n, at_end);
+    const uint8_t *bits = place(out_d, more, (n + 7) / 8, at_end);
+    float by_sign[QINS_BATCH], by_bits[QINS_BATCH], plain[QINS_BATCH];
+    k->dot_golden(u, sign, NULL, n, &factors, rows, n, batch, by_sign);
+    k->dot_golden(u, NULL, bits, n, &factors, rows, n, batch, by_bits);
+    const float *w = place(out_c, weights_small, n * 4, at_end);
+    k->dot_f32(w, n, rows, n, batch, plain);
+    for (int m = 0; m < batch; m++) {
+        double a = 0.0, b = 0.0, c = 0.0, size = 1e-30, size_c = 1e-30;
+        for (size_t i = 0; i < n; i++) {
+            double v = (double)x[(size_t)m * n + i], f = (double)small_golden.value[u[i] ? u[i] : 1];
+            f = u[i] ? f : f * exp(((double)small_golden.log_max - (double)small_golden.log_min) / 254.0);
+            a += (sign[i] < 0 ? -f : f) * v;
+            b += (bits[i / 8] >> (i % 8) & 1 ? -f : f) * v;
+            c += (double)w[i] * v;
+            size += f * fabs(v);
+            size_c += fabs((double)w[i] * v);
+        }
+        check(fabs((double)by_sign[m] - a) <= 2e-6 * size, "dot_golden", k->name, n, (size_t)batch);
+        check(fabs((double)by_bits[m] - b) <= 2e-6 * size, "dot_golden, log9", k->name, n, (size_t)batch);
+        check(fabs((double)plain[m] - c) <= 1e-6 * size_c, "dot_f32", k->name, n, (size_t)batch);
+    }
+}
+
+static void dots(const qins_kernels *k)
+{
+    static const size_t LENGTH[] = {0,  1,  2,   7,   15,  16,  17,  31,  32,  33,  63,  64,   65,   95,   96,
+                                    97, 127, 128, 129, 130, 160, 191, 192, 193, 255, 256, 576, 1000, 1536, 4097};
+    static const size_t GROUP[] = {0, 32, 64, 128, 192, 4096, 8192};
+    for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
+        for (int batch = 1; batch <= QINS_BATCH; batch++) {
+            for (int at_end = 0; at_end < 2; at_end++) {
+                for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
+                    dots_at(k, LENGTH[i], batch, GROUP[g], at_end);
+                }
+                if (LENGTH[i] <= 1000) {
+                    float_dots_at(k, LENGTH[i], batch, at_end);
+                }
+            }
+        }
+    }
+    /* tiny and huge activations keep their precision; NaN and infinity make their row NaN, and no other */
+    static const float SCALES[] = {1e-36f, 1e-30f, 1.0f, 1e30f};
+    for (int s = 0; s < 4; s++) {
+        float x[QINS_BLOCK], scale;
+        int16_t fixed[QINS_BLOCK];
+        double sum = 0.0, exact = 0.0;
+        for (int i = 0; i < QINS_BLOCK; i++) {
+            x[i] = (float)(i + 1) * SCALES[s];
+            exact += (double)x[i];
+        }
+        k->fix_activations(x, QINS_BLOCK, fixed, &scale);
+        for (int i = 0; i < QINS_BLOCK; i++) {
+            sum += fixed[i] * (double)scale;
+        }
+        check(fabs(sum / exact - 1.0) < 2e-3, "fix_activations", k->name, (size_t)s, 0);
+    }
+    static const float BAD[] = {NAN, INFINITY, -INFINITY};
+    for (int b = 0; b < 3; b++) {
+        float x[2][100], out[2];
+        int16_t fixed[2 * 128];
+        float scale[4];
+        static qins_log8_words words;
+        qins_log8_words_build(&words, 2.5f);
+        for (int i = 0; i < 100; i++) {
+            x[0][i] = x[1][i] = 1.0f;
+        }
+        x[0][77] = BAD[b];
+        k->fix_activations(x[0], 100, fixed, scale);
+        k->fix_activations(x[1], 100, fixed + 128, scale + 2);
+        qins_fixed fx = {fixed, scale, 2, 2};
+        k->dot_log8(codes, 100, NULL, 0, &words, &fx, out);
+        check(isnan(out[0]) && isfinite(out[1]), "not finite activations", k->name, (size_t)b, 0);
     }
 }
 
@@ -556,11 +681,12 @@ int main(int argc, char **argv)
         weights[i] = sample_weight(i);
         codes[i] = (uint8_t)(i < 512 ? i : next()); /* every code, under either sign */
         more[i] = (uint8_t)next();
+        weights_small[i] = normal();
     }
     qins_range range = qins_kernels_scalar.range_golden(weights, MOST, (qins_range){INT32_MAX, 0});
     qins_golden_tables_build(&golden, range);
     qins_log8_tables_build(&log8, 2.5f);
-    in_f = guard(MOST * 8), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
+    in_f = guard(MOST * 4 * QINS_BATCH), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
     out_a = guard(MOST * 8), out_b = guard(MOST * 8), out_c = guard(MOST * 8), out_d = guard(MOST * 8);
     for (size_t i = 0; i < qins_isa_count(); i++) {
         const qins_kernels *k = qins_isa_at(i);
@@ -574,6 +700,7 @@ int main(int argc, char **argv)
         }
         kernels_misaligned(k);
         conversions(k);
+        dots(k);
         printf("ran %s\n", k->name);
     }
 #define X(name, guard, features)                                        \

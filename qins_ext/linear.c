@@ -1,0 +1,211 @@
+/* y = x W^T straight from the codes, for a few rows of x: rows of codes shared among threads. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qins.h"
+
+/* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
+enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
+
+static size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
+
+/* -- tables of log8, by mu ---------------------------------------------------------------------- */
+
+/* mu comes from a grid of a few dozen values, so the tables of a model's layers fit a small cache.
+ * Entries are made once and never freed; a second mu that falls on a taken entry is built anew. */
+enum { CACHED = 256 };
+static _Atomic(const qins_log8_words *) cache[CACHED];
+
+static const qins_log8_words *words_of(float mu, qins_log8_words *own)
+{
+    uint32_t bits;
+    memcpy(&bits, &mu, sizeof bits);
+    _Atomic(const qins_log8_words *) *slot = &cache[(bits * 2654435761u) >> 24];
+    const qins_log8_words *found = atomic_load(slot);
+    if (found == NULL) {
+        /* 64 more bytes to align by hand: aligned_alloc is not everywhere */
+        char *room = malloc(sizeof(qins_log8_words) + 64);
+        if (room != NULL) {
+            qins_log8_words *made = (qins_log8_words *)(void *)(room + (64 - (uintptr_t)room % 64));
+            qins_log8_words_build(made, mu);
+            if (atomic_compare_exchange_strong(slot, &found, made)) {
+                return made;
+            }
+            free(room);
+        }
+    }
+    if (found != NULL && memcmp(&found->mu, &mu, sizeof mu) == 0) {
+        return found;
+    }
+    qins_log8_words_build(own, mu);
+    return own;
+}
+
+/* -- one call ------------------------------------------------------------------------------------ */
+
+typedef enum { BY_WORDS, BY_FACTORS, BY_FLOATS } method;
+
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_codes *e;
+    method how;
+    size_t batch, blocks, padded; /* padded: floats from one row of x to the next */
+    const float *x;               /* batch x padded */
+    int16_t *fixed;               /* BY_WORDS: batch x blocks x 64 */
+    float *fixed_scale;
+    const qins_log8_words *words;
+    qins_golden_factors factors;
+    float level[256]; /* BY_FLOATS */
+    qins_dtype dtype;
+    char *y;
+} product;
+
+static float scale_at(const float *p, size_t i)
+{
+    float x;
+    memcpy(&x, (const char *)p + i * sizeof x, sizeof x);
+    return x;
+}
+
+/* A group_size that no kernel takes: decode a window, multiply, add up. */
+static void row_by_floats(const product *p, size_t row, size_t m, int batch, float *out)
+{
+    const qins_codes *e = p->e;
+    const uint8_t *group = e->group_size ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
+    float window[QINS_WINDOW], part[QINS_BATCH];
+    memset(out, 0, (size_t)batch * sizeof *out);
+    for (size_t k = 0; k < e->cols; k += QINS_WINDOW) {
+        size_t n = e->cols - k < QINS_WINDOW ? e->cols - k : QINS_WINDOW;
+        p->kernels->decode_log8(e->codes + row * e->cols + k, k, n, 1.0f, group, e->group_size, p->level, window);
+        p->kernels->dot_f32(window, n, p->x + m * p->padded + k, p->padded, batch, part);
+        for (int i = 0; i < batch; i++) {
+            out[i] += part[i];
+        }
+    }
+}
+
+/* Products of one row of codes with rows [m, m + batch) of x. */
+static void row_product(const product *p, size_t row, size_t m, int batch, float *out)
+{
+    const qins_codes *e = p->e;
+    const uint8_t *codes = e->codes + row * e->cols;
+    if (p->how == BY_FACTORS) {
+        const int8_t *sign = e->codec == QINS_golden ? e->sign + row * e->cols : NULL;
+        const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) : NULL;
+        p->kernels->dot_golden(codes, sign, bits, e->cols, &p->factors, p->x + m * p->padded, p->padded, batch, out);
+        return;
+    }
+    if (p->how == BY_FLOATS) {
+        row_by_floats(p, row, m, batch, out);
+    } else {
+        const uint8_t *group = e->group_size ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
+        qins_fixed x = {p->fixed + m * p->blocks * QINS_BLOCK, p->fixed_scale + m * p->blocks, p->blocks, batch};
+        p->kernels->dot_log8(codes, e->cols, group, e->group_size, p->words, &x, out);
+    }
+    float scale = scale_at(e->scale, row);
+    for (int i = 0; i < batch; i++) {
+        out[i] *= scale;
+    }
+}
+
+static void product_rows(void *context, size_t begin, size_t end)
+{
+    const product *p = context;
+    static const size_t size_of[] = {[QINS_F32] = 4, [QINS_F16] = 2, [QINS_BF16] = 2, [QINS_F64] = 8};
+    size_t size = size_of[p->dtype];
+    float results[QINS_BATCH][ROWS_AT_ONCE];
+    for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
+        size_t rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
+        for (size_t m = 0; m < p->batch; m += QINS_BATCH) {
+            int batch = (int)(p->batch - m < QINS_BATCH ? p->batch - m : QINS_BATCH);
+            for (size_t i = 0; i < rows; i++) {
+                float out[QINS_BATCH];
+                row_product(p, row + i, m, batch, out);
+                for (int b = 0; b < batch; b++) {
+                    results[b][i] = out[b];
+                }
+            }
+            for (int b = 0; b < batch; b++) {
+                char *y = p->y + ((m + (size_t)b) * p->e->rows + row) * size;
+                p->kernels->narrow[p->dtype](results[b], rows, y);
+            }
+        }
+    }
+}
+
+static void fix_rows(void *context, size_t begin, size_t end)
+{
+    product *p = context;
+    for (size_t m = begin; m < end; m++) {
+        p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, p->fixed + m * p->blocks * QINS_BLOCK,
+                                    p->fixed_scale + m * p->blocks);
+    }
+}
+
+static method choose(const qins_kernels *k, const qins_codes *e)
+{
+    if (e->codec != QINS_log8) {
+        return BY_FACTORS;
+    }
+    int fits = e->group_size == 0 || e->group_size == QINS_BLOCK / 2 || e->group_size % QINS_BLOCK == 0;
+    return fits && e->mu >= k->least_mu ? BY_WORDS : BY_FLOATS;
+}
+
+int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
+                void *y, int threads)
+{
+    product p = {.kernels = kernels, .e = e, .how = choose(kernels, e), .batch = batch, .dtype = dtype, .y = y};
+    qins_log8_words own;
+    p.blocks = ceil_div(e->cols, QINS_BLOCK);
+    p.padded = e->cols;
+    if (batch == 0 || e->rows == 0) {
+        return 0;
+    }
+    size_t floats = dtype == QINS_F32 ? 0 : batch * e->cols * sizeof(float);
+    size_t fixed = p.how == BY_WORDS ? batch * p.blocks * (QINS_BLOCK * sizeof(int16_t) + sizeof(float)) : 0;
+    char *room = floats + fixed > 0 ? malloc(floats + fixed) : NULL;
+    if (floats + fixed > 0 && room == NULL) {
+        return -1;
+    }
+    p.x = x;
+    if (floats > 0) {
+        kernels->widen[dtype](x, batch * e->cols, (float *)(void *)room);
+        p.x = (const float *)(const void *)room;
+    }
+    if (p.how == BY_WORDS) {
+        p.fixed = (int16_t *)(void *)(room + floats);
+        p.fixed_scale = (float *)(void *)(p.fixed + batch * p.blocks * QINS_BLOCK);
+        p.words = words_of(e->mu, &own);
+        qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, fix_rows, &p);
+    } else if (p.how == BY_FACTORS) {
+        qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
+    } else {
+        qins_log8_levels(e->mu, p.level);
+    }
+    qins_parallel(e->rows, ceil_div(GRAIN, e->cols * batch + 1), threads, product_rows, &p);
+    free(room);
+    return 0;
+}
+
+/* -- a plain read, for comparison ---------------------------------------------------------------- */
+
+typedef struct {
+    const qins_kernels *kernels;
+    const char *data;
+    atomic_int_least32_t seen;
+} reading;
+
+static void read_part(void *context, size_t begin, size_t end)
+{
+    reading *r = context;
+    enum { CHUNK = 1024 };
+    atomic_fetch_xor(&r->seen, r->kernels->read(r->data + begin * CHUNK, (end - begin) * CHUNK));
+}
+
+void qins_read(const qins_kernels *kernels, const void *data, size_t bytes, int threads)
+{
+    reading r = {.kernels = kernels, .data = data};
+    atomic_init(&r.seen, 0);
+    qins_parallel(bytes / 1024, GRAIN / 1024, threads, read_part, &r);
+}

@@ -1,0 +1,87 @@
+/* The vector words of AVX-512 but those for products of log8: 16 lanes are one register. */
+typedef __m512 vf;
+typedef __m512i vi;
+/* 128 levels live in eight registers: four two-register permutations and three blends cost less
+ * than a gather. */
+typedef struct {
+    __m512 t[8];
+} vl;
+
+WORD vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+WORD void vf_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+WORD vf vf_set1(float x) { return _mm512_set1_ps(x); }
+WORD vf vf_abs(vf x) { return _mm512_abs_ps(x); }
+WORD vf vf_add(vf x, vf y) { return _mm512_add_ps(x, y); }
+WORD vf vf_sub(vf x, vf y) { return _mm512_sub_ps(x, y); }
+WORD vf vf_mul(vf x, vf y) { return _mm512_mul_ps(x, y); }
+WORD vf vf_div(vf x, vf y) { return _mm512_div_ps(x, y); }
+WORD vi vf_bits(vf x) { return _mm512_castps_si512(x); }
+WORD vf vf_of_bits(vi x) { return _mm512_castsi512_ps(x); }
+WORD vf vf_flip(vf x, vi signs) { return _mm512_xor_ps(x, vf_of_bits(signs)); }
+WORD vf vf_lookup(const float *table, vi at) { return _mm512_i32gather_ps(at, table, 4); }
+WORD vl vl_load(const float *table)
+{
+    vl r;
+    for (int i = 0; i < 8; i++) {
+        r.t[i] = _mm512_loadu_ps(table + 16 * i);
+    }
+    return r;
+}
+WORD vf vf_level(const vl *l, vi m)
+{
+    __mmask16 bit5 = _mm512_test_epi32_mask(m, _mm512_set1_epi32(32));
+    __mmask16 bit6 = _mm512_test_epi32_mask(m, _mm512_set1_epi32(64));
+    __m512 lo = _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(l->t[0], m, l->t[1]),
+                                     _mm512_permutex2var_ps(l->t[2], m, l->t[3]));
+    __m512 hi = _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(l->t[4], m, l->t[5]),
+                                     _mm512_permutex2var_ps(l->t[6], m, l->t[7]));
+    return _mm512_mask_blend_ps(bit6, lo, hi);
+}
+WORD uint32_t vf_negative(vf x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ); }
+
+WORD void vi_store(int32_t *p, vi x) { _mm512_storeu_si512(p, x); }
+WORD vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+WORD vi vi_add(vi x, vi y) { return _mm512_add_epi32(x, y); }
+WORD vi vi_sub(vi x, vi y) { return _mm512_sub_epi32(x, y); }
+WORD vi vi_and(vi x, vi y) { return _mm512_and_si512(x, y); }
+WORD vi vi_or(vi x, vi y) { return _mm512_or_si512(x, y); }
+WORD vi vi_min(vi x, vi y) { return _mm512_min_epi32(x, y); }
+WORD vi vi_max(vi x, vi y) { return _mm512_max_epi32(x, y); }
+WORD vi vi_min_u(vi x, vi y) { return _mm512_min_epu32(x, y); }
+WORD vi vi_srl(vi x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+WORD vi vi_sra(vi x, int n) { return _mm512_sra_epi32(x, _mm_cvtsi32_si128(n)); }
+WORD vi vi_sll(vi x, int n) { return _mm512_sll_epi32(x, _mm_cvtsi32_si128(n)); }
+WORD vi vi_count(vi n, vi x, vi y)
+{
+    return _mm512_mask_add_epi32(n, _mm512_cmpge_epi32_mask(x, y), n, _mm512_set1_epi32(1));
+}
+WORD vi vi_lookup(const uint32_t *table, vi at) { return _mm512_i32gather_epi32(at, table, 4); }
+WORD vi vi_signs(uint32_t mask) { return _mm512_maskz_set1_epi32((__mmask16)mask, INT32_MIN); }
+WORD vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+WORD void vi_store_u8(uint8_t *p, vi x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
+WORD vi vi_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+WORD void vi_store_u16(uint16_t *p, vi x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
+
+WORD vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+WORD void vf_store_f16(uint16_t *p, vf x)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+WORD vf vf_load_f64(const double *p)
+{
+    __m256 lo = _mm512_cvtpd_ps(_mm512_loadu_pd(p)), hi = _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
+}
+WORD void vf_store_f64(double *p, vf x)
+{
+    _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+    _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+}
+WORD vi vi_sign_bytes(const int8_t *p) { return vi_signs(_mm_movepi8_mask(_mm_loadu_si128((const __m128i *)p))); }
+WORD vf vf_set2(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
+WORD vf vf_fma(vf x, vf y, vf z) { return _mm512_fmadd_ps(x, y, z); }
+WORD float vf_sum(vf x) { return _mm512_reduce_add_ps(x); }
+WORD vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
+typedef __m512 vl16;
+WORD vl16 vl16_load(const float *table) { return _mm512_loadu_ps(table); }
+WORD vf vf_pick(const vl16 *table, vi at) { return _mm512_permutexvar_ps(at, *table); }
