@@ -222,14 +222,11 @@ typedef struct {
 } vw;
 
 /* Unpacking bytes to words works within 128-bit halves: 0-7 and 16-23, then 8-15 and 24-31. */
-#define X_ORDER_32(i)                                                                                           \
-    (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7, (i) + 16, (i) + 17, (i) + 18, (i) + 19, \
-        (i) + 20, (i) + 21, (i) + 22, (i) + 23, (i) + 8, (i) + 9, (i) + 10, (i) + 11, (i) + 12, (i) + 13,       \
-        (i) + 14, (i) + 15, (i) + 24, (i) + 25, (i) + 26, (i) + 27, (i) + 28, (i) + 29, (i) + 30, (i) + 31
-#define X_ORDER                        \
-    {                                  \
-        X_ORDER_32(0), X_ORDER_32(32)  \
-    }
+#define X_ORDER_32(i)                                                                                               \
+    (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7, (i) + 16, (i) + 17, (i) + 18, (i) + 19,     \
+        (i) + 20, (i) + 21, (i) + 22, (i) + 23, (i) + 8, (i) + 9, (i) + 10, (i) + 11, (i) + 12, (i) + 13, (i) + 14, \
+        (i) + 15, (i) + 24, (i) + 25, (i) + 26, (i) + 27, (i) + 28, (i) + 29, (i) + 30, (i) + 31
+#define X_ORDER {X_ORDER_32(0), X_ORDER_32(32)}
 #define WORD_UNIT(t) ((t)->factor_unit)
 #define LEAST_MU QINS_FACTORS_MU
 

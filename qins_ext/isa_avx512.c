@@ -21,10 +21,7 @@ typedef struct {
 
 /* Unpacking bytes to words works within the four 128-bit parts: 0-7 of each, then 8-15 of each. */
 #define EIGHT(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
-#define X_ORDER                                                                             \
-    {                                                                                       \
-        EIGHT(0), EIGHT(16), EIGHT(32), EIGHT(48), EIGHT(8), EIGHT(24), EIGHT(40), EIGHT(56) \
-    }
+#define X_ORDER {EIGHT(0), EIGHT(16), EIGHT(32), EIGHT(48), EIGHT(8), EIGHT(24), EIGHT(40), EIGHT(56)}
 #define WORD_UNIT(t) ((t)->factor_unit)
 #define LEAST_MU QINS_FACTORS_MU
 

@@ -150,10 +150,7 @@ WORD vi vi_sign_bytes(const int8_t *p)
 }
 WORD vf vf_set2(float a, float b) { EACH(vf, vdupq_n_f32(i < 2 ? a : b)); }
 WORD vf vf_fma(vf x, vf y, vf z) { EACH(vf, vfmaq_f32(z.val[i], x.val[i], y.val[i])); }
-WORD float vf_sum(vf x)
-{
-    return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3])));
-}
+WORD float vf_sum(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3]))); }
 WORD vi vi_round(vf x) { EACH(vi, AS_UINT(vcvtnq_s32_f32(x.val[i]))); }
 typedef const float *vl16;
 WORD vl16 vl16_load(const float *table) { return table; }
@@ -166,12 +163,10 @@ typedef struct {
 typedef struct {
     int16x8_t v[8];
 } vw;
-#define X_ORDER                                                                                              \
-    {                                                                                                        \
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, \
-            28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51,  \
-            52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63                                                   \
-    }
+#define X_ORDER                                                                              \
+    {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, \
+     22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, \
+     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63}
 #define WORD_UNIT(t) ((t)->word_unit)
 #define LEAST_MU 0.0f
 WORD vt vt_load(const qins_log8_words *t)

@@ -334,10 +334,8 @@ static PyObject *read_array(PyObject *module, PyObject *args)
         return NULL;
     }
     const qins_kernels *kernels = atomic_load(&active);
-    Py_BEGIN_ALLOW_THREADS
-    qins_read(kernels, PyArray_DATA(a), (size_t)PyArray_NBYTES(a), threads);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS qins_read(kernels, PyArray_DATA(a), (size_t)PyArray_NBYTES(a), threads);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
 /* linear_at(codec, addresses of the arrays and scalars, ...): for callers that have checked everything.
@@ -376,8 +374,8 @@ static PyObject *linear_at(PyObject *module, PyObject *const *args, Py_ssize_t c
     }
     const qins_kernels *kernels = atomic_load(&active);
     PyThreadState *released = a[ROWS] * a[COLS] > RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
-    int failed = qins_linear(kernels, &e, (const void *)a[X], a[BATCH], (qins_dtype)a[DTYPE], (void *)a[Y],
-                             (int)a[THREADS]);
+    int failed =
+        qins_linear(kernels, &e, (const void *)a[X], a[BATCH], (qins_dtype)a[DTYPE], (void *)a[Y], (int)a[THREADS]);
     if (released != NULL) {
         PyEval_RestoreThread(released);
     }
@@ -427,12 +425,8 @@ static PyObject *linear(PyObject *module, PyObject *args)
     }
     const qins_kernels *kernels = atomic_load(&active);
     int failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);
-    Py_END_ALLOW_THREADS
-    if (failed) {
-        return PyErr_NoMemory();
-    }
+    Py_BEGIN_ALLOW_THREADS failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);
+    Py_END_ALLOW_THREADS if (failed) { return PyErr_NoMemory(); }
     Py_RETURN_NONE;
 }
 

@@ -71,7 +71,7 @@ typedef struct {
     QINS_ALIGNED(32) int16_t a[16];
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
-    float multiplier[256]; /* (group_scale + 1)/256 */
+    float multiplier[256];        /* (group_scale + 1)/256 */
     float word_unit, factor_unit; /* what 1 stands for, in levels */
 } qins_log8_words;
 #define QINS_FACTORS_MU 0.5f
@@ -83,9 +83,9 @@ typedef struct {
 } qins_golden_factors;
 
 enum {
-    QINS_BLOCK = 64,      /* activations that share one fixed-point scale */
-    QINS_BATCH = 8,       /* most rows of activations that a kernel takes at once */
-    QINS_X_MAX = 16383    /* 4 * QINS_X_MAX * 32767 < 2^31: a block's sums fit 32 bits in every lane */
+    QINS_BLOCK = 64,   /* activations that share one fixed-point scale */
+    QINS_BATCH = 8,    /* most rows of activations that a kernel takes at once */
+    QINS_X_MAX = 16383 /* 4 * QINS_X_MAX * 32767 < 2^31: a block's sums fit 32 bits in every lane */
 };
 
 /* Rows of activations, prepared for dot_log8: blocks of 64 in the order that the kernel reads. */
@@ -216,7 +216,6 @@ int qins_encode(const qins_kernels *k, const qins_matrix *w, int threads, qins_c
 /* Decodes rows [row, row + rows) x columns [col, col + cols) into out, `stride` elements a row. */
 void qins_decode(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
                  int threads, qins_dtype dtype, void *out, size_t stride);
-
 
 /* linear.c: y = x W^T straight from the codes, for a few rows of x ------------------------------ */
 /* x is batch x cols, y is batch x rows, both dense; float32, bfloat16, float16 or float64 (computed in

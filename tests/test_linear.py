@@ -218,6 +218,62 @@ def test_threads_share_a_layer(layer):
     assert not wrong
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_and_tiles_agree(layer, dtype):
+    """On either side of the crossover the product is the same, within what the dtype holds."""
+    before = dict(ops._fused_rows)
+    exact = layer.weight.double()
+    try:
+        for rows in (1, 2, 3, 7, 8, 9, 16, 33, 40):
+            x = torch.randn(rows, 300).to(dtype)
+            for fused in (0, 100):
+                ops.set_fused_rows(fused)
+                y = ops._multiply(x, fields(layer), layer.codec, layer.group_size)
+                limit = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+                assert relative_rms(y, x.double() @ exact.T) < limit
+    finally:
+        ops._fused_rows.update(before)
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+def test_fused_product_is_accurate_and_independent_of_threads(layer, outlier):
+    torch.manual_seed(1)
+    big = qins.QINSLinear.from_linear(nn.Linear(576, 1000, bias=False), layer.codec, group_size=layer.group_size)
+    for rows in (1, 4, 8, 11):
+        x = torch.randn(rows, 576)
+        if outlier:
+            x[:, 100] *= 1000
+        results = []
+        for threads in (1, 2, 3, 8):
+            qins.set_num_threads(threads)
+            results.append(ops._multiply(x, fields(big), big.codec, big.group_size))
+        assert all(torch.equal(r, results[0]) for r in results)
+        assert relative_rms(results[0], x.double() @ big.weight.double().T) < 2e-4
+
+
+def test_activations_that_are_not_finite(layer):
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(3, 300)
+        x[1, 7] = bad
+        y = layer(x)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
+def test_strided_activations(layer):
+    x = torch.randn(300, 4).T
+    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=0, atol=0)
+    x = torch.randn(4, 600)[:, ::2]
+    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=0, atol=0)
+
+
+def test_set_fused_rows_errors():
+    with pytest.raises(ValueError, match="rows: expected an integer >= 0"):
+        ops.set_fused_rows(-1)
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        ops.set_fused_rows(3, torch.int8)
+
+
 def test_scratch_is_bounded():
     assert ops._SCRATCH_BYTES * ops._SCRATCHES <= 32e6
 
@@ -250,7 +306,7 @@ def test_errors():
         qins.QINSLinear(2, 2, codec="int8")
     with pytest.raises(ValueError, match="group_size"):
         qins.QINSLinear(2, 2, codec="golden", group_size=32)
-    with pytest.raises(ValueError, match=r"input: expected shape \(..., 4\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(..., 4\), got \(2, 3\)"):
         qins.QINSLinear(4, 2)(torch.zeros(2, 3))
     bad = nn.Linear(2, 2)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qins
-from qins import evaluate
+from qins import evaluate, ops
 from qins.models import find_model, load_causal_lm
 
 
@@ -78,6 +78,23 @@ def test_log9_computes_as_golden(loaded, ids):
         with torch.no_grad():
             outputs.append(model(window).logits)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=2e-3)
+
+
+def test_fused_and_decoded_paths_agree(loaded, ids):
+    """Eight tokens at a time take the fused kernels; the same through decoded tiles."""
+    model = copy.deepcopy(loaded[0])
+    qins.convert(model)
+    before = dict(ops._fused_rows)
+    results = []
+    try:
+        for rows in (8, 0):
+            ops.set_fused_rows(rows)
+            with torch.no_grad():
+                results.append(torch.cat([model(part).logits[0].log_softmax(-1) for part in ids[:, :512].split(8, 1)]))
+    finally:
+        ops._fused_rows.update(before)
+    fused, decoded = results
+    assert (decoded.exp() * (decoded - fused)).sum(-1).mean() < 1e-5
 
 
 def test_a_shuffled_layer_is_noticed(loaded, ids):

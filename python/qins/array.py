@@ -333,7 +333,7 @@ def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
 
 
 def _matmul_by_tiles(x: Array, e: EncodedArray, out: Array) -> None:
-    """x @ W.T in float64, some decoded rows at a time."""
+    """X @ W.T in float64, some decoded rows at a time."""
     rows, cols = e.shape
     result = np.empty((x.shape[0], rows))
     step = max(1, _TILE // max(cols, 1))

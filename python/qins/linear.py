@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .array import EncodedArray, array_names, check_codec, check_group_size, encode, field_shapes
+from .array import SCALARS, EncodedArray, check_codec, check_group_size, encode, field_shapes
 from .ops import decode_fields, field_names, multiply
 
 # One more byte for 128 codes: 1 dB better than one scale a row at no loss of speed, and still 3.96
@@ -72,12 +72,13 @@ class QINSLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features, self.out_features = in_features, out_features
         self.codec, self.group_size = codec, resolve_group_size(codec, group_size)
+        self._names = field_names(codec, self.group_size)
         self._dtype = dtype or torch.get_default_dtype()
         shape = (out_features, in_features)
         if torch.device(device or torch.get_default_device()).type == "meta":
             for name, s in field_shapes(codec, shape, self.group_size).items():
                 self.register_buffer(name, torch.empty(s, dtype=_TORCH_DTYPE[name], device="meta"))
-            for name in field_names(codec, self.group_size)[len(array_names(codec, self.group_size)) :]:
+            for name in SCALARS[codec]:
                 self.register_buffer(name, torch.empty((), dtype=torch.float32, device="meta"))
         else:
             self._set_codes(encode(np.zeros((1, 1), np.float32), codec), shape, device)
@@ -91,7 +92,7 @@ class QINSLinear(nn.Linear):
         for name, s in field_shapes(self.codec, shape, self.group_size).items():
             value = 0 if name in ("sign_bits", "group_scale") else zero.fields[name].item()
             self.register_buffer(name, torch.full(s, value, dtype=_TORCH_DTYPE[name], device=device))
-        for name in field_names(self.codec, self.group_size)[len(array_names(self.codec, self.group_size)) :]:
+        for name in SCALARS[self.codec]:
             self.register_buffer(name, torch.tensor(zero.fields[name].item(), dtype=torch.float32, device=device))
 
     @classmethod
@@ -156,20 +157,19 @@ class QINSLinear(nn.Linear):
     @property
     def encoded(self) -> EncodedArray:
         """The codes as an EncodedArray over the same memory (CPU only), every field checked."""
-        names = field_names(self.codec, self.group_size)
-        fields = {n: self._buffers[n].detach().numpy() for n in names}  # type: ignore[union-attr]
+        fields = {n: self._buffers[n].detach().numpy() for n in self._names}  # type: ignore[union-attr]
         return EncodedArray.from_fields(self.codec, fields, self.group_size)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ W.T + bias in the input's dtype; input is (..., in_features)."""
-        if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(f"input: expected shape (..., {self.in_features}), got {tuple(input.shape)}")
-        buffers = self._buffers
-        fields: list[torch.Tensor] = [buffers[n] for n in field_names(self.codec, self.group_size)]  # type: ignore[misc]
+        device = "cpu" if input.is_cpu else input.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        # through the dictionaries: a module's attribute look-up costs a tenth of a small layer's time
+        buffers, bias = self._buffers, self._parameters["bias"]
+        fields: list[torch.Tensor] = [buffers[n] for n in self._names]  # type: ignore[misc]
         y = multiply(input, fields, self.codec, self.group_size)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QINSLinear:
         """As nn.Module's, except that float32 codes keep their bits: a cast sees them as integers."""
@@ -186,13 +186,13 @@ class QINSLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # keep the format's dtypes: copy_ would otherwise convert, say, a float `stored` silently
-        for name in field_names(self.codec, self.group_size):
+        for name in self._names:
             value, own = state_dict.get(prefix + name), self._buffers[name]
             if isinstance(value, torch.Tensor) and own is not None and value.dtype != own.dtype:
                 raise TypeError(f"{prefix}{name}: expected dtype {own.dtype}, got {value.dtype}")
-        if prefix + "weight" in state_dict and prefix + field_names(self.codec, None)[0] not in state_dict:
+        if prefix + "weight" in state_dict and prefix + self._names[0] not in state_dict:
             raise RuntimeError(
-                f"{prefix}weight: expected codes ({', '.join(field_names(self.codec, self.group_size))}), got a float "
+                f"{prefix}weight: expected codes ({', '.join(self._names)}), got a float "
                 "weight; load it into an nn.Linear and use QINSLinear.from_linear"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from . import _core
+from . import _core, _threads
 from ._threads import get_num_threads
 from ._torch import dtype_name
 from .array import SCALARS, array_names
@@ -42,7 +42,7 @@ def _borrow_scratch() -> Iterator[Tensor]:
 
 # Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
 # tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it.
-_fused_rows = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
+_fused_rows = {torch.float32: 40, torch.bfloat16: 32, torch.float16: 32}
 
 _CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
 _DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -148,33 +148,32 @@ def _rows(t: Tensor, rows: int) -> Tensor:
 def _multiply_fused(
     x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None, rows: int, cols: int, batch: int
 ) -> Tensor:
+    """X @ W.T by the core's kernels; everything is on the CPU, contiguous and of the right shape."""
     if not x.is_contiguous():
         x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], rows)
-    addresses = [f.data_ptr() for f in fields]
+    out = x.new_empty((*x.shape[:-1], rows))
+    third = scalar2 = 0
     if codec != "log8":
-        codes, second, scalar, scalar2 = addresses
-        third = 0
+        codes, second, scalar, scalar2 = [f.data_ptr() for f in fields]
     elif group_size:
-        codes, second, third, scalar = addresses
-        scalar2 = 0
+        codes, second, third, scalar = [f.data_ptr() for f in fields]
     else:
-        codes, second, scalar = addresses
-        third = scalar2 = 0
+        codes, second, scalar = [f.data_ptr() for f in fields]
     _core.linear_at(
         _CODEC_NUMBER[codec], codes, second, third, scalar, scalar2, rows, cols, group_size or 0,
-        x.data_ptr(), batch, _DTYPE_NUMBER[x.dtype], out.data_ptr(), get_num_threads(),
+        x.data_ptr(), batch, _DTYPE_NUMBER[x.dtype], out.data_ptr(), _threads._chosen or torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
     rows, cols = fields[0].shape
-    if x.dim() == 0 or x.shape[-1] != cols:
-        raise ValueError(f"x: expected shape (..., {cols}), got {tuple(x.shape)}")
-    if x.device.type == "cpu":
-        batch = x.numel() // cols if cols else 0
-        if 0 < batch <= _fused_rows.get(x.dtype, 0) and all(f.is_contiguous() for f in fields):
+    shape = x.shape
+    if not shape or shape[-1] != cols:
+        raise ValueError(f"x: expected shape (..., {cols}), got {tuple(shape)}")
+    if x.is_cpu and cols:
+        batch = x.numel() // cols
+        if 0 < batch <= _fused_rows.get(x.dtype, 0) and all([f.is_contiguous() for f in fields]):
             return _multiply_fused(x, fields, codec, group_size, rows, cols, batch)
     if x.device.type != "cpu":
         return torch.nn.functional.linear(x, _decode_on_device(codec, group_size, fields, x.dtype))
@@ -182,12 +181,12 @@ def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int |
     x2 = x.reshape(-1, blocks.cols)
     out = x.new_empty(x2.shape[0], blocks.rows)
     with _borrow_scratch() as scratch:
-        for rows, cols, tile in blocks.tiles(x.dtype, scratch):
-            part = x2[:, cols] @ tile.T
-            if cols.start == 0:
-                out[:, rows] = part
+        for tile_rows, tile_cols, tile in blocks.tiles(x.dtype, scratch):
+            part = x2[:, tile_cols] @ tile.T
+            if tile_cols.start == 0:
+                out[:, tile_rows] = part
             else:
-                out[:, rows] += part
+                out[:, tile_rows] += part
     if blocks.cols == 0:
         out.zero_()
     return out.reshape(*x.shape[:-1], blocks.rows)
@@ -250,11 +249,11 @@ linear_backward.register_autograd(_double_backward, setup_context=_save_for_back
 def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
     """`linear` by the shortest way: past the dispatcher when nothing but the result is wanted."""
     if (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or x.device.type != "cpu"
-        or (torch.is_grad_enabled() and x.requires_grad)
+        type(x) is Tensor
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
     ):
-        y: Tensor = linear(x, fields, codec, group_size or 0)
-        return y
-    return _multiply(x, fields, codec, group_size)
+        return _multiply(x, fields, codec, group_size)
+    y: Tensor = linear(x, fields, codec, group_size or 0)
+    return y

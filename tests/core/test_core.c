@@ -215,7 +215,7 @@ static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_siz
             double f = (double)log8.level[u[i] & 127] * s;
             sum += (u[i] & 128 ? -f : f) * v;
             bound += 1e-4 * s * fabs(v) + f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX *
-                     (double)fixed_scale[(size_t)m * blocks + i / QINS_BLOCK];
+                                              (double)fixed_scale[(size_t)m * blocks + i / QINS_BLOCK];
         }
         check(fabs((double)out[m] - sum) <= bound, "dot_log8", k->name, n, group_size);
     }
@@ -258,7 +258,7 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
 
 static void dots(const qins_kernels *k)
 {
-    static const size_t LENGTH[] = {0,  1,  2,   7,   15,  16,  17,  31,  32,  33,  63,  64,   65,   95,   96,
+    static const size_t LENGTH[] = {0,  1,   2,   7,   15,  16,  17,  31,  32,  33,  63,  64,  65,   95,   96,
                                     97, 127, 128, 129, 130, 160, 191, 192, 193, 255, 256, 576, 1000, 1536, 4097};
     static const size_t GROUP[] = {0, 32, 64, 128, 192, 4096, 8192};
     for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
