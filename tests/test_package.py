@@ -140,3 +140,15 @@ def test_demo(tmp_path):
     assert set(result["answers"]) == {"float32", "log8"}
     assert "Paris" in result["answers"]["log8"]
     assert min(result["tokens_per_second"].values()) > 0
+
+
+def test_names_are_not_shadowed_by_modules():
+    """Importing any submodule must not replace a public function of the package."""
+    run = python(
+        "import importlib, pkgutil, qins\n"
+        "for m in pkgutil.iter_modules(qins.__path__):\n"
+        "    importlib.import_module('qins.' + m.name)\n"
+        "import types\n"
+        "assert not [n for n in qins.__all__ if isinstance(getattr(qins, n), types.ModuleType)]"
+    )
+    assert run.returncode == 0, run.stderr

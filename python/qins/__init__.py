@@ -14,7 +14,7 @@ from .array import EncodedArray, decode, encode, matmul
 from .golden import QINSCodec
 
 if TYPE_CHECKING:
-    from .convert import ConversionReport, convert
+    from .conversion import ConversionReport, convert
     from .linear import DEFAULT_GROUP_SIZE, QINSLinear
 
 __version__ = "0.1.0"
@@ -38,8 +38,8 @@ __all__ = [
 
 # Names that need torch, and the room each lives in.
 _LAZY = {
-    "ConversionReport": "convert",
-    "convert": "convert",
+    "ConversionReport": "conversion",
+    "convert": "conversion",
     "DEFAULT_GROUP_SIZE": "linear",
     "QINSLinear": "linear",
 }

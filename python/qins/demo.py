@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import _isa, evaluate
-from .convert import ConversionReport, convert, progress
+from .conversion import ConversionReport, convert, progress
 from .models import find_model, load_causal_lm
 
 PROMPT = "What is the capital of France, and what is it known for?"
