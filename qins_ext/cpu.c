@@ -5,36 +5,21 @@
 
 #if QINS_X86_64
 
-#if defined(_MSC_VER) && !defined(__clang__)
-#include <intrin.h>
-static void cpuid(unsigned leaf, unsigned sub, unsigned r[4]) { __cpuidex((int *)r, (int)leaf, (int)sub); }
-static uint64_t xgetbv0(void) { return _xgetbv(0); }
-#else
-#include <cpuid.h>
-static void cpuid(unsigned leaf, unsigned sub, unsigned r[4]) { __cpuid_count(leaf, sub, r[0], r[1], r[2], r[3]); }
-static uint64_t xgetbv0(void)
-{
-    uint32_t lo, hi;
-    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
-    return ((uint64_t)hi << 32) | lo;
-}
-#endif
-
 static int has(unsigned reg, int bit) { return (int)((reg >> bit) & 1u); }
 
 static unsigned detect(void)
 {
     unsigned one[4], seven[4], top[4];
-    cpuid(0, 0, top);
+    qins_cpuid(0, 0, top);
     if (top[0] < 7) {
         return 0;
     }
-    cpuid(1, 0, one);
-    cpuid(7, 0, seven);
+    qins_cpuid(1, 0, one);
+    qins_cpuid(7, 0, seven);
     if (!has(one[2], 27)) { /* OSXSAVE: without it XGETBV is an illegal instruction */
         return 0;
     }
-    uint64_t xcr0 = xgetbv0();
+    uint64_t xcr0 = qins_xgetbv0();
     unsigned features = 0;
     int fma = has(one[2], 12), f16c = has(one[2], 29), avx = has(one[2], 28);
     if ((xcr0 & 0x06) == 0x06 && avx && fma && f16c && has(seven[1], 5)) {

@@ -42,4 +42,32 @@
 #define QINS_ALIGNED(n) _Alignas(n)
 #endif
 
+/* CPUID, XGETBV of register 0, and a hint that a loop waits for another thread. */
+#if QINS_X86_64 && defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+static __inline void qins_cpuid(unsigned leaf, unsigned sub, unsigned r[4])
+{
+    __cpuidex((int *)r, (int)leaf, (int)sub);
+}
+static __inline uint64_t qins_xgetbv0(void) { return _xgetbv(0); }
+#define QINS_SPIN() _mm_pause()
+#elif QINS_X86_64
+#include <cpuid.h>
+QINS_ALWAYS_INLINE void qins_cpuid(unsigned leaf, unsigned sub, unsigned r[4])
+{
+    __cpuid_count(leaf, sub, r[0], r[1], r[2], r[3]);
+}
+QINS_ALWAYS_INLINE uint64_t qins_xgetbv0(void)
+{
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return ((uint64_t)hi << 32) | lo;
+}
+#define QINS_SPIN() __builtin_ia32_pause()
+#elif QINS_AARCH64 && (defined(__GNUC__) || defined(__clang__))
+#define QINS_SPIN() __asm__ volatile("yield")
+#else
+#define QINS_SPIN() ((void)0)
+#endif
+
 #endif

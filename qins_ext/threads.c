@@ -54,15 +54,6 @@ static int start_thread(void *(*run)(void *))
 }
 #endif
 
-#if QINS_X86_64
-#include <immintrin.h>
-#define SPIN_HINT() _mm_pause()
-#elif QINS_AARCH64 && (defined(__GNUC__) || defined(__clang__))
-#define SPIN_HINT() __asm__ volatile("yield")
-#else
-#define SPIN_HINT() ((void)0)
-#endif
-
 /* About 50 microseconds: longer than the gaps between the layers of a model, shorter than a time slice. */
 enum { SPINS = 1000, MAX_WORKERS = 255, PARTS_PER_THREAD = 4 };
 
@@ -101,7 +92,7 @@ static THREAD_RETURN work(void *unused)
     unsigned seen = atomic_load(&generation) - 1; /* the job this thread was started for counts as new */
     for (;;) {
         for (int i = 0; i < SPINS && atomic_load(&generation) == seen; i++) {
-            SPIN_HINT();
+            QINS_SPIN();
         }
         lock(&state);
         while (atomic_load(&generation) == seen) {

@@ -26,6 +26,16 @@ else:
     raise AssertionError("torch is not installed here")
 print("installed from the sdist, with NumPy alone:", qins.__version__, qins.isas())
 PY
+echo "== glue: warnings are errors, gcc and clang"
+includes=$("$BIN/python" -c 'import numpy, sysconfig; print("-I" + sysconfig.get_paths()["include"], "-I" + numpy.get_include())')
+for compiler in gcc clang; do
+    if command -v "$compiler" >/dev/null; then
+        # shellcheck disable=SC2086
+        "$compiler" -std=c11 -O1 -Wall -Wextra -Werror -fPIC $includes -c "$here/qins_ext/module.c" -o "$work/module.o"
+    else
+        echo "NOT RUN: glue with $compiler (not installed)"
+    fi
+done
 extension=$(find "$work/venv" -name '_core*.so')
 leaked=$(nm -D --defined-only "$extension" | awk '$2 ~ /[A-Z]/ {print $3}' | grep -v -e '^PyInit__core$' -e '^_init$' -e '^_fini$' || true)
 [ -z "$leaked" ] || { echo "exported: $leaked"; exit 1; }
