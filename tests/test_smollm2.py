@@ -43,11 +43,11 @@ def test_signal_to_noise(loaded, codec, group, least):
     assert 10 * math.log10(signal / noise) >= least
 
 
-# Measured over 1,023 predictions: mean KL 5.1e-3 (golden), 2.3e-3 (log8, per row and grouped by 128).
-# Teacher-forced greedy agreement is `top1`. The limits leave room for another BLAS.
+# Measured over 2,044 predictions: mean KL 1.1e-2 (golden), 3.3e-3 (log8, one scale a row) and 2.3e-3 (log8/128);
+# teacher-forced greedy agreement, which is `top1`, 95.5, 97.5 and 98.0 %. The limits leave room for another BLAS.
 @pytest.mark.parametrize(
     ("codec", "group", "kl", "agree"),
-    [("golden", None, 1.2e-2, 0.94), ("log8", None, 4e-3, 0.96), ("log8", 128, 4e-3, 0.96)],
+    [("golden", None, 1.6e-2, 0.94), ("log8", None, 5e-3, 0.96), ("log8", 128, 4e-3, 0.96)],
 )
 def test_next_tokens(loaded, ids, codec, group, kl, agree):
     reference, tokenizer = loaded
