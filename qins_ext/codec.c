@@ -2,12 +2,10 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "qins.h"
+#include "sizes.h"
 
 /* A part handed to a thread has at least this many elements: about 20 microseconds of work. */
 enum { GRAIN = 32768 };
-
-static size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 static int32_t bits32(float x)
 {
@@ -25,21 +23,7 @@ static float from_bits32(int32_t i)
 
 static const int32_t INFINITY_BITS = 0x7f800000;
 
-/* Arrays that come from mapped files may be unaligned, so floats in them go through memcpy. */
-static float float_at(const float *p, size_t i)
-{
-    float x;
-    memcpy(&x, (const char *)p + i * sizeof x, sizeof x);
-    return x;
-}
-
 /* -- reading any matrix as float32 ------------------------------------------------------------ */
-
-static size_t item_size(qins_dtype dtype)
-{
-    static const size_t size[] = {[QINS_F32] = 4, [QINS_F16] = 2, [QINS_BF16] = 2, [QINS_F64] = 8};
-    return size[dtype];
-}
 
 typedef struct {
     const qins_kernels *kernels;
@@ -507,13 +491,8 @@ static void decode_span(const decoding *d, size_t row, size_t k, size_t n, float
     case QINS_log9:
         d->kernels->decode_log9(codes, e->sign_bits + row * ceil_div(e->cols, 8) + k / 8, n, d->table, out);
         break;
-    default: {
-        const uint8_t *group = NULL;
-        if (e->group_size > 0) {
-            group = e->group_scale + row * ceil_div(e->cols, e->group_size);
-        }
-        d->kernels->decode_log8(codes, k, n, float_at(e->scale, row), group, e->group_size, d->table, out);
-    }
+    default:
+        d->kernels->decode_log8(codes, k, n, float_at(e->scale, row), group_row(e, row), e->group_size, d->table, out);
     }
 }
 

@@ -3,12 +3,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "qins.h"
+#include "sizes.h"
 
 /* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
 enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
-
-static size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 /* -- tables of log8, by mu ---------------------------------------------------------------------- */
 
@@ -61,23 +59,16 @@ typedef struct {
     char *y;
 } product;
 
-static float scale_at(const float *p, size_t i)
-{
-    float x;
-    memcpy(&x, (const char *)p + i * sizeof x, sizeof x);
-    return x;
-}
-
 /* A group_size that no kernel takes: decode a window, multiply, add up. */
 static void row_by_floats(const product *p, size_t row, size_t m, int batch, float *out)
 {
     const qins_codes *e = p->e;
-    const uint8_t *group = e->group_size ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
     float window[QINS_WINDOW], part[QINS_BATCH];
     memset(out, 0, (size_t)batch * sizeof *out);
     for (size_t k = 0; k < e->cols; k += QINS_WINDOW) {
         size_t n = e->cols - k < QINS_WINDOW ? e->cols - k : QINS_WINDOW;
-        p->kernels->decode_log8(e->codes + row * e->cols + k, k, n, 1.0f, group, e->group_size, p->level, window);
+        p->kernels->decode_log8(e->codes + row * e->cols + k, k, n, 1.0f, group_row(e, row), e->group_size, p->level,
+                                window);
         p->kernels->dot_f32(window, n, p->x + m * p->padded + k, p->padded, batch, part);
         for (int i = 0; i < batch; i++) {
             out[i] += part[i];
@@ -99,11 +90,10 @@ static void row_product(const product *p, size_t row, size_t m, int batch, float
     if (p->how == BY_FLOATS) {
         row_by_floats(p, row, m, batch, out);
     } else {
-        const uint8_t *group = e->group_size ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
         qins_fixed x = {p->fixed + m * p->blocks * QINS_BLOCK, p->fixed_scale + m * p->blocks, p->blocks, batch};
-        p->kernels->dot_log8(codes, e->cols, group, e->group_size, p->words, &x, out);
+        p->kernels->dot_log8(codes, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
     }
-    float scale = scale_at(e->scale, row);
+    float scale = float_at(e->scale, row);
     for (int i = 0; i < batch; i++) {
         out[i] *= scale;
     }
@@ -112,8 +102,7 @@ static void row_product(const product *p, size_t row, size_t m, int batch, float
 static void product_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
-    static const size_t size_of[] = {[QINS_F32] = 4, [QINS_F16] = 2, [QINS_BF16] = 2, [QINS_F64] = 8};
-    size_t size = size_of[p->dtype];
+    size_t size = item_size(p->dtype);
     float results[QINS_BATCH][ROWS_AT_ONCE];
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
         size_t rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;

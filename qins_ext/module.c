@@ -172,6 +172,26 @@ static int codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_
     }
 }
 
+static int overlaps_codes(PyObject *out, const char *name, PyObject *arrays)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
+        if (overlap(out, PyTuple_GET_ITEM(arrays, i), name, "the codes") < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static void set_scalars(qins_codes *e, double first, double second)
+{
+    if (e->codec == QINS_log8) {
+        e->mu = (float)first;
+    } else {
+        e->log_min = (float)first;
+        e->log_max = (float)second;
+    }
+}
+
 static int check_group_size(Py_ssize_t group_size)
 {
     if (group_size < 0) {
@@ -296,17 +316,10 @@ static PyObject *decode(PyObject *module, PyObject *args)
                      cols, (Py_ssize_t)PyArray_DIM(o, 0), (Py_ssize_t)PyArray_DIM(o, 1), row, col);
         return NULL;
     }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
-        if (overlap(out, PyTuple_GET_ITEM(arrays, i), "out", "the codes") < 0) {
-            return NULL;
-        }
+    if (overlaps_codes(out, "out", arrays) < 0) {
+        return NULL;
     }
-    if (codec == QINS_log8) {
-        e.mu = (float)first;
-    } else {
-        e.log_min = (float)first;
-        e.log_max = (float)second;
-    }
+    set_scalars(&e, first, second);
     const qins_kernels *kernels = atomic_load(&active);
     size_t r = (size_t)PyArray_DIM(o, 0), c = (size_t)PyArray_DIM(o, 1);
     size_t stride = (size_t)(PyArray_STRIDE(o, 0) / PyArray_ITEMSIZE(o));
@@ -412,17 +425,10 @@ static PyObject *linear(PyObject *module, PyObject *args)
         field(y, "y", DTYPES[dtype].type, dtype_name, batch, rows, 1, &y_data) < 0 || overlap(y, x, "y", "x") < 0) {
         return NULL;
     }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
-        if (overlap(y, PyTuple_GET_ITEM(arrays, i), "y", "the codes") < 0) {
-            return NULL;
-        }
+    if (overlaps_codes(y, "y", arrays) < 0) {
+        return NULL;
     }
-    if (codec == QINS_log8) {
-        e.mu = (float)first;
-    } else {
-        e.log_min = (float)first;
-        e.log_max = (float)second;
-    }
+    set_scalars(&e, first, second);
     const qins_kernels *kernels = atomic_load(&active);
     int failed;
     Py_BEGIN_ALLOW_THREADS failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);

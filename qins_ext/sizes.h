@@ -1,0 +1,31 @@
+/* Small arithmetic that the drivers of whole matrices share. */
+#ifndef QINS_SIZES_H
+#define QINS_SIZES_H
+
+#include <string.h>
+
+#include "qins.h"
+
+static inline size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
+
+/* Arrays that come from mapped files may be unaligned, so floats in them go through memcpy. */
+static inline float float_at(const float *p, size_t i)
+{
+    float x;
+    memcpy(&x, (const char *)p + i * sizeof x, sizeof x);
+    return x;
+}
+
+static inline size_t item_size(qins_dtype dtype)
+{
+    static const size_t size[] = {[QINS_F32] = 4, [QINS_F16] = 2, [QINS_BF16] = 2, [QINS_F64] = 8};
+    return size[dtype];
+}
+
+/* A row's group scales; NULL where the inputs are not grouped. */
+static inline const uint8_t *group_row(const qins_codes *e, size_t row)
+{
+    return e->group_size > 0 ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
+}
+
+#endif
