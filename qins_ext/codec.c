@@ -471,16 +471,24 @@ int qins_encode(const qins_kernels *kernels, const qins_matrix *w, int threads, 
 /* -- decoding --------------------------------------------------------------------------------- */
 
 typedef struct {
-    const qins_kernels *kernels;
-    const qins_codes *e;
+    qins_decoder from;
     size_t row, col, cols, stride, windows;
     qins_dtype dtype;
     char *out;
-    QINS_ALIGNED(64) float table[256]; /* golden: value by stored; log8: level by m */
 } decoding;
 
-/* Columns [k, k + n) of a row of codes; k is a multiple of 8 for log9. */
-static void decode_span(const decoding *d, size_t row, size_t k, size_t n, float *out)
+void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_codes *e)
+{
+    d->kernels = kernels;
+    d->e = e;
+    if (e->codec == QINS_log8) {
+        qins_log8_levels(e->mu, d->table);
+    } else {
+        qins_golden_values(e->log_min, e->log_max, d->table);
+    }
+}
+
+void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out)
 {
     const qins_codes *e = d->e;
     const uint8_t *codes = e->codes + row * e->cols + k;
@@ -503,12 +511,12 @@ static void decode_items(void *context, size_t begin, size_t end)
     for (size_t item = begin, i, k; item < end; item++) {
         size_t n = item_columns(item, d->windows, d->cols, &i, &k);
         char *out = d->out + (i * d->stride + k) * item_size(d->dtype);
-        size_t before = d->e->codec == QINS_log9 ? (d->col + k) % 8 : 0;
+        size_t before = d->from.e->codec == QINS_log9 ? (d->col + k) % 8 : 0;
         if (d->dtype == QINS_F32 && before == 0) {
-            decode_span(d, d->row + i, d->col + k, n, (float *)(void *)out);
+            qins_decode_span(&d->from, d->row + i, d->col + k, n, (float *)(void *)out);
         } else {
-            decode_span(d, d->row + i, d->col + k - before, n + before, window);
-            d->kernels->narrow[d->dtype](window + before, n, out);
+            qins_decode_span(&d->from, d->row + i, d->col + k - before, n + before, window);
+            d->from.kernels->narrow[d->dtype](window + before, n, out);
         }
     }
 }
@@ -516,14 +524,9 @@ static void decode_items(void *context, size_t begin, size_t end)
 void qins_decode(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
                  int threads, qins_dtype dtype, void *out, size_t stride)
 {
-    decoding d = {.kernels = kernels, .e = e, .row = row, .col = col, .cols = cols, .stride = stride, .dtype = dtype};
-    d.out = out;
+    decoding d = {.row = row, .col = col, .cols = cols, .stride = stride, .dtype = dtype, .out = out};
+    qins_decoder_init(&d.from, kernels, e);
     d.windows = ceil_div(cols, QINS_WINDOW);
-    if (e->codec == QINS_log8) {
-        qins_log8_levels(e->mu, d.table);
-    } else {
-        qins_golden_values(e->log_min, e->log_max, d.table);
-    }
     size_t grain = items_per_grain(cols < QINS_WINDOW ? cols : QINS_WINDOW);
     qins_parallel(rows * d.windows, grain, threads, decode_items, &d);
 }

@@ -1,7 +1,22 @@
 /* What the processor has and the operating system lets us use. */
+#if !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE /* syscall() */
+#endif
 #include <stdatomic.h>
 
 #include "qins.h"
+
+#if QINS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Programs start without tiles; the kernel grants their state, once for the process, or refuses. */
+static int tiles_granted(void)
+{
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
 
 #if QINS_X86_64
 
@@ -31,6 +46,15 @@ static unsigned detect(void)
         features |= has(seven[2], 1) ? QINS_CPU_VBMI : 0u;
         features |= has(seven[2], 11) ? QINS_CPU_VNNI : 0u;
     }
+#if QINS_AMX
+    /* AMX-BF16, AMX-TILE, AMX-INT8 and AVX512_BF16; bits 17 and 18 of XCR0: tile configuration and data */
+    unsigned more[4];
+    qins_cpuid(7, 1, more);
+    if (features & QINS_CPU_AVX512 && has(more[0], 5) && has(seven[3], 22) && has(seven[3], 24) && has(seven[3], 25) &&
+        (xcr0 >> 17 & 3) == 3 && tiles_granted()) {
+        features |= QINS_CPU_AMX;
+    }
+#endif
     return features;
 }
 

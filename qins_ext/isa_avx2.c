@@ -286,6 +286,9 @@ WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
     return vf_fma(sums, scale, acc);
 }
 
+#define FLOAT_ROWS 6
+#define FLOAT_PANELS 1
+
 #include "kernels.inc"
 
 #endif

@@ -196,4 +196,7 @@ QINS_ALWAYS_INLINE vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
     return acc;
 }
 
+#define FLOAT_ROWS 4
+#define FLOAT_PANELS 1
+
 #include "kernels.inc"

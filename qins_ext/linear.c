@@ -8,6 +8,9 @@
 /* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
 enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
 
+/* From how many rows of x on each form of qins_panels is the fastest. */
+enum { PLANES_FROM = 8, HALVES_FROM = 33, FLOATS_FROM = 9, FLOATS_FROM_WORDS = 17 };
+
 /* -- tables of log8, by mu ---------------------------------------------------------------------- */
 
 /* mu comes from a grid of a few dozen values, so the tables of a model's layers fit a small cache.
@@ -141,6 +144,20 @@ static method choose(const qins_kernels *k, const qins_codes *e)
     return fits && e->mu >= k->least_mu ? BY_WORDS : BY_FLOATS;
 }
 
+/* The form for `batch` rows of x, or NULL where rows one by one are faster. Measured: benchmarks/linear.py. */
+static const qins_panels *choose_panels(const qins_kernels *k, const qins_codes *e, method how, size_t batch,
+                                        qins_dtype dtype)
+{
+    int planes = k->planes != NULL && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
+    if (k->halves != NULL && dtype == QINS_BF16 && batch >= (planes ? HALVES_FROM : FLOATS_FROM)) {
+        return k->halves;
+    }
+    if (planes) {
+        return batch >= PLANES_FROM ? k->planes : NULL;
+    }
+    return batch >= (how == BY_WORDS ? FLOATS_FROM_WORDS : FLOATS_FROM) ? k->floats : NULL;
+}
+
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
                 void *y, int threads)
 {
@@ -151,9 +168,15 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     if (batch == 0 || e->rows == 0) {
         return 0;
     }
+    const qins_panels *form = choose_panels(kernels, e, p.how, batch, dtype);
+    if (form != NULL) {
+        int by_words = e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0 && form != kernels->floats;
+        const qins_log8_words *words = by_words ? words_of(e->mu, &own) : NULL;
+        return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
+    }
     size_t floats = dtype == QINS_F32 ? 0 : batch * e->cols * sizeof(float);
     size_t fixed = p.how == BY_WORDS ? batch * p.blocks * (QINS_BLOCK * sizeof(int16_t) + sizeof(float)) : 0;
-    char *room = floats + fixed > 0 ? malloc(floats + fixed) : NULL;
+    char *room = floats + fixed > 0 ? qins_scratch_take(floats + fixed) : NULL;
     if (floats + fixed > 0 && room == NULL) {
         return -1;
     }
@@ -173,7 +196,9 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         qins_log8_levels(e->mu, p.level);
     }
     qins_parallel(e->rows, ceil_div(GRAIN, e->cols * batch + 1), threads, product_rows, &p);
-    free(room);
+    if (room != NULL) {
+        qins_scratch_give(room);
+    }
     return 0;
 }
 

@@ -24,6 +24,14 @@
 #define QINS_AARCH64 0
 #endif
 
+/* Tiles need the kernel's permission, which is asked for in Linux's way; intrinsics came with these compilers. */
+#if QINS_X86_64 && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
+#define QINS_AMX 1
+#else
+#define QINS_AMX 0
+#endif
+
 #if defined(__GNUC__) || defined(__clang__)
 #define QINS_TARGET(features) __attribute__((target(features)))
 #define QINS_ALWAYS_INLINE static inline __attribute__((always_inline, unused))

@@ -62,12 +62,15 @@ typedef struct {
 /* The levels of one mu as 16-bit fixed point, for products. Kernels use the form that suits them:
  *   word[c]   = round(f(c & 127) * 32767), negated where c >= 128; its value is word / 32767
  *   f(16h + l) = (a[h] * b[l] - c) * unit, in units of 1/32767: a[h] with h = c >> 4 carries the sign,
- *   rounded products (a*b + 2^14) >> 15 give value * unit exactly enough only for mu >= QINS_FACTORS_MU */
+ *   rounded products (a*b + 2^14) >> 15 give value * unit exactly enough only for mu >= QINS_FACTORS_MU
+ *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX, rounded; both parts can be negated in 8 bits */
 typedef struct {
     float mu;
     QINS_ALIGNED(64) int16_t word[256];
     QINS_ALIGNED(64) uint8_t word_low[256];
     QINS_ALIGNED(64) uint8_t word_high[256];
+    QINS_ALIGNED(64) int8_t plane_high[QINS_LEVELS];
+    QINS_ALIGNED(64) int8_t plane_low[QINS_LEVELS];
     QINS_ALIGNED(32) int16_t a[16];
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
@@ -95,6 +98,45 @@ typedef struct {
     size_t blocks;
     int batch; /* 1 to QINS_BATCH */
 } qins_fixed;
+
+/* Memory that a kernel asks for on its way, line by line: `lines` of each piece, pieces `jump` bytes from the end of
+ * one to the beginning of the next. Prefetching never faults, so pieces may lie anywhere. */
+typedef struct {
+    uintptr_t next;
+    size_t lines, left, jump; /* left: of this piece */
+} qins_fetch;
+
+/* Products with many rows of activations. They are cut into panels of 16 rows, a lane each, and a block of
+ * weights is decoded once for all panels, in one of these forms:
+ *   floats  columns of a panel one after the other, 16 float32 each; weights row by row
+ *   planes  bytes of 16-bit words in tiles of 16 x 64: high ones, low ones. Weights are words of log8
+ *           (plane_high, plane_low); activations are words that share a scale over `step` columns
+ *   halves  bfloat16 in tiles of 16 x 32
+ * In a tile, weights lie row by row; of the activations the 4 (planes) or 2 (halves) that one 32-bit lane
+ * multiplies, then the 16 lanes. Columns are padded with zeros to a multiple of QINS_DEPTH. */
+enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127 };
+
+typedef struct {
+    int rows;     /* of weights that one multiply() takes */
+    int panels;   /* that it takes at most */
+    size_t item;  /* bytes of an activation, and of a weight */
+    size_t depth; /* most columns of one multiply(); prepared weights have room for as many */
+    size_t block; /* rows of weights that are prepared at a time; a multiple of `rows` and of 16 */
+    /* Around a thread's calls of multiply(); may be NULL. */
+    void (*begin)(void);
+    void (*end)(void);
+    /* At most 16 rows of activations, `stride` apart; scale (planes): 16 for each `step` columns */
+    void (*pack)(const float *x, size_t stride, size_t rows, size_t cols, size_t step, void *packed, float *scale);
+    /* One row of weights into row `row` of `prepared`: from codes of log8, or from float32 values if t is NULL
+     * (halves). factor, one for each `step` columns, makes halves of words. NULL: multiply() takes float32 values. */
+    void (*prepare)(const void *w, size_t cols, const qins_log8_words *t, const float *factor, size_t step, size_t row,
+                    void *prepared);
+    /* c[panel][row][lane] += sums of products, the panels of x and c `next_x` bytes and `next_c` floats apart; planes:
+     * times x_scale[column / step][lane] * w_scale[column / step][row]. fetch: NULL, or a line for each 64 of these
+     * weights. */
+    void (*multiply)(const void *prepared, const void *x, size_t next_x, int panels, size_t cols, const float *x_scale,
+                     const float *w_scale, size_t step, qins_fetch *fetch, float *c, size_t next_c);
+} qins_panels;
 
 typedef struct {
     int32_t lo, hi; /* bit patterns of the smallest and largest |w| above 1e-8f; lo > hi when there is none.
@@ -138,6 +180,9 @@ typedef struct {
                        const qins_golden_factors *t, const float *x, size_t stride, int batch, float *out);
     /* out[m] = sum of w * x[m] */
     void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);
+    const qins_panels *floats, *planes, *halves; /* NULL: this instruction set has nothing better than floats */
+    /* A 16 x 16 matrix of 32-bit elements; strides in elements */
+    void (*transpose)(const float *src, size_t src_stride, float *dst, size_t dst_stride);
 } qins_kernels;
 
 /* dispatch.c ---------------------------------------------------------------------------------- */
@@ -154,7 +199,8 @@ enum {
     QINS_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL */
     QINS_CPU_VBMI = 1 << 2,
     QINS_CPU_VNNI = 1 << 3, /* the 512-bit one */
-    QINS_CPU_NEON = 1 << 4
+    QINS_CPU_NEON = 1 << 4,
+    QINS_CPU_AMX = 1 << 5 /* tiles of 8-bit integers and of bfloat16, and AVX512_BF16 */
 };
 unsigned qins_cpu_features(void);
 
@@ -166,6 +212,10 @@ void qins_parallel(size_t items, size_t grain, int threads, void (*task)(void *,
 /* Uses `parallel` (the signature of libgomp's GOMP_parallel) in place of the pool; NULL: the pool again. */
 typedef void (*qins_fork_join)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
 void qins_set_fork_join(qins_fork_join parallel);
+
+/* scratch.c ----------------------------------------------------------------------------------- */
+void *qins_scratch_take(size_t bytes); /* 64-byte aligned, of any content; NULL: no memory. From any thread */
+void qins_scratch_give(void *memory);
 
 /* tables.c ------------------------------------------------------------------------------------ */
 double qins_log(double x); /* x > 0, normal */
@@ -217,12 +267,27 @@ int qins_encode(const qins_kernels *k, const qins_matrix *w, int threads, qins_c
 void qins_decode(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
                  int threads, qins_dtype dtype, void *out, size_t stride);
 
-/* linear.c: y = x W^T straight from the codes, for a few rows of x ------------------------------ */
+/* Decodes spans of rows, as kernels need them; `table` has golden's values by stored, or log8's levels by m. */
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_codes *e;
+    QINS_ALIGNED(64) float table[256];
+} qins_decoder;
+void qins_decoder_init(qins_decoder *d, const qins_kernels *k, const qins_codes *e);
+/* Columns [k, k + n) of a row; k is a multiple of 8 for log9. */
+void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out);
+
+/* linear.c: y = x W^T straight from the codes -------------------------------------------------- */
 /* x is batch x cols, y is batch x rows, both dense; float32, bfloat16, float16 or float64 (computed in
  * float32). Returns 0, or -1 if memory for `batch` rows of activations cannot be had. */
 int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype, void *y,
                 int threads);
-/* Reads an array with all threads, as fast as this instruction set does. */
+/* panels.c: the same for many rows, in one of the forms of qins_panels. words: for log8 whose group_size
+ * is a multiple of QINS_DEPTH, else NULL; must be there for planes, is not used for floats. */
+int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,
+                       const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
+                       int threads);
+/* linear.c: reads an array with all threads, as fast as this instruction set does. */
 void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
 
 #endif

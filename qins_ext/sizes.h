@@ -7,6 +7,7 @@
 #include "qins.h"
 
 static inline size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
+static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 /* Arrays that come from mapped files may be unaligned, so floats in them go through memcpy. */
 static inline float float_at(const float *p, size_t i)

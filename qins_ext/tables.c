@@ -241,6 +241,13 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
         t->multiplier[code] = (float)(code + 1) / 256.0f;
     }
     t->word_unit = 1.0f / 32767.0f;
+    for (int m = 0; m < QINS_LEVELS; m++) {
+        int word = (int)((double)level[m] * QINS_PLANE_MAX + 0.5);
+        word += (word & 255) == 128; /* a low part of -128 could not be negated */
+        int low = ((word + 128) & 255) - 128;
+        t->plane_low[m] = (int8_t)low;
+        t->plane_high[m] = (int8_t)((word - low) / 256);
+    }
 
     /* (1 + mu) f mu = (1 + mu)^(m/127) - 1; divided by 1 + mu all of it lies within 1 */
     double growth = 1.0 + (double)mu, step = log_1_plus((double)mu) / (QINS_LEVELS - 1);

@@ -20,6 +20,8 @@
  *           vw_dot(acc, vw, const int16_t *x, vf scale): acc + scale * (sums of products); lanes 0 to 7
  *           get elements 0 to 31, and x is in X_ORDER: x[i] belongs to element X_ORDER[i]
  *           WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
+ *   panels  FLOAT_ROWS, FLOAT_PANELS: how many rows and panels of sums registers hold (see panels.inc);
+ *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX's tiles
  *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
  * Loads and stores take any alignment. Sums in float are never contracted into fused operations.
  */
@@ -41,6 +43,17 @@
  * beyond the array: prefetching never faults, but such a pointer must not be formed. */
 enum { PREFETCH_BYTES = 4096 };
 #define PREFETCH_AHEAD(p) QINS_PREFETCH((const void *)((uintptr_t)(p) + PREFETCH_BYTES))
+
+static inline void fetch_lines(qins_fetch *f, size_t lines)
+{
+    for (; lines > 0; lines--, f->next += 64) {
+        if (f->left-- == 0) {
+            f->left = f->lines - 1;
+            f->next += f->jump;
+        }
+        QINS_PREFETCH((const void *)f->next);
+    }
+}
 
 /* Adds 16 lanes in one fixed order. */
 static inline float sum_lanes(float *lane)

@@ -85,3 +85,31 @@ WORD vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
 typedef __m512 vl16;
 WORD vl16 vl16_load(const float *table) { return _mm512_loadu_ps(table); }
 WORD vf vf_pick(const vl16 *table, vi at) { return _mm512_permutexvar_ps(at, *table); }
+
+#define FLOAT_ROWS 12
+#define FLOAT_PANELS 2
+#define TRANSPOSE
+/* Pairs of rows, then of pairs, within each 128-bit quarter; then the quarters. */
+static FN void NAME(transpose)(const float *src, size_t src_stride, float *dst, size_t dst_stride)
+{
+    __m512 r[16], t[16];
+    for (size_t i = 0; i < 16; i++) {
+        r[i] = _mm512_loadu_ps(src + i * src_stride);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        __m512 lo01 = _mm512_unpacklo_ps(r[i], r[i + 1]), hi01 = _mm512_unpackhi_ps(r[i], r[i + 1]);
+        __m512 lo23 = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), hi23 = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+        t[i] = _mm512_shuffle_ps(lo01, lo23, 0x44);
+        t[i + 1] = _mm512_shuffle_ps(lo01, lo23, 0xee);
+        t[i + 2] = _mm512_shuffle_ps(hi01, hi23, 0x44);
+        t[i + 3] = _mm512_shuffle_ps(hi01, hi23, 0xee);
+    }
+    for (int j = 0; j < 4; j++) { /* t[4a + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4a to 4a + 3 */
+        __m512 a = _mm512_shuffle_f32x4(t[j], t[4 + j], 0x44), b = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0x44);
+        __m512 c = _mm512_shuffle_f32x4(t[j], t[4 + j], 0xee), d = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0xee);
+        _mm512_storeu_ps(dst + (size_t)j * dst_stride, _mm512_shuffle_f32x4(a, b, 0x88));
+        _mm512_storeu_ps(dst + (size_t)(4 + j) * dst_stride, _mm512_shuffle_f32x4(a, b, 0xdd));
+        _mm512_storeu_ps(dst + (size_t)(8 + j) * dst_stride, _mm512_shuffle_f32x4(c, d, 0x88));
+        _mm512_storeu_ps(dst + (size_t)(12 + j) * dst_stride, _mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+}

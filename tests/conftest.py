@@ -9,7 +9,7 @@ import qins
 
 
 def pytest_report_header() -> str:
-    known = {"avx512vnni", "avx512", "avx2", "neon", "scalar"}
+    known = {"amx", "avx512vnni", "avx512", "avx2", "neon", "scalar"}
     missing = sorted(known - set(qins.isas()))
     return f"qins: using {qins.isa()}; runs here: {', '.join(qins.isas())}; NOT RUN, not on this processor: {missing}"
 

@@ -34,7 +34,7 @@ def relative_rms(y, exact):
     return float((y.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2,), (5,), (3, 4), (64,), (0,)])
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (5,), (3, 4), (17,), (64,), (2, 65), (0,)])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-4), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
 def test_forward(layer, rows, dtype, limit):
     x = torch.randn(*rows, 300).to(dtype)
@@ -47,6 +47,15 @@ def test_forward(layer, rows, dtype, limit):
         assert relative_rms(y.detach(), exact.detach()) < limit
 
 
+@pytest.fixture
+def only_tiles():
+    before = dict(ops._fused_rows)
+    ops.set_fused_rows(0)
+    yield
+    ops._fused_rows.update(before)
+
+
+@pytest.mark.usefixtures("only_tiles")
 def test_tiles_cover_large_layers(layer):
     codec, group = layer.codec, layer.group_size
     big = nn.Linear(1 << 11, 1500, bias=False)
@@ -224,9 +233,9 @@ def test_fused_and_tiles_agree(layer, dtype):
     before = dict(ops._fused_rows)
     exact = layer.weight.double()
     try:
-        for rows in (1, 2, 3, 7, 8, 9, 16, 33, 40):
+        for rows in (1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 40, 100, 520):
             x = torch.randn(rows, 300).to(dtype)
-            for fused in (0, 100):
+            for fused in (0, 1000):
                 ops.set_fused_rows(fused)
                 y = ops._multiply(x, fields(layer), layer.codec, layer.group_size)
                 limit = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
@@ -239,7 +248,7 @@ def test_fused_and_tiles_agree(layer, dtype):
 def test_fused_product_is_accurate_and_independent_of_threads(layer, outlier):
     torch.manual_seed(1)
     big = qins.QINSLinear.from_linear(nn.Linear(576, 1000, bias=False), layer.codec, group_size=layer.group_size)
-    for rows in (1, 4, 8, 11):
+    for rows in (1, 4, 8, 11, 40):
         x = torch.randn(rows, 576)
         if outlier:
             x[:, 100] *= 1000
@@ -253,11 +262,13 @@ def test_fused_product_is_accurate_and_independent_of_threads(layer, outlier):
 
 def test_activations_that_are_not_finite(layer):
     for bad in (float("nan"), float("inf")):
-        x = torch.ones(3, 300)
-        x[1, 7] = bad
-        y = layer(x)
-        assert not y[1].isfinite().any()
-        assert y[[0, 2]].isfinite().all()
+        for rows in (3, 20, 70):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.ones(rows, 300, dtype=dtype)
+                x[1, 7] = bad
+                y = layer(x)
+                assert not y[1].isfinite().any()
+                assert y[[i for i in range(rows) if i != 1]].isfinite().all()
 
 
 def test_strided_activations(layer):

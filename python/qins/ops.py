@@ -7,6 +7,7 @@ registered with torch.library, so that torch.compile and torch.export see them w
 from __future__ import annotations
 
 import queue
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -41,11 +42,24 @@ def _borrow_scratch() -> Iterator[Tensor]:
 
 
 # Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
-# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it.
-_fused_rows = {torch.float32: 40, torch.bfloat16: 32, torch.float16: 32}
+# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. Where None
+# stands, the core has no bfloat16 arithmetic to match torch's, except with AMX.
+_fused_rows: dict[torch.dtype, int | None] = {
+    torch.float32: sys.maxsize,
+    torch.bfloat16: None,
+    torch.float16: sys.maxsize,
+}
+_FUSED_ROWS_BF16 = 32
 
 _CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
 _DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _is_fused(dtype: torch.dtype, batch: int) -> bool:
+    most = _fused_rows.get(dtype, 0)
+    if most is None:
+        return batch <= _FUSED_ROWS_BF16 or _core.isa() == "amx"
+    return batch <= most
 
 
 def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
@@ -173,7 +187,7 @@ def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int |
         raise ValueError(f"x: expected shape (..., {cols}), got {tuple(shape)}")
     if x.is_cpu and cols:
         batch = x.numel() // cols
-        if 0 < batch <= _fused_rows.get(x.dtype, 0) and all([f.is_contiguous() for f in fields]):
+        if batch > 0 and _is_fused(x.dtype, batch) and all([f.is_contiguous() for f in fields]):
             return _multiply_fused(x, fields, codec, group_size, rows, cols, batch)
     if x.device.type != "cpu":
         return torch.nn.functional.linear(x, _decode_on_device(codec, group_size, fields, x.dtype))

@@ -308,6 +308,110 @@ static void dots(const qins_kernels *k)
     }
 }
 
+/* -- whole products ------------------------------------------------------------------------------- */
+
+/* Codes of every kind with some scales; the arrays end where their pages end. */
+static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t group_size, float mu)
+{
+    static float scale[MOST];
+    static uint8_t all[8 * MOST];
+    for (size_t i = 0; i < rows * cols; i++) {
+        all[i] = (uint8_t)(i < 256 ? i : next());
+        all[i] = codec != QINS_log8 && all[i] == 0 ? 1 : all[i];
+    }
+    for (size_t i = 0; i < rows; i++) {
+        scale[i] = (float)(0.5 + uniform());
+    }
+    size_t groups = group_size ? (cols + group_size - 1) / group_size : 0;
+    qins_codes e = {.codec = codec, .rows = rows, .cols = cols, .group_size = group_size, .mu = mu};
+    e.codes = place(in_u, all, rows * cols, 1);
+    e.log_min = -6.0f;
+    e.log_max = 1.0f;
+    e.scale = place(out_a, scale, rows * 4, 1);
+    if (codec == QINS_log8) {
+        e.group_scale = place(in_v, more, rows * groups, 1);
+    } else {
+        for (size_t i = 0; i < rows * cols; i++) {
+            all[i] = (uint8_t)next();
+        }
+        e.sign = place(in_v, all, rows * cols, 1);
+        e.sign_bits = place(in_v, all, rows * ((cols + 7) / 8), 1);
+    }
+    return e;
+}
+
+static void product_at(const qins_kernels *k, const qins_codes *e, size_t batch, qins_dtype dtype)
+{
+    size_t n = e->rows * e->cols, size = dtype == QINS_F32 ? 4 : 2;
+    float *w = malloc(n * 4), *x = malloc(batch * e->cols * 4), *y = malloc(batch * e->rows * 4);
+    char *xs = malloc(batch * e->cols * size), *ys = malloc(batch * e->rows * size),
+         *again = malloc(batch * e->rows * size);
+    qins_decode(&qins_kernels_scalar, e, 0, e->rows, 0, e->cols, 1, QINS_F32, w, e->cols);
+    for (size_t i = 0; i < batch * e->cols; i++) {
+        x[i] = normal();
+    }
+    if (batch > 2) {
+        x[2 * e->cols] *= 1000.0f; /* an outlier */
+        memset(x + e->cols, 0, e->cols * 4);
+    }
+    qins_kernels_scalar.narrow[dtype](x, batch * e->cols, xs);
+    qins_kernels_scalar.widen[dtype](xs, batch * e->cols, x);
+    check(qins_linear(k, e, xs, batch, dtype, ys, 1) == 0, "product", k->name, n, batch);
+    check(qins_linear(k, e, xs, batch, dtype, again, 3) == 0, "product, 3 threads", k->name, n, batch);
+    check(memcmp(ys, again, batch * e->rows * size) == 0, "threads do not matter", k->name, n, batch);
+    qins_kernels_scalar.widen[dtype](ys, batch * e->rows, y);
+    /* twice what is promised: with so few sums, chance counts (tests/test_linear.py has the promise) */
+    double limit = dtype == QINS_F32 ? 4e-4 : 1e-2, mean_square = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        mean_square += (double)w[i] * (double)w[i] / (double)n;
+    }
+    for (size_t m = 0; m < batch; m++) {
+        /* against what weights of this size make of this row: a single sum may happen to be small */
+        double error = 0.0, size_of = 0.0, rounding = 0.0;
+        for (size_t j = 0; j < e->cols; j++) {
+            double v = (double)x[m * e->cols + j];
+            size_of += v * v * mean_square * (double)e->rows;
+        }
+        for (size_t i = 0; i < e->rows; i++) {
+            double sum = 0.0;
+            for (size_t j = 0; j < e->cols; j++) {
+                sum += (double)w[i * e->cols + j] * (double)x[m * e->cols + j];
+            }
+            double d = (double)y[m * e->rows + i] - sum;
+            error += d * d;
+            rounding += dtype == QINS_F32 ? 0.0 : sum * sum / 65536.0;
+        }
+        check(error <= limit * limit * size_of + rounding, "product against float64", k->name, m, batch);
+    }
+    free(w), free(x), free(y), free(xs), free(ys), free(again);
+}
+
+/* Around every change of method, and every size that a block, panel, tile or chunk of columns ends at. */
+static void products(const qins_kernels *k)
+{
+    static const size_t BATCH[] = {1, 7, 8, 9, 16, 17, 33, 65};
+    static const struct {
+        size_t rows, cols, group_size;
+        float mu;
+    } SHAPE[] = {{1, 1, 0, 2.5f},      {5, 70, 64, 2.5f},     {33, 130, 128, 2.5f}, {48, 576, 128, 2.5f},
+                 {17, 1100, 64, 2.5f}, {200, 130, 128, 2.5f}, {13, 96, 32, 2.5f},   {16, 64, 0, 0.0f},
+                 {31, 640, 192, 4.0f}, {15, 2100, 128, 6.0f}, {7, 100, 10, 2.5f}};
+    for (size_t i = 0; i < sizeof SHAPE / sizeof *SHAPE; i++) {
+        for (int codec = 0; codec < QINS_CODEC_COUNT; codec++) {
+            size_t group = codec == QINS_log8 ? SHAPE[i].group_size : 0;
+            qins_codes e = some_codes((qins_codec)codec, SHAPE[i].rows, SHAPE[i].cols, group, SHAPE[i].mu);
+            for (size_t b = 0; b < sizeof BATCH / sizeof *BATCH; b++) {
+                product_at(k, &e, BATCH[b], QINS_F32);
+                product_at(k, &e, BATCH[b], QINS_BF16);
+            }
+            if (SHAPE[i].rows == 5) {
+                product_at(k, &e, 520, QINS_F32); /* more than one batch of panels */
+                product_at(k, &e, 1041, QINS_BF16);
+            }
+        }
+    }
+}
+
 /* The start of the buffers at every offset from an aligned address. */
 static void kernels_misaligned(const qins_kernels *k)
 {
@@ -701,6 +805,7 @@ int main(int argc, char **argv)
         kernels_misaligned(k);
         conversions(k);
         dots(k);
+        products(k);
         printf("ran %s\n", k->name);
     }
 #define X(name, guard, features)                                        \

@@ -1,0 +1,229 @@
+/* y = x W^T for many rows of x: a block of weights is decoded once and meets all panels of x.
+ *
+ * The blocking is that of K. Goto and R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication"
+ * (2008), with the decoder in the place where a matrix product packs its left factor. */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "sizes.h"
+
+enum {
+    BATCH_ROWS = 512, /* of x at a time: bounds the sums of a block */
+    PACKED_BYTES = 32 << 20,
+    MOST_ROWS = 512, /* of weights in a block */
+    FEW_ROWS = 64,
+    FEW_SPAN = 512,
+    GRAIN_ELEMENTS = 16384
+};
+
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_panels *form;
+    const qins_log8_words *words;
+    const qins_codes *e;
+    qins_decoder decoder;
+    size_t batch, padded, step, steps; /* padded: columns; steps: of a row */
+    size_t block, span;                /* rows and columns of weights that are prepared at a time */
+    int few;                           /* rows of x, so that decoding decides */
+    const char *x;
+    char *packed;
+    float *x_scale; /* panels x steps x 16 */
+    qins_dtype dtype;
+    char *y; /* of the first row of this batch */
+    atomic_int_least32_t failed;
+} panels;
+
+static size_t panel_bytes(const panels *p) { return p->padded * QINS_PANEL * p->form->item; }
+
+/* Room for a block of weights: rows in full sets of `rows` and of 16. */
+static size_t block_room(const panels *p)
+{
+    size_t height = (size_t)p->form->rows;
+    return ceil_div(ceil_div(p->block, height) * height, 16) * 16;
+}
+
+static void pack_panels(void *context, size_t begin, size_t end)
+{
+    panels *p = context;
+    size_t cols = p->e->cols, size = item_size(p->dtype);
+    float *wide = p->dtype == QINS_F32 ? NULL : qins_scratch_take(QINS_PANEL * cols * sizeof *wide);
+    if (p->dtype != QINS_F32 && wide == NULL) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
+    for (size_t i = begin; i < end; i++) {
+        size_t m = i * QINS_PANEL, rows = least(p->batch - m, QINS_PANEL);
+        const void *x = p->x + m * cols * size;
+        if (wide != NULL) {
+            p->kernels->widen[p->dtype](x, rows * cols, wide);
+            x = wide;
+        }
+        p->form->pack(x, cols, rows, cols, p->step, p->packed + i * panel_bytes(p),
+                      p->x_scale + i * p->steps * QINS_PANEL);
+    }
+    if (wide != NULL) {
+        qins_scratch_give(wide);
+    }
+}
+
+/* What one step in a word of a row's weights stands for, for each `step` columns from k on. */
+static void word_factors(const panels *p, size_t row, size_t k, size_t steps, float *factor)
+{
+    const uint8_t *group = group_row(p->e, row);
+    float scale = float_at(p->e->scale, row) * (1.0f / QINS_PLANE_MAX);
+    for (size_t s = 0; s < steps; s++) {
+        factor[s] = group != NULL ? scale * p->words->multiplier[group[(k + s * p->step) / p->e->group_size]] : scale;
+    }
+}
+
+/* One row of weights, columns [k, k + n), n at most `depth`, with the factors that multiply() asks for. */
+static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t n, char *prepared, float *w_scale)
+{
+    const qins_panels *form = p->form;
+    float values[QINS_WINDOW], factor[QINS_WINDOW / QINS_DEPTH + 1];
+    factor[0] = 0.0f;
+    if (p->words != NULL) {
+        size_t steps = ceil_div(n, p->step), height = (size_t)form->rows;
+        word_factors(p, row, k, steps, factor);
+        form->prepare(p->e->codes + row * p->e->cols + k, n, p->words, factor, p->step, i, prepared);
+        for (size_t s = 0; s < steps; s++) {
+            w_scale[(i / height * steps + s) * height + i % height] = factor[s];
+        }
+        return;
+    }
+    float *out = form->prepare != NULL ? values : (float *)(void *)(prepared + i * form->depth * form->item);
+    qins_decode_span(&p->decoder, row, k, n, out);
+    if (form->prepare != NULL) {
+        form->prepare(values, n, NULL, NULL, p->step, i, prepared);
+    } else {
+        for (size_t j = n; j % QINS_DEPTH != 0; j++) {
+            out[j] = 0.0f; /* meets zeros in x, but must not be infinite */
+        }
+    }
+}
+
+/* Sums of one block, 16 lanes a row, to the rows of y. */
+static void store_block(const panels *p, const float *c, size_t row, size_t rows, size_t padded_rows)
+{
+    size_t size = item_size(p->dtype);
+    float turned[QINS_PANEL * MOST_ROWS];
+    for (size_t m = 0; m < p->batch; m += QINS_PANEL) {
+        const float *from = c + m * padded_rows;
+        for (size_t i = 0; i < rows; i += QINS_PANEL) {
+            p->kernels->transpose(from + i * QINS_PANEL, QINS_PANEL, turned + i, MOST_ROWS);
+        }
+        for (size_t lane = 0; lane < QINS_PANEL && m + lane < p->batch; lane++) {
+            char *y = p->y + ((m + lane) * p->e->rows + row) * size;
+            p->kernels->narrow[p->dtype](turned + lane * MOST_ROWS, rows, y);
+        }
+    }
+}
+
+/* The codes to ask for while columns [k, k + n) of this block are multiplied. */
+static qins_fetch next_codes(const panels *p, size_t row, size_t rows, size_t k, size_t n)
+{
+    uintptr_t block = (uintptr_t)p->e->codes + row * p->e->cols, after = block + rows * p->e->cols;
+    if (p->few) {
+        /* some of the next block, which follows this one, in memory's order: the processor takes that for a stream
+         * and reads ahead. The order of use, parts of many rows, is none. */
+        return (qins_fetch){after + k * rows, SIZE_MAX, SIZE_MAX, 0};
+    }
+    /* what comes next, since until the next block the panels would push it out of the caches again */
+    uintptr_t next = k + n < p->e->cols ? block + k + n : after;
+    size_t lines = ceil_div(p->span, 64);
+    return (qins_fetch){next, lines, lines, p->e->cols - least(lines * 64, p->e->cols)};
+}
+
+static void multiply_block(const panels *p, size_t row, size_t rows, char *prepared, float *w_scale, float *c)
+{
+    const qins_panels *form = p->form;
+    size_t cols = p->e->cols, height = (size_t)form->rows, count = ceil_div(p->batch, QINS_PANEL);
+    size_t padded_rows = ceil_div(ceil_div(rows, height) * height, 16) * 16, next_c = padded_rows * QINS_PANEL;
+    memset(c, 0, count * next_c * sizeof *c);
+    for (size_t k = 0; k < cols; k += p->span) {
+        size_t n = least(p->span, cols - k), depth = ceil_div(n, QINS_DEPTH) * QINS_DEPTH, steps = ceil_div(n, p->step);
+        for (size_t i = 0; i < rows; i++) {
+            prepare_row(p, row + i, i, k, n, prepared, w_scale);
+        }
+        qins_fetch fetch = next_codes(p, row, rows, k, n);
+        for (size_t i = 0; i < count; i += (size_t)form->panels) {
+            const char *x = p->packed + i * panel_bytes(p) + k * QINS_PANEL * form->item;
+            const float *x_scale = p->x_scale + (i * p->steps + k / p->step) * QINS_PANEL;
+            int some = (int)least(count - i, (size_t)form->panels);
+            for (size_t r = 0; r < rows; r += height) {
+                form->multiply(prepared + r * form->depth * form->item, x, panel_bytes(p), some, depth, x_scale,
+                               w_scale + r * steps, p->step, i > 0 ? NULL : &fetch, c + i * next_c + r * QINS_PANEL,
+                               next_c);
+            }
+        }
+    }
+    store_block(p, c, row, rows, padded_rows);
+}
+
+static void panel_blocks(void *context, size_t begin, size_t end)
+{
+    panels *p = context;
+    const qins_panels *form = p->form;
+    size_t prepared = block_room(p) * form->depth * form->item, scales = block_room(p) * form->depth / QINS_DEPTH;
+    size_t sums = ceil_div(p->batch, QINS_PANEL) * QINS_PANEL * block_room(p);
+    char *room = qins_scratch_take(prepared + (scales + sums) * sizeof(float));
+    if (room == NULL) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
+    float *w_scale = (float *)(void *)(room + prepared);
+    if (form->begin != NULL) {
+        form->begin();
+    }
+    for (size_t i = begin; i < end; i++) {
+        size_t row = i * p->block, rows = p->e->rows - row < p->block ? p->e->rows - row : p->block;
+        multiply_block(p, row, rows, room, w_scale, w_scale + scales);
+    }
+    if (form->end != NULL) {
+        form->end();
+    }
+    qins_scratch_give(room);
+}
+
+int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, const qins_codes *e,
+                       const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
+                       int threads)
+{
+    panels p = {.kernels = kernels, .form = form, .words = words, .e = e, .dtype = dtype};
+    atomic_init(&p.failed, 0);
+    p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
+    p.step = e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
+    p.steps = ceil_div(e->cols, p.step);
+    p.block = form->block;
+    p.span = form->depth;
+    p.few = batch <= FEW_ROWS && form != kernels->halves;
+    if (p.few) { /* decoding decides, so what is decoded stays in the nearest cache */
+        p.span = least(form->depth, FEW_SPAN);
+        p.block = ceil_div(16, (size_t)form->rows) * (size_t)form->rows;
+    }
+    /* smaller blocks where there are too few rows to share; what is computed does not depend on it */
+    size_t share = ceil_div(e->rows, 4 * (size_t)(threads > 0 ? threads : 1));
+    p.block = p.block > 32 ? least(p.block, ceil_div(share, 32) * 32) : p.block;
+    if (words == NULL) {
+        qins_decoder_init(&p.decoder, kernels, e);
+    }
+    size_t most = least(ceil_div(least(batch, BATCH_ROWS), QINS_PANEL), PACKED_BYTES / panel_bytes(&p));
+    most = most > 0 ? most : 1;
+    size_t bytes = most * panel_bytes(&p);
+    char *room = qins_scratch_take(bytes + most * p.steps * QINS_PANEL * sizeof(float));
+    if (room == NULL) {
+        return -1;
+    }
+    p.packed = room;
+    p.x_scale = (float *)(void *)(p.packed + bytes);
+    for (size_t m = 0; m < batch; m += p.batch) {
+        p.batch = least(batch - m, most * QINS_PANEL);
+        p.x = (const char *)x + m * e->cols * item_size(dtype);
+        p.y = (char *)y + m * e->rows * item_size(dtype);
+        qins_parallel(ceil_div(p.batch, QINS_PANEL), ceil_div(GRAIN_ELEMENTS, QINS_PANEL * e->cols + 1), threads,
+                      pack_panels, &p);
+        qins_parallel(ceil_div(e->rows, p.block), 1, threads, panel_blocks, &p);
+    }
+    qins_scratch_give(room);
+    return atomic_load(&p.failed) ? -1 : 0;
+}
