@@ -159,38 +159,43 @@ def _rows(t: Tensor, rows: int) -> Tensor:
     return t.reshape(rows, t.shape[-1] if t.dim() else 1)
 
 
-def _multiply_fused(
-    x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None, rows: int, cols: int, batch: int
-) -> Tensor:
-    """X @ W.T by the core's kernels; everything is on the CPU, contiguous and of the right shape."""
-    if not x.is_contiguous():
-        x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], rows))
-    third = scalar2 = 0
-    if codec != "log8":
-        codes, second, scalar, scalar2 = [f.data_ptr() for f in fields]
-    elif group_size:
-        codes, second, third, scalar = [f.data_ptr() for f in fields]
-    else:
-        codes, second, scalar = [f.data_ptr() for f in fields]
-    _core.linear_at(
-        _CODEC_NUMBER[codec], codes, second, third, scalar, scalar2, rows, cols, group_size or 0,
-        x.data_ptr(), batch, _DTYPE_NUMBER[x.dtype], out.data_ptr(), _threads._chosen or torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
 def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
-    rows, cols = fields[0].shape
-    shape = x.shape
+    # On the way to the kernels every step is the cheapest there is: a small layer takes ten microseconds.
+    codes, second = fields[0], fields[1]
+    rows, cols = codes.shape
+    shape, dtype = x.shape, x.dtype
     if not shape or shape[-1] != cols:
         raise ValueError(f"x: expected shape (..., {cols}), got {tuple(shape)}")
-    if x.is_cpu and cols:
-        batch = x.numel() // cols
-        if batch > 0 and _is_fused(x.dtype, batch) and all([f.is_contiguous() for f in fields]):
-            return _multiply_fused(x, fields, codec, group_size, rows, cols, batch)
-    if x.device.type != "cpu":
-        return torch.nn.functional.linear(x, _decode_on_device(codec, group_size, fields, x.dtype))
+    if not x.is_cpu:
+        return torch.nn.functional.linear(x, _decode_on_device(codec, group_size, fields, dtype))
+    batch = x.numel() // cols if cols else 0
+    if (
+        batch
+        and _is_fused(dtype, batch)
+        and codes.is_contiguous()
+        and second.is_contiguous()
+        and fields[2].is_contiguous()
+    ):
+        third = scalar2 = 0
+        if codec != "log8":
+            scalar, scalar2 = fields[2].data_ptr(), fields[3].data_ptr()
+        elif not group_size:
+            scalar = fields[2].data_ptr()
+        else:
+            third, scalar = fields[2].data_ptr(), fields[3].data_ptr()
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = x.new_empty(*shape[:-1], rows)
+        _core.linear_at(
+            _CODEC_NUMBER[codec], codes.data_ptr(), second.data_ptr(), third, scalar, scalar2, rows, cols,
+            group_size or 0, x.data_ptr(), batch, _DTYPE_NUMBER[dtype], out.data_ptr(),
+            _threads._chosen or torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+    return _multiply_tiles(x, fields, codec, group_size)
+
+
+def _multiply_tiles(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
     blocks = _Blocks(codec, group_size, fields)
     x2 = x.reshape(-1, blocks.cols)
     out = x.new_empty(x2.shape[0], blocks.rows)
