@@ -1,52 +1,52 @@
-/* Working memory that outlives a call: fresh pages would cost more than many a product. */
+/* Working memory that outlives a call: fresh pages would cost more than many a product.
+ *
+ * Blocks come in powers of two, and each size keeps a few, so that a call finds what the last one left. Of a
+ * larger block only what is used is ever backed by memory. */
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "qins.h"
 
-enum { SLOTS = 32, ALIGNMENT = 64 };
-#define KEPT_BYTES ((size_t)16 << 20) /* larger blocks are given back to the system */
+enum { SIZES = 9, KEPT = 8, ALIGNMENT = 64 };
+#define SMALLEST ((size_t)1 << 16) /* bytes; the largest that is kept is 2^(SIZES - 1) times this, 16 MiB */
 
 /* In front of the aligned memory that a caller sees. */
 typedef struct {
     void *room; /* as malloc returned it */
-    size_t bytes;
+    int size;   /* which of the sizes; SIZES: too large to keep */
 } header;
 
-static _Atomic(header *) slots[SLOTS];
-
-static header *header_of(void *memory) { return (header *)memory - 1; }
+static _Atomic(header *) kept[SIZES][KEPT];
 
 void *qins_scratch_take(size_t bytes)
 {
-    for (int i = 0; i < SLOTS; i++) {
-        header *h = atomic_exchange(&slots[i], NULL);
-        if (h != NULL && h->bytes >= bytes) {
+    int size = 0;
+    while (size < SIZES && SMALLEST << size < bytes) {
+        size++;
+    }
+    for (int i = 0; size < SIZES && i < KEPT; i++) {
+        header *h = atomic_exchange(&kept[size][i], NULL);
+        if (h != NULL) {
             return h + 1;
         }
-        header *nothing = NULL;
-        if (h != NULL && !atomic_compare_exchange_strong(&slots[i], &nothing, h)) {
-            free(h->room); /* another thread has filled the slot meanwhile */
-        }
     }
-    bytes += bytes / 4; /* room for a somewhat larger call */
-    char *room = malloc(bytes + sizeof(header) + ALIGNMENT);
+    char *room = malloc((size < SIZES ? SMALLEST << size : bytes) + sizeof(header) + ALIGNMENT);
     if (room == NULL) {
         return NULL;
     }
     uintptr_t first = (uintptr_t)room + sizeof(header);
     header *h = (header *)(void *)(room + sizeof(header) + (ALIGNMENT - first % ALIGNMENT) % ALIGNMENT) - 1;
     h->room = room;
-    h->bytes = bytes;
+    h->size = size;
     return h + 1;
 }
 
 void qins_scratch_give(void *memory)
 {
-    header *h = header_of(memory);
-    for (int i = 0; h->bytes <= KEPT_BYTES && i < SLOTS; i++) {
+    header *h = (header *)memory - 1;
+    for (int i = 0; h->size < SIZES && i < KEPT; i++) {
         header *nothing = NULL;
-        if (atomic_compare_exchange_strong(&slots[i], &nothing, h)) {
+        if (atomic_compare_exchange_strong(&kept[h->size][i], &nothing, h)) {
             return;
         }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -95,29 +96,35 @@ class ConversionReport:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def snr_db(weight: torch.Tensor, decoded: Callable[[int, int], torch.Tensor]) -> float:
-    """Signal to noise ratio, in dB, of decoded(first_row, end_row) against weight; a few rows at a time."""
-    signal = noise = 0.0
-    step = max(1, (1 << 20) // max(1, weight.shape[1]))
-    for row in range(0, weight.shape[0], step):
-        part = weight[row : row + step].detach().float()
-        difference = part - decoded(row, min(row + step, weight.shape[0]))
-        signal += float((part * part).sum(dtype=torch.float64))
-        noise += float((difference * difference).sum(dtype=torch.float64))
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+class _Comparison:
+    """Compares weights with their codes, a few rows at a time.
 
+    The working memory is made once: pieces of it made and freed between codes that stay would leave
+    the heap in fragments many times the size of the codes.
+    """
 
-def _encoded_snr(weight: torch.Tensor, e: EncodedArray) -> float:
-    weight = weight.cpu()
+    def __init__(self, elements: int = 1 << 20) -> None:
+        self._floats, self._decoded = torch.empty(elements), torch.empty(elements)
 
-    def rows(begin: int, end: int) -> torch.Tensor:
-        out = torch.empty(end - begin, weight.shape[1])
-        e.decode_block(out.numpy(), "float32", begin, 0)
-        return out
-
-    return snr_db(weight, rows)
+    def snr_db(self, weight: torch.Tensor, e: EncodedArray) -> float:
+        """Signal to noise ratio of the codes of a matrix: infinite if they are exact."""
+        weight = weight.detach()
+        signal = noise = 0.0
+        elements = self._floats.numel()
+        width = max(1, min(weight.shape[1], elements))
+        height = max(1, elements // width)
+        for row in range(0, weight.shape[0], height):
+            for col in range(0, weight.shape[1], width):
+                part = weight[row : row + height, col : col + width]
+                floats, decoded = (t[: part.numel()] for t in (self._floats, self._decoded))
+                floats.view(part.shape).copy_(part)
+                e.decode_block(decoded.view(part.shape).numpy(), "float32", row, col)
+                decoded.sub_(floats)
+                signal += float(floats.dot(floats))
+                noise += float(decoded.dot(decoded))
+        if noise == 0.0:
+            return math.inf
+        return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
 def _patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str]:
@@ -195,7 +202,14 @@ def convert(
 
     """
     includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
-    size = resolve_group_size(codec, group_size)
+    report = _convert(model, codec, includes, excludes, resolve_group_size(codec, group_size), show_progress)
+    _give_back_freed_memory()
+    return report
+
+
+def _convert(
+    model: nn.Module, codec: str, includes: list[str], excludes: list[str], size: int | None, show_progress: bool | None
+) -> ConversionReport:
     report = ConversionReport()
     chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
@@ -209,10 +223,11 @@ def convert(
 
     replacements: dict[nn.Module, QINSLinear] = {}
     by_weight: dict[torch.Tensor, QINSLinear] = {}
+    comparison = _Comparison()
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
         for module, name in chosen.items():
             weight = module.weight
-            new = _encode_module(name, module, codec, size, by_weight.get(weight), report)
+            new = _encode_module(name, module, codec, size, by_weight.get(weight), report, comparison)
             by_weight.setdefault(weight, new)
             replacements[module] = new
             advance(weight.numel())
@@ -224,8 +239,21 @@ def convert(
     return report
 
 
+def _give_back_freed_memory() -> None:
+    """Return freed heap to the system; glibc keeps what lies below any block still in use, here the codes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _encode_module(
-    name: str, module: nn.Linear, codec: str, size: int | None, same: QINSLinear | None, report: ConversionReport
+    name: str,
+    module: nn.Linear,
+    codec: str,
+    size: int | None,
+    same: QINSLinear | None,
+    report: ConversionReport,
+    comparison: _Comparison,
 ) -> QINSLinear:
     weight = module.weight
     quality = math.nan
@@ -235,7 +263,7 @@ def _encode_module(
             encoded = encode(weight, codec, group_size=size)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
-        quality = _encoded_snr(weight, encoded)
+        quality = comparison.snr_db(weight, encoded)
     new = QINSLinear.from_encoded(module, encoded, codec, size)
     if same is not None:
         new._buffers.update(same._buffers)
