@@ -37,6 +37,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c
 
 bench: $(VENV)/installed-dev
+	$(BIN)/qins bench
 	$(BIN)/python benchmarks/codec.py
 
 $(VENV)/torch: constraints.txt

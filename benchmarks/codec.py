@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import machine, race
 
 import qins
+from qins.bench import machine, race
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_golden import seed_decode, seed_encode

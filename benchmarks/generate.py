@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import machine
 from torch import nn
 
 import qins
+from qins.bench import machine
 
 # dtype of the activations and of what is not quantised; codec, or None for float weights
 TORCH_CONTESTANTS = {

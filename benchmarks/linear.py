@@ -1,28 +1,32 @@
 """x @ W.T for a few rows of x: QINSLinear beside every peer that is installed, and beside a plain read of the codes.
 
-    python benchmarks/linear.py [--rows 1 2 4 8 ...] [--shape 8192x3072] [--seconds S] [--json FILE]
+    python benchmarks/linear.py [--rows 1 2 4 8 ...] [--shapes 8192x3072 ... | phi35] [--json FILE] [--plot PNG]
 
-Weights rotate through more memory than the last-level cache (at most 2 GiB), all contestants take turns in one process,
-and the best of many repetitions counts. Compare columns of one run, not figures of two.
+Weights rotate through more memory than the last-level cache (at most 2 GiB; peers from other packages through eight
+layers, an advantage to them), all contestants take turns in one process, and the best of many repetitions counts.
+Compare columns of one run, not figures of two.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import last_level_cache_bytes, machine, race
 from torch import nn
 from torch.nn import functional
 
 import qins
 from qins import _core
+from qins.bench import last_level_cache_bytes, machine, race
 
 FORMATS = [("log8", None), ("log8", 128), ("log8", 64), ("log8", 32), ("log9", None), ("golden", None)]
 ROTATION_LIMIT = 2 << 30
+PEER_COPIES = 8
+PHI35 = ["9216x3072", "3072x3072", "16384x3072", "3072x8192"]  # its linear layers
 
 
 def copies(tensors: list[torch.Tensor]) -> int:
@@ -43,47 +47,89 @@ def int8pack_peer(weight: torch.Tensor, x: torch.Tensor) -> Callable[[int], obje
     return lambda i: torch._weight_int8pack_mm(x, all_codes[i % len(all_codes)], scale)
 
 
-def module_peer(
-    make: Callable[[nn.Linear], nn.Module], weight: torch.Tensor, x: torch.Tensor
-) -> Callable[[int], object]:
-    def one() -> nn.Module:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight = nn.Parameter(weight.to(x.dtype, copy=True), requires_grad=False)
-        return make(linear)
-
-    modules = [one() for _ in range(copies([weight.to(torch.int8)]))]
-    return lambda i: modules[i % len(modules)](x)
+def modules_of(make: Callable[[nn.Linear], nn.Module], weight: torch.Tensor, dtype: torch.dtype) -> list[nn.Module]:
+    """Layers of a peer: quantised once, since some take seconds, and copied a few times."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+    first = make(linear)
+    with torch.inference_mode():
+        first(torch.zeros(1, weight.shape[1], dtype=dtype))
+    return [first, *(copy.deepcopy(first) for _ in range(PEER_COPIES - 1))]
 
 
-def installed_peers(weight: torch.Tensor, x: torch.Tensor, x16: torch.Tensor) -> dict[str, Callable[[int], object]]:
-    """Peers from other packages; what is not installed is said and left out."""
-    found: dict[str, Callable[[int], object]] = {}
-    try:
-        from optimum.quanto import freeze, qint8, quantize
+def quanto(linear: nn.Linear) -> nn.Module:
+    from optimum.quanto import freeze, qint8, quantize
 
-        def quanto(linear: nn.Linear) -> nn.Module:
-            model = nn.Sequential(linear)
-            quantize(model, weights=qint8)
-            freeze(model)
-            return model
+    model = nn.Sequential(linear)
+    quantize(model, weights=qint8)
+    freeze(model)
+    return model
 
-        found["quanto qint8 fp32"] = module_peer(quanto, weight, x)
-        found["quanto qint8 bf16"] = module_peer(quanto, weight, x16)
-    except ImportError:
-        print("not installed: optimum-quanto")
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        def torchao(linear: nn.Linear) -> nn.Module:
-            model = nn.Sequential(linear)
-            quantize_(model, Int8WeightOnlyConfig())
-            return model
+def torchao(linear: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        found["torchao int8 fp32"] = module_peer(torchao, weight, x)
-        found["torchao int8 bf16"] = module_peer(torchao, weight, x16)
-    except ImportError:
-        print("not installed: torchao")
+    model = nn.Sequential(linear)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def torchao_dynamic(linear: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.Sequential(linear)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def torch_dynamic(linear: nn.Linear) -> nn.Module:
+    model: nn.Module = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
+    return model
+
+
+def bitsandbytes(linear: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    layer = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+    layer.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    return layer.to("cpu")
+
+
+def hqq(linear: nn.Linear) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=8, group_size=64)
+    return HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
+
+
+# who quantises, and the dtype of the activations
+PEERS: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype]] = {
+    "quanto qint8 fp32": (quanto, torch.float32),
+    "quanto qint8 bf16": (quanto, torch.bfloat16),
+    "torchao int8 fp32": (torchao, torch.float32),
+    "torchao int8 bf16": (torchao, torch.bfloat16),
+    "torchao int8 dynamic fp32": (torchao_dynamic, torch.float32),
+    "torch dynamic int8 fp32": (torch_dynamic, torch.float32),
+    "bitsandbytes int8 fp32": (bitsandbytes, torch.float32),
+    "HQQ 8-bit fp32": (hqq, torch.float32),
+}
+
+
+def installed_peers(weight: torch.Tensor) -> dict[str, tuple[list[nn.Module], torch.dtype]]:
+    """Peers from other packages and torch's own; what is not installed, or fails, is said and left out."""
+    found = {}
+    for name, (make, dtype) in PEERS.items():
+        try:
+            found[name] = modules_of(make, weight, dtype), dtype
+        except ImportError as e:
+            print(f"NOT RUN {name}: {e}")
+        except Exception as e:  # a peer's failure is its own; the others still race
+            print(f"NOT RUN {name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
     return found
+
+
+def in_turn(modules: list[nn.Module], x: torch.Tensor) -> Callable[[int], object]:
+    return lambda i: modules[i % len(modules)](x)
 
 
 def qins_peers(weight: torch.Tensor, x: torch.Tensor, isas: tuple[str, ...]) -> dict[str, Callable[[int], object]]:
@@ -109,18 +155,12 @@ def qins_peers(weight: torch.Tensor, x: torch.Tensor, isas: tuple[str, ...]) -> 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
-    parser.add_argument("--shape", default="8192x3072", help="out_features x in_features")
-    parser.add_argument("--isas", nargs="+", default=[qins.isas()[0]])
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    out_features, in_features = map(int, arguments.shape.split("x"))
+def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Milliseconds by rows of x and contestant, printed as they come."""
+    out_features, in_features = shape
     weight = torch.randn(out_features, in_features) * 0.02
-    result = {"machine": machine(), "shape": [out_features, in_features], "milliseconds": {}}
-    print(result["machine"])
+    milliseconds: dict[int, dict[str, float]] = {}
+    peers = {} if arguments.no_peers else installed_peers(weight)
     codes = [
         torch.randint(1, 255, weight.shape, dtype=torch.uint8).numpy() for _ in range(copies([weight.to(torch.int8)]))
     ]
@@ -132,19 +172,59 @@ def main() -> None:
             "torch fp32": float_peer(weight, x),
             "torch bf16": float_peer(weight, x16),
             "torch _weight_int8pack_mm": int8pack_peer(weight, x16),
-            **installed_peers(weight, x, x16),
+            **{name: in_turn(modules, x.to(dtype)) for name, (modules, dtype) in peers.items()},
             **qins_peers(weight, x, tuple(arguments.isas)),
             **qins_peers(weight, x16, tuple(arguments.isas)),
         }
         with torch.inference_mode():
             times = race(contestants, arguments.seconds)
-        result["milliseconds"][rows] = {n: t * 1e3 for n, t in times.items()}
+        milliseconds[rows] = {n: t * 1e3 for n, t in times.items()}
         read, fp32, bf16 = (times[n] for n in list(times)[:3])
-        print(f"\n{rows} rows of x\n{'':34}{'ms':>9}{'of read':>9}{'x fp32':>8}{'x bf16':>8}")
+        title = f"{out_features}x{in_features}, {rows} rows of x"
+        print(f"\n{title:34}{'ms':>9}{'of read':>9}{'x fp32':>8}{'x bf16':>8}")
         for name, t in times.items():
             print(f"{name:34}{t * 1e3:9.3f}{read / t:9.2f}{fp32 / t:8.2f}{bf16 / t:8.2f}")
+    return milliseconds
+
+
+def plot(milliseconds: dict[int, dict[str, float]], title: str, path: Path) -> None:
+    """Draw microseconds for a row of x against rows, a line a contestant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    rows = list(milliseconds)
+    for name in milliseconds[rows[0]]:
+        ours = "log8" in name or "log9" in name or "golden" in name
+        line = [1e3 * milliseconds[r][name] / r for r in rows]
+        ax.plot(rows, line, "o-" if ours else "s--", label=name, linewidth=2 if ours else 1, markersize=4)
+    ax.set(xscale="log", yscale="log", xlabel="rows of x", ylabel="microseconds a row", title=title)
+    ax.legend(fontsize=7, loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
+    parser.add_argument("--shapes", nargs="+", default=["8192x3072"], help="out_features x in_features, or phi35")
+    parser.add_argument("--isas", nargs="+", default=[qins.isas()[0]])
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
+    parser.add_argument("--no-peers", action="store_true", help="only torch's own products beside ours")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="of the first shape")
+    arguments = parser.parse_args()
+    print(machine())
+    names = [n for s in arguments.shapes for n in (PHI35 if s == "phi35" else [s])]
+    results = {}
+    for name in names:
+        out_features, in_features = map(int, name.split("x"))
+        results[name] = race_shape((out_features, in_features), arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2))
+        arguments.json.write_text(json.dumps({"machine": machine(), "milliseconds": results}, indent=2))
+    if arguments.plot:
+        plot(results[names[0]], f"{names[0]}, {machine()['threads']} threads", arguments.plot)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,18 @@ def test_demo(tmp_path):
     assert min(result["tokens_per_second"].values()) > 0
 
 
+def test_bench():
+    run = command("bench", "--shape", "64x96", "--rows", "1", "--rows", "20", "--seconds", "0.01", "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["shape"] == [64, 96]
+    assert set(result["milliseconds"]) == {"1", "20"}
+    assert all(t > 0 for times in result["milliseconds"].values() for t in times.values())
+    wrong = command("bench", "--shape", "64")
+    assert wrong.returncode == 1
+    assert "shape: expected OUTxIN" in wrong.stderr
+
+
 def test_names_are_not_shadowed_by_modules():
     """Importing any submodule must not replace a public function of the package."""
     run = python(

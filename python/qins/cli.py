@@ -44,6 +44,38 @@ def demo(
         typer.echo(json.dumps(result, indent=2))
 
 
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="out_features x in_features of the layer.")] = "8192x3072",
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="For each figure.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time one layer on this machine: codes beside torch's float32 and bfloat16, and beside a plain read."""
+    from .bench import run
+
+    sizes = shape.lower().split("x")
+    if len(sizes) != 2 or not all(s.isdecimal() and int(s) > 0 for s in sizes):
+        raise ValueError(f"shape: expected OUTxIN, such as 8192x3072, got {shape!r}")
+    result = run((int(sizes[0]), int(sizes[1])), rows or [1, 8, 64, 512], seconds)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    from rich.table import Table
+
+    about = result["machine"]
+    title = f"{shape}, milliseconds; {about['cpu']}, {about['threads']} threads, {about['isas'][0]}"
+    table = Table("rows of x", title=title)
+    names = list(next(iter(result["milliseconds"].values())))
+    for name in [*names, "times float32", "times bfloat16"]:
+        table.add_column(name, justify="right")
+    for n, times in result["milliseconds"].items():
+        float32, bfloat16, from32, from16 = (times[name] for name in names[1:])
+        ratios = [f"{float32 / from32:.2f}", f"{bfloat16 / from16:.2f}"]
+        table.add_row(str(n), *(f"{times[name]:.3f}" for name in names), *ratios)
+    Console().print(table)
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
     try:
