@@ -16,6 +16,7 @@ from .golden import QINSCodec
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert
     from .linear import DEFAULT_GROUP_SIZE, QINSLinear
+    from .memory import MemoryReport, memory_report
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "DEFAULT_GROUP_SIZE",
     "ConversionReport",
     "EncodedArray",
+    "MemoryReport",
     "QINSCodec",
     "QINSLinear",
     "convert",
@@ -32,6 +34,7 @@ __all__ = [
     "isa",
     "isas",
     "matmul",
+    "memory_report",
     "set_num_threads",
     "use_isa",
 ]
@@ -42,6 +45,8 @@ _LAZY = {
     "convert": "conversion",
     "DEFAULT_GROUP_SIZE": "linear",
     "QINSLinear": "linear",
+    "MemoryReport": "memory",
+    "memory_report": "memory",
 }
 
 

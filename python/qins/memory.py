@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -154,9 +153,8 @@ class MemoryReport:
         lines.append("by dtype   " + ", ".join(f"{k} {v:,}" for k, v in self.by("dtype").items()))
         if self.meta_bytes:
             lines.append(f"not there  {self.meta_bytes:,} bytes on the meta device")
-        lines.append(
-            f"total      {self.total_bytes:,} bytes; {self.float32_bytes:,} in float32, {self.compression:.2f} times as many"
-        )
+        in_float32 = f"{self.float32_bytes:,} in float32, {self.compression:.2f} times as many"
+        lines.append(f"total      {self.total_bytes:,} bytes; {in_float32}")
         lines += [f"PROBLEM: {p}" for p in self.problems]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -247,9 +245,3 @@ def _problems(
         yield f"{full}: {what} of {resident:,} bytes in a plain attribute, which no state dict shows"
     if resident > 2 * size and resident > 1 << 20:
         yield f"{full}: a view of {size:,} bytes keeps a storage of {resident:,} bytes alive"
-
-
-def humanise(n: float) -> str:
-    """Return bytes with a unit of 1024s: "3.4 MiB"."""
-    step = 0 if n < 1 else min(4, int(math.log(n, 1024)))
-    return f"{n / 1024**step:.4g} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][step]}"
