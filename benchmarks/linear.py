@@ -51,10 +51,13 @@ def modules_of(make: Callable[[nn.Linear], nn.Module], weight: torch.Tensor, dty
     """Layers of a peer: quantised once, since some take seconds, and copied a few times."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
-    first = make(linear)
+    first = make(copy.deepcopy(linear))
     with torch.inference_mode():
         first(torch.zeros(1, weight.shape[1], dtype=dtype))
-    return [first, *(copy.deepcopy(first) for _ in range(PEER_COPIES - 1))]
+    try:
+        return [first, *(copy.deepcopy(first) for _ in range(PEER_COPIES - 1))]
+    except RuntimeError:  # quanto's tensors cannot be copied
+        return [first, *(make(copy.deepcopy(linear)) for _ in range(PEER_COPIES - 1))]
 
 
 def quanto(linear: nn.Linear) -> nn.Module:

