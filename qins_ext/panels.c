@@ -8,12 +8,12 @@
 #include "sizes.h"
 
 enum {
-    BATCH_ROWS = 512, /* of x at a time: bounds the sums of a block */
-    PACKED_BYTES = 32 << 20,
-    MOST_ROWS = 512, /* of weights in a block */
-    FEW_ROWS = 64,
-    FEW_SPAN = 512,
-    GRAIN_ELEMENTS = 16384
+    BATCH_ROWS = 512,        /* of x at a time: bounds the sums of a block */
+    PACKED_BYTES = 32 << 20, /* of x in panels, likewise */
+    MOST_ROWS = 192,         /* of weights in a block: the largest `block` of any form */
+    FEW_ROWS = 64,           /* up to so many rows of x decoding decides, not multiplying */
+    FEW_SPAN = 512,          /* columns of weights that are then prepared at a time */
+    GRAIN_ELEMENTS = 16384   /* least work of packing for a thread */
 };
 
 typedef struct {
