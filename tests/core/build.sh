@@ -1,11 +1,20 @@
 #!/usr/bin/env bash
-# Builds the core's test program: build.sh OUTPUT COMPILER [FLAGS...]
+# Builds the core's test program, a file on each processor: build.sh OUTPUT COMPILER [FLAGS...]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1 compiler=$2
 shift 2
 core=$here/../../qins_ext
-sources=$(find "$core" -name '*.c' ! -name module.c | sort)
-# shellcheck disable=SC2086
-"$compiler" -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror \
-    "$@" -I"$core" $sources "$here/test_core.c" -o "$out" -pthread -lm
+objects=$(mktemp -d)
+trap 'rm -rf "$objects"' EXIT
+compile() { # FILE FLAGS...
+    local file=$1
+    shift
+    "$compiler" -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
+        -Wno-sign-conversion -Werror "$@" -I"$core" -c "$file" -o "$objects/$(basename "$file" .c).o"
+}
+export -f compile
+export compiler core objects
+find "$core" "$here" -maxdepth 1 -name '*.c' ! -name module.c -print0 | sort -z |
+    xargs -0 -P "$(nproc)" -I{} bash -c 'file=$1; shift; compile "$file" "$@"' compile {} "$@"
+"$compiler" "$@" "$objects"/*.o -o "$out" -pthread -lm
