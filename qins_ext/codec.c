@@ -159,7 +159,9 @@ static void range_items(void *context, size_t begin, size_t end)
     qins_range range = {INT32_MAX, 0};
     for (size_t item = begin, row, k; item < end; item++) {
         size_t n = item_columns(item, c->windows, c->w->cols, &row, &k);
-        range = c->kernels->range_golden(read_row(&r, row, k, &n), n, range);
+        const float *w = read_row(&r, row, k, &n);
+        range = c->e->codec == QINS_rational ? c->kernels->range_rational(w, n, range)
+                                             : c->kernels->range_golden(w, n, range);
     }
     atomic_lower(&c->lo, range.lo);
     atomic_raise(&c->hi, range.hi);
@@ -200,6 +202,63 @@ static int encode_golden(encoding *c, int threads)
     c->tables.golden = &t;
     qins_parallel(items, grain, threads, golden_items, c);
     return 0;
+}
+
+/* -- rational --------------------------------------------------------------------------------- */
+
+static void rational_items(void *context, size_t begin, size_t end)
+{
+    encoding *c = context;
+    reader r;
+    reader_init(&r, c->kernels, c->w);
+    for (size_t item = begin, row, k; item < end; item++) {
+        size_t n = item_columns(item, c->windows, c->w->cols, &row, &k);
+        const float *w = read_row(&r, row, k, &n);
+        c->kernels->encode_log8(w, n, 1.0f, c->tables.log8, c->e->codes + row * c->w->cols + k);
+    }
+}
+
+static float projected(float alpha, int32_t magnitude)
+{
+    float z = (float)(1.0 / (1.0 + (double)alpha * (double)from_bits32(magnitude)));
+    return z > FLT_MIN ? z : FLT_MIN; /* not 0, which would decode to infinity */
+}
+
+static int encode_rational(encoding *c, int threads)
+{
+    size_t cols = c->w->cols, items = c->w->rows * c->windows;
+    size_t grain = items_per_grain(cols < QINS_WINDOW ? cols : QINS_WINDOW);
+    qins_parallel(items, grain, threads, range_items, c);
+    int32_t lo = atomic_load(&c->lo), hi = atomic_load(&c->hi);
+    if (hi >= INFINITY_BITS) {
+        return 1;
+    }
+    c->e->z_min = projected(c->e->alpha, hi);
+    c->e->z_max = projected(c->e->alpha, lo < hi ? lo : hi);
+    qins_log8_tables t;
+    qins_rational_tables_build(&t, c->e->alpha, c->e->z_min, c->e->z_max);
+    c->tables.log8 = &t;
+    qins_parallel(items, grain, threads, rational_items, c);
+    return 0;
+}
+
+typedef struct {
+    void (*kernel)(const float *, size_t, float, float *);
+    const float *src;
+    float *dst, alpha;
+} projection;
+
+static void project_part(void *context, size_t begin, size_t end)
+{
+    const projection *p = context;
+    p->kernel(p->src + begin, end - begin, p->alpha, p->dst + begin);
+}
+
+void qins_rational(const qins_kernels *kernels, const float *src, size_t n, float alpha, int back, int threads,
+                   float *dst)
+{
+    projection p = {back ? kernels->unproject : kernels->project, src, dst, alpha};
+    qins_parallel(n, GRAIN, threads, project_part, &p);
 }
 
 /* -- log8 ------------------------------------------------------------------------------------- */
@@ -465,7 +524,14 @@ int qins_encode(const qins_kernels *kernels, const qins_matrix *w, int threads, 
     encoding c = {.kernels = kernels, .w = w, .e = e, .windows = ceil_div(w->cols, QINS_WINDOW)};
     atomic_init(&c.lo, INT32_MAX);
     atomic_init(&c.hi, 0);
-    return e->codec == QINS_log8 ? encode_log8(&c, threads) : encode_golden(&c, threads);
+    switch (e->codec) {
+    case QINS_log8:
+        return encode_log8(&c, threads);
+    case QINS_rational:
+        return encode_rational(&c, threads);
+    default:
+        return encode_golden(&c, threads);
+    }
 }
 
 /* -- decoding --------------------------------------------------------------------------------- */
@@ -483,6 +549,8 @@ void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_
     d->e = e;
     if (e->codec == QINS_log8) {
         qins_log8_levels(e->mu, d->table);
+    } else if (e->codec == QINS_rational) {
+        qins_rational_levels(e->alpha, e->z_min, e->z_max, d->table);
     } else {
         qins_golden_values(e->log_min, e->log_max, d->table);
     }
@@ -498,6 +566,9 @@ void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, flo
         break;
     case QINS_log9:
         d->kernels->decode_log9(codes, e->sign_bits + row * ceil_div(e->cols, 8) + k / 8, n, d->table, out);
+        break;
+    case QINS_rational:
+        d->kernels->decode_log8(codes, k, n, 1.0f, NULL, 0, d->table, out);
         break;
     default:
         d->kernels->decode_log8(codes, k, n, float_at(e->scale, row), group_row(e, row), e->group_size, d->table, out);

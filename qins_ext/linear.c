@@ -57,12 +57,12 @@ typedef struct {
     float *fixed_scale;
     const qins_log8_words *words;
     qins_golden_factors factors;
-    float level[256]; /* BY_FLOATS */
+    qins_decoder from; /* BY_FLOATS */
     qins_dtype dtype;
     char *y;
 } product;
 
-/* A group_size that no kernel takes: decode a window, multiply, add up. */
+/* Codes or a group_size that no kernel takes: decode a window, multiply, add up. */
 static void row_by_floats(const product *p, size_t row, size_t m, int batch, float *out)
 {
     const qins_codes *e = p->e;
@@ -70,8 +70,7 @@ static void row_by_floats(const product *p, size_t row, size_t m, int batch, flo
     memset(out, 0, (size_t)batch * sizeof *out);
     for (size_t k = 0; k < e->cols; k += QINS_WINDOW) {
         size_t n = e->cols - k < QINS_WINDOW ? e->cols - k : QINS_WINDOW;
-        p->kernels->decode_log8(e->codes + row * e->cols + k, k, n, 1.0f, group_row(e, row), e->group_size, p->level,
-                                window);
+        qins_decode_span(&p->from, row, k, n, window);
         p->kernels->dot_f32(window, n, p->x + m * p->padded + k, p->padded, batch, part);
         for (int i = 0; i < batch; i++) {
             out[i] += part[i];
@@ -92,10 +91,10 @@ static void row_product(const product *p, size_t row, size_t m, int batch, float
     }
     if (p->how == BY_FLOATS) {
         row_by_floats(p, row, m, batch, out);
-    } else {
-        qins_fixed x = {p->fixed + m * p->blocks * QINS_BLOCK, p->fixed_scale + m * p->blocks, p->blocks, batch};
-        p->kernels->dot_log8(codes, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
+        return;
     }
+    qins_fixed x = {p->fixed + m * p->blocks * QINS_BLOCK, p->fixed_scale + m * p->blocks, p->blocks, batch};
+    p->kernels->dot_log8(codes, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
     float scale = float_at(e->scale, row);
     for (int i = 0; i < batch; i++) {
         out[i] *= scale;
@@ -138,7 +137,7 @@ static void fix_rows(void *context, size_t begin, size_t end)
 static method choose(const qins_kernels *k, const qins_codes *e)
 {
     if (e->codec != QINS_log8) {
-        return BY_FACTORS;
+        return e->codec == QINS_rational ? BY_FLOATS : BY_FACTORS;
     }
     int fits = e->group_size == 0 || e->group_size == QINS_BLOCK / 2 || e->group_size % QINS_BLOCK == 0;
     return fits && e->mu >= k->least_mu ? BY_WORDS : BY_FLOATS;
@@ -193,7 +192,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     } else if (p.how == BY_FACTORS) {
         qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
     } else {
-        qins_log8_levels(e->mu, p.level);
+        qins_decoder_init(&p.from, kernels, e);
     }
     qins_parallel(e->rows, ceil_div(GRAIN, e->cols * batch + 1), threads, product_rows, &p);
     if (room != NULL) {

@@ -126,19 +126,21 @@ static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b !
 static int codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
                         int writable, qins_codes *e)
 {
-    Py_ssize_t expected = codec == QINS_log8 && group_size > 0 ? 3 : 2;
+    Py_ssize_t expected = codec == QINS_rational ? 1 : codec == QINS_log8 && group_size > 0 ? 3 : 2;
     if (PyTuple_GET_SIZE(arrays) != expected) {
         PyErr_Format(PyExc_ValueError, "arrays: expected %zd for %s, got %zd", expected, CODECS[codec],
                      PyTuple_GET_SIZE(arrays));
         return -1;
     }
-    PyObject *first = PyTuple_GET_ITEM(arrays, 0), *second = PyTuple_GET_ITEM(arrays, 1);
+    static const char *const CODES[] = {
+        [QINS_golden] = "stored", [QINS_log9] = "stored", [QINS_log8] = "codes", [QINS_rational] = "w_encoded"};
+    PyObject *first = PyTuple_GET_ITEM(arrays, 0), *second = expected > 1 ? PyTuple_GET_ITEM(arrays, 1) : NULL;
     void *data = NULL;
     memset(e, 0, sizeof *e);
     e->codec = codec;
     e->rows = (size_t)rows;
     e->cols = (size_t)cols;
-    if (field(first, codec == QINS_log8 ? "codes" : "stored", NPY_UINT8, "uint8", rows, cols, writable, &data) < 0) {
+    if (field(first, CODES[codec], NPY_UINT8, "uint8", rows, cols, writable, &data) < 0) {
         return -1;
     }
     e->codes = data;
@@ -154,6 +156,8 @@ static int codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_
             return -1;
         }
         e->sign_bits = data;
+        return 0;
+    case QINS_rational:
         return 0;
     default:
         if (field(second, "scale", NPY_FLOAT32, "float32", rows, -1, writable, &data) < 0) {
@@ -182,13 +186,16 @@ static int overlaps_codes(PyObject *out, const char *name, PyObject *arrays)
     return 0;
 }
 
-static void set_scalars(qins_codes *e, double first, double second)
+/* A codec's scalars, in the order of qins.array.SCALARS. */
+static int read_scalars(qins_codes *e, PyObject *scalars)
 {
-    if (e->codec == QINS_log8) {
-        e->mu = (float)first;
-    } else {
-        e->log_min = (float)first;
-        e->log_max = (float)second;
+    switch (e->codec) {
+    case QINS_log8:
+        return PyArg_ParseTuple(scalars, "f;scalars", &e->mu) ? 0 : -1;
+    case QINS_rational:
+        return PyArg_ParseTuple(scalars, "fff;scalars", &e->alpha, &e->z_min, &e->z_max) ? 0 : -1;
+    default:
+        return PyArg_ParseTuple(scalars, "ff;scalars", &e->log_min, &e->log_max) ? 0 : -1;
     }
 }
 
@@ -213,8 +220,9 @@ static PyObject *nonfinite_error(PyArrayObject *weights, qins_nonfinite bad)
     return NULL;
 }
 
-PyDoc_STRVAR(encode_doc, "encode(codec, weights, dtype, arrays, group_size, mu, threads, /)\n--\n\n"
-                         "Fill the arrays; return the scalars as a tuple of floats.");
+PyDoc_STRVAR(encode_doc, "encode(codec, weights, dtype, arrays, group_size, parameter, threads, /)\n--\n\n"
+                         "Fill the arrays; return the scalars as a tuple of floats. The parameter is log8's mu "
+                         "(negative: search it) or rational's alpha.");
 
 static PyObject *encode(PyObject *module, PyObject *args)
 {
@@ -222,13 +230,13 @@ static PyObject *encode(PyObject *module, PyObject *args)
     const char *codec_name, *dtype_name;
     PyObject *weights, *arrays;
     Py_ssize_t group_size;
-    double mu;
+    double parameter;
     int threads;
     qins_codec codec;
     qins_matrix w;
     qins_codes e;
     if (!PyArg_ParseTuple(args, "sO!sO!ndi:encode", &codec_name, &PyArray_Type, &weights, &dtype_name, &PyTuple_Type,
-                          &arrays, &group_size, &mu, &threads) ||
+                          &arrays, &group_size, &parameter, &threads) ||
         find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &w.dtype) < 0 ||
         check_group_size(group_size) < 0) {
         return NULL;
@@ -238,8 +246,10 @@ static PyObject *encode(PyObject *module, PyObject *args)
         wrong("weights", "a 2-D array of its dtype in native byte order", weights);
         return NULL;
     }
-    if (mu > (double)QINS_MU_MAX || mu != mu) {
-        PyErr_Format(PyExc_ValueError, "mu: expected 0 to %d, got %R", (int)QINS_MU_MAX, PyTuple_GET_ITEM(args, 5));
+    if (codec == QINS_rational ? !((float)parameter > 0.0f) : !(parameter <= (double)QINS_MU_MAX)) {
+        PyErr_Format(PyExc_ValueError, "%s, got %R",
+                     codec == QINS_rational ? "alpha: expected a positive number" : "mu: expected 0 to 65536",
+                     PyTuple_GET_ITEM(args, 5));
         return NULL;
     }
     Py_ssize_t rows = PyArray_DIM(a, 0), cols = PyArray_DIM(a, 1);
@@ -256,13 +266,16 @@ static PyObject *encode(PyObject *module, PyObject *args)
     w.cols = (size_t)cols;
     w.row_stride = PyArray_STRIDE(a, 0);
     w.col_stride = PyArray_STRIDE(a, 1);
-    e.mu = (float)mu;
+    e.mu = e.alpha = (float)parameter;
     const qins_kernels *kernels = atomic_load(&active);
     qins_nonfinite bad = {0, 0};
     Py_BEGIN_ALLOW_THREADS if (qins_encode(kernels, &w, threads, &e)) { bad = qins_find_nonfinite(kernels, &w); }
     Py_END_ALLOW_THREADS if (bad.count > 0) { return nonfinite_error(a, bad); }
     if (codec == QINS_log8) {
         return Py_BuildValue("(d)", (double)e.mu);
+    }
+    if (codec == QINS_rational) {
+        return Py_BuildValue("(ddd)", (double)e.alpha, (double)e.z_min, (double)e.z_max);
     }
     return Py_BuildValue("(dd)", (double)e.log_min, (double)e.log_max);
 }
@@ -292,17 +305,13 @@ static PyObject *decode(PyObject *module, PyObject *args)
     PyObject *arrays, *scalars, *out;
     Py_ssize_t rows, cols, group_size, row, col;
     int threads;
-    double first = 0.0, second = 0.0;
     qins_codec codec;
     qins_dtype dtype;
     qins_codes e;
     if (!PyArg_ParseTuple(args, "sO!O!nnnO!snni:decode", &codec_name, &PyTuple_Type, &arrays, &PyTuple_Type, &scalars,
                           &rows, &cols, &group_size, &PyArray_Type, &out, &dtype_name, &row, &col, &threads) ||
         find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &dtype) < 0 || check_group_size(group_size) < 0 ||
-        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0) {
-        return NULL;
-    }
-    if (!PyArg_ParseTuple(scalars, codec == QINS_log8 ? "d" : "dd", &first, &second)) {
+        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 || read_scalars(&e, scalars) < 0) {
         return NULL;
     }
     PyArrayObject *o = (PyArrayObject *)out;
@@ -319,7 +328,6 @@ static PyObject *decode(PyObject *module, PyObject *args)
     if (overlaps_codes(out, "out", arrays) < 0) {
         return NULL;
     }
-    set_scalars(&e, first, second);
     const qins_kernels *kernels = atomic_load(&active);
     size_t r = (size_t)PyArray_DIM(o, 0), c = (size_t)PyArray_DIM(o, 1);
     size_t stride = (size_t)(PyArray_STRIDE(o, 0) / PyArray_ITEMSIZE(o));
@@ -379,6 +387,10 @@ static PyObject *linear_at(PyObject *module, PyObject *const *args, Py_ssize_t c
         e.scale = (float *)a[SECOND];
         e.group_scale = (uint8_t *)a[THIRD];
         memcpy(&e.mu, (const void *)a[SCALAR], sizeof e.mu);
+    } else if (e.codec == QINS_rational) {
+        memcpy(&e.alpha, (const void *)a[SECOND], sizeof e.alpha);
+        memcpy(&e.z_min, (const void *)a[SCALAR], sizeof e.z_min);
+        memcpy(&e.z_max, (const void *)a[SCALAR2], sizeof e.z_max);
     } else {
         e.sign = (int8_t *)a[SECOND];
         e.sign_bits = (uint8_t *)a[SECOND];
@@ -408,7 +420,6 @@ static PyObject *linear(PyObject *module, PyObject *args)
     PyObject *arrays, *scalars, *x, *y;
     Py_ssize_t rows, cols, group_size;
     int threads;
-    double first = 0.0, second = 0.0;
     qins_codec codec;
     qins_dtype dtype;
     qins_codes e;
@@ -416,8 +427,7 @@ static PyObject *linear(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "sO!O!nnnO!sO!i:linear", &codec_name, &PyTuple_Type, &arrays, &PyTuple_Type, &scalars,
                           &rows, &cols, &group_size, &PyArray_Type, &x, &dtype_name, &PyArray_Type, &y, &threads) ||
         find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &dtype) < 0 || check_group_size(group_size) < 0 ||
-        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 ||
-        !PyArg_ParseTuple(scalars, codec == QINS_log8 ? "d" : "dd", &first, &second)) {
+        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 || read_scalars(&e, scalars) < 0) {
         return NULL;
     }
     Py_ssize_t batch = PyArray_NDIM((PyArrayObject *)x) == 2 ? PyArray_DIM((PyArrayObject *)x, 0) : 0;
@@ -428,7 +438,6 @@ static PyObject *linear(PyObject *module, PyObject *args)
     if (overlaps_codes(y, "y", arrays) < 0) {
         return NULL;
     }
-    set_scalars(&e, first, second);
     const qins_kernels *kernels = atomic_load(&active);
     int failed;
     Py_BEGIN_ALLOW_THREADS failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);
@@ -437,27 +446,100 @@ static PyObject *linear(PyObject *module, PyObject *args)
 }
 
 PyDoc_STRVAR(levels_doc, "levels(codec, scalars, /)\n--\n\n"
-                         "Float32 bytes: the 128 levels f(m) of log8, or golden's 256 values by stored.");
+                         "Float32 bytes: the 128 magnitudes of log8 or rational, or golden's 256 by stored.");
 
 static PyObject *levels(PyObject *module, PyObject *args)
 {
     (void)module;
     const char *codec_name;
     PyObject *scalars;
-    double first = 0.0, second = 0.0;
-    qins_codec codec;
-    float table[256];
+    qins_codes e = {.rows = 0};
+    qins_decoder d;
     if (!PyArg_ParseTuple(args, "sO!:levels", &codec_name, &PyTuple_Type, &scalars) ||
-        find_codec(codec_name, &codec) < 0 ||
-        !PyArg_ParseTuple(scalars, codec == QINS_log8 ? "d" : "dd", &first, &second)) {
+        find_codec(codec_name, &e.codec) < 0 || read_scalars(&e, scalars) < 0) {
         return NULL;
     }
-    if (codec == QINS_log8) {
-        qins_log8_levels((float)first, table);
-        return PyBytes_FromStringAndSize((const char *)table, QINS_LEVELS * sizeof *table);
+    qins_decoder_init(&d, atomic_load(&active), &e);
+    int by_level = e.codec == QINS_log8 || e.codec == QINS_rational;
+    return PyBytes_FromStringAndSize((const char *)d.table, (by_level ? QINS_LEVELS : 256) * sizeof *d.table);
+}
+
+PyDoc_STRVAR(rational_doc, "rational(source, alpha, back, out, threads, /)\n--\n\n"
+                           "z of weights, or weights of z: C-contiguous float32 arrays of one size.");
+
+static PyObject *rational(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *source, *out;
+    float alpha;
+    int back, threads;
+    void *src, *dst;
+    if (!PyArg_ParseTuple(args, "O!fpO!i:rational", &PyArray_Type, &source, &alpha, &back, &PyArray_Type, &out,
+                          &threads)) {
+        return NULL;
     }
-    qins_golden_values((float)first, (float)second, table);
-    return PyBytes_FromStringAndSize((const char *)table, sizeof table);
+    Py_ssize_t n = PyArray_SIZE((PyArrayObject *)source);
+    if (field(source, "source", NPY_FLOAT32, "float32", n, -1, 0, &src) < 0 ||
+        field(out, "out", NPY_FLOAT32, "float32", n, -1, 1, &dst) < 0 || overlap(out, source, "out", "source") < 0) {
+        return NULL;
+    }
+    const qins_kernels *kernels = atomic_load(&active);
+    Py_BEGIN_ALLOW_THREADS qins_rational(kernels, src, (size_t)n, alpha, back, threads, dst);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+/* -- KV cache ---------------------------------------------------------------------------------- */
+
+/* log8 in caches has one mu for all: 2 is the best for SmolLM2's values, 8 for its keys, 3 within 0.7 dB of both. */
+#define CACHE_MU 3.0f
+static qins_log8_tables cache_tables;
+
+PyDoc_STRVAR(cache_at_doc,
+             "cache_at(write, codec, codes, second, third, heads, room, dim, start, tokens, x, dtype, threads, /)"
+             "\n--\n\n"
+             "Encode tokens from x into a cache, or decode them to x; arrays by address, codec and dtype "
+             "by number. Returns whether all were finite. Checks nothing.");
+
+static PyObject *cache_at(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    enum { WRITE, CODEC, CODES, SECOND, THIRD, HEADS, ROOM, DIM, START, TOKENS, X, DTYPE, THREADS, COUNT };
+    size_t a[COUNT];
+    if (count != COUNT) {
+        PyErr_Format(PyExc_TypeError, "cache_at: expected %d arguments, got %zd", COUNT, count);
+        return NULL;
+    }
+    for (int i = 0; i < COUNT; i++) {
+        a[i] = PyLong_AsSize_t(args[i]);
+    }
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    qins_cache c = {.codec = (qins_codec)a[CODEC], .heads = a[HEADS], .room = a[ROOM], .dim = a[DIM]};
+    c.codes = (uint8_t *)a[CODES];
+    c.tables = &cache_tables;
+    if (c.codec == QINS_golden) {
+        c.sign = (int8_t *)a[SECOND];
+        c.range = (float *)a[THIRD];
+    } else {
+        c.scale = (uint16_t *)a[SECOND];
+    }
+    const qins_kernels *kernels = atomic_load(&active);
+    int failed = 0;
+    PyThreadState *released = a[HEADS] * a[TOKENS] * a[DIM] > RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
+    if (a[WRITE]) {
+        failed = qins_cache_encode(kernels, &c, (const void *)a[X], (qins_dtype)a[DTYPE], a[START], a[TOKENS],
+                                   (int)a[THREADS]);
+    } else {
+        qins_cache_decode(kernels, &c, a[START], a[TOKENS], (qins_dtype)a[DTYPE], (void *)a[X], (int)a[THREADS]);
+    }
+    if (released != NULL) {
+        PyEval_RestoreThread(released);
+    }
+    if (failed < 0) {
+        return PyErr_NoMemory();
+    }
+    return PyBool_FromLong(!failed);
 }
 
 /* -- instruction sets and threads --------------------------------------------------------------- */
@@ -536,6 +618,8 @@ static PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, linear_doc},
     {"linear_at", (PyCFunction)(void (*)(void))linear_at, METH_FASTCALL, linear_at_doc},
     {"read", read_array, METH_VARARGS, read_doc},
+    {"rational", rational, METH_VARARGS, rational_doc},
+    {"cache_at", (PyCFunction)(void (*)(void))cache_at, METH_FASTCALL, cache_at_doc},
     {"levels", levels, METH_VARARGS, levels_doc},
     {"isas", isas, METH_NOARGS, isas_doc},
     {"isa", isa, METH_NOARGS, isa_doc},
@@ -550,6 +634,7 @@ static int module_exec(PyObject *module)
         return -1;
     }
     if (atomic_load(&active) == NULL) {
+        qins_log8_tables_build(&cache_tables, CACHE_MU);
         atomic_store(&active, qins_isa_at(0));
     }
     PyObject *codecs = PyTuple_New(QINS_CODEC_COUNT);

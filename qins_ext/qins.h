@@ -11,6 +11,8 @@
  *   log9    the same stored, with sign_bits: bit k%8 of byte k/8 of a row is set where negative
  *   log8    code = sign<<7 | m; value = (-1)^sign * S * f(m), f(m) = ((1+mu)^(m/127) - 1)/mu;
  *           S = scale[row], or scale[row] * ((group_scale[row, k/group_size] + 1)/256) when grouped
+ *   rational code = sign<<7 | m; |z| = z_max - m/127 * (z_max - z_min);
+ *           value = (-1)^sign * (1 - |z|)/(alpha |z|)
  */
 #ifndef QINS_H
 #define QINS_H
@@ -167,6 +169,15 @@ typedef struct {
     /* one row from column k on; group_scale is that row's, or NULL */
     void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
                         size_t group_size, const float *level, float *out);
+    /* rational. z = sign/(1 + alpha |w|) and back; every bit pattern of |w| between range's lo and hi */
+    qins_range (*range_rational)(const float *w, size_t n, qins_range r);
+    void (*project)(const float *w, size_t n, float alpha, float *z);
+    void (*unproject)(const float *z, size_t n, float alpha, float *w);
+    /* Rows of a KV cache, each with its own range: stored = round(first - slope * ln(|w| inverse)) within 1 and 255,
+     * and sign * e^(first - step * stored), in float32. */
+    void (*encode_golden_row)(const float *w, size_t n, float inverse, float slope, float first, uint8_t *stored,
+                              int8_t *sign);
+    void (*decode_golden_row)(const uint8_t *stored, const int8_t *sign, size_t n, float first, float step, float *out);
     /* Products. Sums depend on the instruction set, but not on how rows are grouped into calls. */
     float least_mu; /* dot_log8 is exact enough from this mu on */
     /* one row of n activations: fixed point in blocks of 64, the last padded with zeros */
@@ -225,6 +236,9 @@ void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count);
 uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern);
 void qins_log8_levels(float mu, float level[QINS_LEVELS]);  /* mu >= 0, finite */
 void qins_log8_tables_build(qins_log8_tables *t, float mu); /* mu in [0, QINS_MU_MAX] */
+/* rational's magnitudes by m, and the table that finds m, by nearest |z|; alpha > 0, 0 < z_min <= z_max <= 1 */
+void qins_rational_levels(float alpha, float z_min, float z_max, float level[QINS_LEVELS]);
+void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, float z_max);
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
 void qins_log8_words_build(qins_log8_words *t, float mu);
@@ -243,14 +257,15 @@ typedef struct {
 typedef struct {
     qins_codec codec;
     size_t rows, cols;
-    uint8_t *codes;     /* stored (golden, log9) or codes (log8), rows x cols */
+    uint8_t *codes;     /* stored (golden, log9), codes (log8) or w_encoded (rational), rows x cols */
     int8_t *sign;       /* golden, rows x cols */
     uint8_t *sign_bits; /* log9, rows x ceil(cols/8) */
     float log_min, log_max;
     float *scale; /* log8, rows */
     float mu;
-    uint8_t *group_scale; /* log8 when grouped, rows x ceil(cols/group_size) */
-    size_t group_size;    /* 0: not grouped */
+    uint8_t *group_scale;      /* log8 when grouped, rows x ceil(cols/group_size) */
+    size_t group_size;         /* 0: not grouped */
+    float alpha, z_min, z_max; /* rational */
 } qins_codes;
 
 /* How many elements are NaN or infinite in float32, and the flat index of the first. */
@@ -263,11 +278,15 @@ qins_nonfinite qins_find_nonfinite(const qins_kernels *k, const qins_matrix *w);
  * arrays' contents are unspecified). For log8, e->mu < 0 asks for the search. */
 int qins_encode(const qins_kernels *k, const qins_matrix *w, int threads, qins_codes *e);
 
+/* n floats: rational's z of w, or (back != 0) w of z. */
+void qins_rational(const qins_kernels *k, const float *src, size_t n, float alpha, int back, int threads, float *dst);
+
 /* Decodes rows [row, row + rows) x columns [col, col + cols) into out, `stride` elements a row. */
 void qins_decode(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
                  int threads, qins_dtype dtype, void *out, size_t stride);
 
-/* Decodes spans of rows, as kernels need them; `table` has golden's values by stored, or log8's levels by m. */
+/* Decodes spans of rows, as kernels need them; `table` has golden's values by stored, or the
+ * levels of log8 or rational by m. */
 typedef struct {
     const qins_kernels *kernels;
     const qins_codes *e;
@@ -276,6 +295,25 @@ typedef struct {
 void qins_decoder_init(qins_decoder *d, const qins_kernels *k, const qins_codes *e);
 /* Columns [k, k + n) of a row; k is a multiple of 8 for log9. */
 void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out);
+
+/* cache.c: keys or values of attention, a range for each token and head ------------------------ */
+/* Token t of head h is row h * room + t, of dim elements. Only the fields of its codec are set. */
+typedef struct {
+    qins_codec codec; /* golden or log8 */
+    size_t heads, room, dim;
+    uint8_t *codes;                 /* stored, or codes */
+    int8_t *sign;                   /* golden */
+    float *range;                   /* golden: log_min and log_max of each row */
+    uint16_t *scale;                /* log8: bfloat16, of each row */
+    const qins_log8_tables *tables; /* log8 */
+} qins_cache;
+/* x: heads x tokens x dim, dense, to tokens [start, start + tokens). Returns 0, or 1 if x has a non-finite element
+ * (then those tokens' contents are unspecified), or -1 without memory. */
+int qins_cache_encode(const qins_kernels *k, const qins_cache *c, const void *x, qins_dtype dtype, size_t start,
+                      size_t tokens, int threads);
+/* Tokens [start, start + tokens) to out: heads x tokens x dim, dense. */
+void qins_cache_decode(const qins_kernels *k, const qins_cache *c, size_t start, size_t tokens, qins_dtype dtype,
+                       void *out, int threads);
 
 /* linear.c: y = x W^T straight from the codes -------------------------------------------------- */
 /* x is batch x cols, y is batch x rows, both dense; float32, bfloat16, float16 or float64 (computed in

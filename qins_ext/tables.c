@@ -171,6 +171,38 @@ void qins_log8_tables_build(qins_log8_tables *t, float mu)
     qins_lut_build(&t->lut, threshold, QINS_LEVELS - 1);
 }
 
+/* -- rational --------------------------------------------------------------------------------- */
+
+/* What lies at `part` of the way from z_max to z_min; exact at both ends, whose sizes may be far apart. */
+static double rational_value(double part, float alpha, float z_min, float z_max)
+{
+    double z = (1.0 - part) * (double)z_max + part * (double)z_min;
+    double w = (1.0 - z) / ((double)alpha * z);
+    return w < (double)FLT_MAX ? w : (double)FLT_MAX;
+}
+
+void qins_rational_levels(float alpha, float z_min, float z_max, float level[QINS_LEVELS])
+{
+    for (int m = 0; m < QINS_LEVELS; m++) {
+        double part = (double)m / (QINS_LEVELS - 1);
+        level[m] = (float)rational_value(part, alpha, z_min, z_max);
+    }
+}
+
+void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, float z_max)
+{
+    int32_t threshold[QINS_LEVELS - 1];
+    t->mu = 0.0f;
+    qins_rational_levels(alpha, z_min, z_max, t->level);
+    for (int m = 0; m < QINS_LEVELS - 1; m++) {
+        double part = (m + 0.5) / (QINS_LEVELS - 1);
+        double middle = rational_value(part, alpha, z_min, z_max);
+        float f = (float)middle;
+        threshold[m] = bits32(f) + ((double)f < middle);
+    }
+    qins_lut_build(&t->lut, threshold, QINS_LEVELS - 1);
+}
+
 /* -- golden ----------------------------------------------------------------------------------- */
 
 void qins_golden_values(float log_min, float log_max, float value[256])

@@ -60,6 +60,18 @@ def decode_golden(f: dict) -> np.ndarray:
     return f["sign"] * np.exp(lo + (255 - f["stored"].astype(np.float64)) / 254 * (hi - lo))
 
 
+def encode_rational(w: np.ndarray, alpha: float, z_min: float, z_max: float) -> np.ndarray:
+    """Codes of the nearest |z|, in the given range; ties and rounding aside."""
+    z = 1 / (1 + alpha * np.abs(w.astype(np.float64)))
+    m = np.rint((z_max - z) / (z_max - z_min) * 127) if z_max > z_min else np.zeros(w.shape)
+    return (np.clip(m, 0, 127).astype(np.uint8) | (w < 0).astype(np.uint8) << 7).astype(np.uint8)
+
+
+def decode_rational(codes: np.ndarray, alpha: float, z_min: float, z_max: float) -> np.ndarray:
+    z = z_max - (codes & 127) / 127 * (z_max - z_min)
+    return np.where(codes >= 128, -1, 1) * (1 - z) / (alpha * z)
+
+
 def snr_db(w: np.ndarray, q: np.ndarray) -> float:
     w, q = w.astype(np.float64), q.astype(np.float64)
     noise = ((w - q) ** 2).sum()

@@ -13,7 +13,9 @@ import qins
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
-CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 32), ("log8", 7)]
+CODECS = [
+    ("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 32), ("log8", 7), ("rational", None),
+]  # fmt: skip
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (3, 7), (17, 33), (2, 4099), (300, 1), (7,), (), (2, 3, 65)]
 
 
@@ -205,7 +207,7 @@ def test_wrong_dtype(w):
 
 def test_wrong_arguments():
     w = np.zeros((2, 2), np.float32)
-    with pytest.raises(ValueError, match="codec: expected one of golden, log9, log8, got 'log7'"):
+    with pytest.raises(ValueError, match="codec: expected one of golden, log9, log8, rational, got 'log7'"):
         qins.encode(w, "log7")
     with pytest.raises(ValueError, match="group_size: expected None for codec 'golden'"):
         qins.encode(w, "golden", group_size=32)
@@ -320,6 +322,8 @@ def test_any_weights(isa, w, codec):
             inside = np.abs(w) <= scale
             # half a step, and a rounding of subnormal products
             assert (np.abs(w - d.astype(np.float64)) <= scale * step * 0.5001 + 2e-45)[inside].all()
+    elif codec[0] == "rational":
+        assert (np.abs(d) <= np.abs(w).max(initial=0) * np.float64(1.001) + 1e-6).all()
     else:
         r = reference.encode_golden(w)
         assert np.array_equal(e.fields["stored"], r["stored"])

@@ -15,11 +15,12 @@ from torch.nn import functional
 import qins
 from qins import ops
 
-CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 32)]
+CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 32), ("rational", None)]
 FIELDS = {
     "golden": ["stored", "sign", "log_min", "log_max"],
     "log9": ["stored", "sign_bits", "log_min", "log_max"],
     "log8": ["codes", "scale", "mu"],
+    "rational": ["w_encoded", "alpha", "z_min", "z_max"],
 }
 
 

@@ -14,6 +14,8 @@ from .array import EncodedArray, decode, encode, matmul
 from .golden import QINSCodec
 
 if TYPE_CHECKING:
+    from ._hf_cache import QINSCache
+    from .cache import QINSKVCache
     from .conversion import ConversionReport, convert
     from .linear import DEFAULT_GROUP_SIZE, QINSLinear
     from .memory import MemoryReport, memory_report
@@ -25,7 +27,9 @@ __all__ = [
     "ConversionReport",
     "EncodedArray",
     "MemoryReport",
+    "QINSCache",
     "QINSCodec",
+    "QINSKVCache",
     "QINSLinear",
     "convert",
     "decode",
@@ -41,6 +45,8 @@ __all__ = [
 
 # Names that need torch, and the room each lives in.
 _LAZY = {
+    "QINSCache": "cache",
+    "QINSKVCache": "cache",
     "ConversionReport": "conversion",
     "convert": "conversion",
     "DEFAULT_GROUP_SIZE": "linear",

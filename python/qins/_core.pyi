@@ -13,7 +13,7 @@ def encode(
     dtype: str,
     arrays: tuple[Array, ...],
     group_size: int,
-    mu: float,
+    parameter: float,
     threads: int,
     /,
 ) -> tuple[float, ...]: ...
@@ -61,6 +61,23 @@ def linear_at(
     threads: int,
     /,
 ) -> None: ...
+def rational(source: Array, alpha: float, back: bool, out: Array, threads: int, /) -> None: ...
+def cache_at(
+    write: bool,
+    codec: int,
+    codes: int,
+    second: int,
+    third: int,
+    heads: int,
+    room: int,
+    dim: int,
+    start: int,
+    tokens: int,
+    x: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> bool: ...
 def read(array: Array, threads: int, /) -> None: ...
 def levels(codec: str, scalars: tuple[float, ...], /) -> bytes: ...
 def isas() -> tuple[str, ...]: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,18 @@ Array = np.ndarray[Any, Any]
 
 # What the C core stores for each codec: arrays in its order, then scalars. `group_scale` joins
 # log8's arrays when the inputs are grouped.
-ARRAYS = {"golden": ("stored", "sign"), "log9": ("stored", "sign_bits"), "log8": ("codes", "scale")}
-SCALARS = {"golden": ("log_min", "log_max"), "log9": ("log_min", "log_max"), "log8": ("mu",)}
+ARRAYS: dict[str, tuple[str, ...]] = {
+    "golden": ("stored", "sign"),
+    "log9": ("stored", "sign_bits"),
+    "log8": ("codes", "scale"),
+    "rational": ("w_encoded",),
+}
+SCALARS: dict[str, tuple[str, ...]] = {
+    "golden": ("log_min", "log_max"),
+    "log9": ("log_min", "log_max"),
+    "log8": ("mu",),
+    "rational": ("alpha", "z_min", "z_max"),
+}
 _FIELD_DTYPE: dict[str, np.dtype[Any]] = {
     "stored": np.dtype(np.uint8),
     "sign": np.dtype(np.int8),
@@ -24,10 +35,17 @@ _FIELD_DTYPE: dict[str, np.dtype[Any]] = {
     "codes": np.dtype(np.uint8),
     "scale": np.dtype(np.float32),
     "group_scale": np.dtype(np.uint8),
+    "w_encoded": np.dtype(np.uint8),
 }
 _FLOATS = ("float32", "float16", "float64")
 # ln of the largest float32; a larger log_max would decode to infinity
 _LOG_FLT_MAX = 88.7228394
+
+
+def is_torch(x: Any) -> bool:
+    """Whether x is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def check_codec(codec: str) -> str:
@@ -48,6 +66,13 @@ def check_group_size(codec: str, group_size: int | None) -> int | None:
     return int(group_size)
 
 
+def check_alpha(alpha: float) -> float:
+    """Return rational's alpha as a float, or raise if it is not positive and finite in float32."""
+    if not isinstance(alpha, (int, float, np.integer, np.floating)) or not 1e-30 <= alpha <= 1e30:
+        raise ValueError(f"alpha: expected a positive number, 1e-30 to 1e30, got {alpha!r}")
+    return float(alpha)
+
+
 def array_names(codec: str, group_size: int | None) -> tuple[str, ...]:
     """Names of the array fields, in the C core's order."""
     return (*ARRAYS[codec], "group_scale") if group_size else ARRAYS[codec]
@@ -56,7 +81,7 @@ def array_names(codec: str, group_size: int | None) -> tuple[str, ...]:
 def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> dict[str, tuple[int, ...]]:
     """Shapes of the array fields of a weight of this shape; the last dimension is in_features."""
     lead, cols = shape[:-1], shape[-1] if shape else 1
-    shapes = {"stored": shape, "sign": shape, "codes": shape, "scale": lead}
+    shapes = {"stored": shape, "sign": shape, "codes": shape, "w_encoded": shape, "scale": lead}
     shapes["sign_bits"] = (*lead, -(-cols // 8))
     shapes["group_scale"] = (*lead, -(-cols // group_size)) if group_size else ()
     return {name: shapes[name] for name in array_names(codec, group_size)}
@@ -83,7 +108,7 @@ def element_dtype(dtype: Any) -> tuple[str, np.dtype[Any]]:
 
 def _as_matrix(weights: Any) -> tuple[Array, str, tuple[int, ...]]:
     """View weights (NumPy, or a torch tensor) as a 2-D array with its element type's name and true shape."""
-    if type(weights).__module__.partition(".")[0] == "torch":
+    if is_torch(weights):
         from ._torch import tensor_to_array
 
         array, name = tensor_to_array(weights)
@@ -104,7 +129,7 @@ class EncodedArray:
     """Weights as codes.
 
     Attributes:
-        codec: "golden", "log9" or "log8".
+        codec: "log8", "log9", "golden" or "rational".
         shape: shape of the weights; the last dimension is in_features.
         group_size: inputs that share a group scale (log8), or None.
         fields: field name to array, as docs/formats.md lists them; scalars are 0-d float32 arrays.
@@ -231,6 +256,12 @@ def _check_values(codec: str, shape: tuple[int, ...], f: Mapping[str, Array]) ->
             at = int(np.flatnonzero(bad)[0])
             raise ValueError(f"scale: expected finite numbers >= 0, got {scale.reshape(-1)[at]} at flat index {at}")
         return
+    if codec == "rational":
+        if not (math.isfinite(f["alpha"]) and f["alpha"] > 0):
+            raise ValueError(f"alpha: expected a positive finite number, got {f['alpha']}")
+        if not 0.0 < f["z_min"] <= f["z_max"] <= 1.0:
+            raise ValueError(f"z_min, z_max: expected 0 < z_min <= z_max <= 1, got {f['z_min']}, {f['z_max']}")
+        return
     lo, hi = float(f["log_min"]), float(f["log_max"])
     if not (math.isfinite(lo) and lo <= hi <= _LOG_FLT_MAX):
         raise ValueError(f"log_min, log_max: expected finite, ascending, at most {_LOG_FLT_MAX}, got {lo}, {hi}")
@@ -247,16 +278,22 @@ def _check_values(codec: str, shape: tuple[int, ...], f: Mapping[str, Array]) ->
 
 
 def encode(
-    weights: Any, codec: str = "log8", *, group_size: int | None = None, mu: float | None = None
+    weights: Any,
+    codec: str = "log8",
+    *,
+    group_size: int | None = None,
+    mu: float | None = None,
+    alpha: float | None = None,
 ) -> EncodedArray:
     """Encode weights.
 
     Args:
         weights: float32, float16, float64 or bfloat16 array (or CPU tensor) of any shape and strides. Rows
             are output features, the last dimension input features. Values are taken as float32.
-        codec: "log8", "log9" or "golden"; docs/formats.md has the formulas.
+        codec: "log8", "log9", "golden" or (deprecated) "rational"; docs/formats.md has the formulas.
         group_size: for log8: inputs that share a group scale; None for one scale a row.
         mu: for log8: the curvature of its levels, 0 (linear) to 65536; None searches the best for these weights.
+        alpha: for rational: the slope of its levels, 1 if None.
 
     Raises:
         ValueError: a weight is NaN or infinite (the message counts them and says where the first is), or an
@@ -271,13 +308,16 @@ def encode(
             raise ValueError(f"mu: expected None for codec {codec!r}, got {mu!r}")
         if not 0.0 <= float(mu) <= _core.MU_MAX:
             raise ValueError(f"mu: expected 0 to {_core.MU_MAX:g}, got {mu!r}")
+    parameter = -1.0 if mu is None else float(mu)
+    if codec == "rational":
+        parameter = check_alpha(1.0 if alpha is None else alpha)
+    elif alpha is not None:
+        raise ValueError(f"alpha: expected None for codec {codec!r}, got {alpha!r}")
     matrix, dtype, shape = _as_matrix(weights)
     shapes = field_shapes(codec, shape, group_size)
     fields: dict[str, Array] = {n: np.empty(s, _FIELD_DTYPE[n]) for n, s in shapes.items()}
     e = EncodedArray(codec, shape, fields, group_size)
-    found = _core.encode(
-        codec, matrix, dtype, e.arrays, group_size or 0, -1.0 if mu is None else float(mu), get_num_threads()
-    )
+    found = _core.encode(codec, matrix, dtype, e.arrays, group_size or 0, parameter, get_num_threads())
     fields.update({n: np.array(v, np.float32) for n, v in zip(SCALARS[codec], found, strict=True)})
     return e
 

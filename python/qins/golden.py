@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .array import EncodedArray, encode
+from .array import EncodedArray, encode, is_torch
 
 
 class QINSCodec:
@@ -26,7 +26,7 @@ class QINSCodec:
         """
         f = encode(weight, "golden").fields
         parts = f["stored"], f["sign"], f["log_min"], f["log_max"]
-        if _is_torch(weight):
+        if is_torch(weight):
             import torch
 
             return tuple(torch.from_numpy(p).to(weight.device) for p in parts)  # type: ignore[return-value]
@@ -42,7 +42,7 @@ class QINSCodec:
             ValueError, TypeError: an argument is not what `encode` returns.
 
         """
-        if _is_torch(stored):
+        if is_torch(stored):
             import torch
 
             from .ops import decode_fields
@@ -58,7 +58,3 @@ class QINSCodec:
             return decode_fields("golden", fields, None, torch.float32)
         fields = {"stored": stored, "sign": sign, "log_min": log_min, "log_max": log_max}
         return EncodedArray.from_fields("golden", fields).decode(np.float32)
-
-
-def _is_torch(x: Any) -> bool:
-    return type(x).__module__.partition(".")[0] == "torch"

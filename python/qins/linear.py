@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ _TORCH_DTYPE = {
     "codes": torch.uint8,
     "scale": torch.float32,
     "group_scale": torch.uint8,
+    "w_encoded": torch.uint8,
 }
 
 
@@ -36,6 +38,19 @@ def resolve_group_size(codec: str, group_size: int | str | None) -> int | None:
     return check_group_size(codec, group_size)
 
 
+@contextmanager
+def floats_as_bits(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Show float32 buffers as integers meanwhile: a cast in `_apply` then leaves their bits alone."""
+    kept = [n for n in names if module._buffers[n].dtype == torch.float32]  # type: ignore[union-attr]
+    for name in kept:
+        module._buffers[name] = module._buffers[name].view(torch.int32)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for name in kept:
+            module._buffers[name] = module._buffers[name].view(torch.float32)  # type: ignore[union-attr]
+
+
 class QINSLinear(nn.Linear):
     """A linear layer that keeps its weight as 8-bit logarithmic codes and computes y = x @ W.T + bias.
 
@@ -47,7 +62,7 @@ class QINSLinear(nn.Linear):
         in_features: K, size of the last dimension of the input.
         out_features: N, size of the last dimension of the output.
         bias: whether the layer has a bias.
-        codec: "log8", "log9" or "golden".
+        codec: "log8", "log9", "golden" or "rational".
         group_size: inputs that share a group scale (log8); None for one scale a row.
         device: of the buffers and the bias.
         dtype: of the bias; `weight` is decoded to it.
@@ -172,15 +187,9 @@ class QINSLinear(nn.Linear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QINSLinear:
-        """As nn.Module's, except that float32 codes keep their bits: a cast sees them as integers."""
-        kept = {n: b for n, b in self._buffers.items() if b is not None and b.dtype == torch.float32}
-        for name, buffer in kept.items():
-            self._buffers[name] = buffer.view(torch.int32)
-        try:
+        """As nn.Module's, except that float32 codes keep their bits."""
+        with floats_as_bits(self, self._names):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            for name in kept:
-                self._buffers[name] = self._buffers[name].view(torch.float32)  # type: ignore[union-attr]
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 

@@ -121,7 +121,9 @@ def _decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tenso
     scalars = tuple(float(f[n]) for n in SCALARS[codec])
     codes = fields[0]
     table = torch.frombuffer(bytearray(_core.levels(codec, scalars)), dtype=torch.float32).to(codes.device)
-    if codec == "log8":
+    if codec == "rational":
+        values, negative = table[(codes & 0x7F).long()], codes >= 0x80
+    elif codec == "log8":
         scale = f["scale"][:, None]
         if group_size:
             multiplier = (f["group_scale"].float() + 1) / 256

@@ -125,9 +125,19 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
     qins_range r = k->range_golden(w, n, start), q = s->range_golden(w, n, start);
     check(r.lo == q.lo && r.hi == q.hi, "range_golden", k->name, n, at_end);
 
+    r = k->range_rational(w, n, start), q = s->range_rational(w, n, start);
+    check(r.lo == q.lo && r.hi == q.hi, "range_rational", k->name, n, at_end);
+
     k->encode_golden(w, n, &golden, a, (int8_t *)b);
     s->encode_golden(w, n, &golden, c, (int8_t *)d);
     check(memcmp(a, c, n) == 0 && memcmp(b, d, n) == 0, "encode_golden", k->name, n, at_end);
+
+    static const float ROW[][3] = {{2.0f, 20.0f, 3.0f}, {1.0f, 1e10f, 100.0f}, {1e8f, 0.0f, 128.0f}};
+    for (int i = 0; i < 3; i++) {
+        k->encode_golden_row(w, n, ROW[i][0], ROW[i][1], ROW[i][2], a, (int8_t *)b);
+        s->encode_golden_row(w, n, ROW[i][0], ROW[i][1], ROW[i][2], c, (int8_t *)d);
+        check(memcmp(a, c, n) == 0 && memcmp(b, d, n) == 0, "encode_golden_row", k->name, n, at_end);
+    }
 
     size_t bytes = (n + 7) / 8;
     a = room_for(out_a, n, at_end), b = room_for(out_b, bytes, at_end);
@@ -152,6 +162,16 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
     k->decode_golden(u, sign, n, golden.value, x);
     s->decode_golden(u, sign, n, golden.value, y);
     check(memcmp(x, y, n * 4) == 0, "decode_golden", k->name, n, at_end);
+    k->decode_golden_row(u, sign, n, -1.0f, 0.06f, x);
+    s->decode_golden_row(u, sign, n, -1.0f, 0.06f, y);
+    check(memcmp(x, y, n * 4) == 0, "decode_golden_row", k->name, n, at_end);
+    k->project(w, n, 3.0f, x);
+    s->project(w, n, 3.0f, y);
+    check(memcmp(x, y, n * 4) == 0, "project", k->name, n, at_end);
+    k->unproject(place(in_f, y, n * 4, at_end), n, 3.0f, x);
+    s->unproject(place(in_f, y, n * 4, at_end), n, 3.0f, y);
+    check(memcmp(x, y, n * 4) == 0, "unproject", k->name, n, at_end);
+    w = place(in_f, weights, n * 4, at_end);
     const uint8_t *sign_bits = place(in_v, more, bytes, at_end);
     k->decode_log9(u, sign_bits, n, golden.value, x);
     s->decode_log9(u, sign_bits, n, golden.value, y);
@@ -327,6 +347,9 @@ static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t 
     e.codes = place(in_u, all, rows * cols, 1);
     e.log_min = -6.0f;
     e.log_max = 1.0f;
+    e.alpha = 2.0f;
+    e.z_min = 0.25f;
+    e.z_max = 0.96875f;
     e.scale = place(out_a, scale, rows * 4, 1);
     if (codec == QINS_log8) {
         e.group_scale = place(in_v, more, rows * groups, 1);
@@ -569,6 +592,9 @@ static const matrix_case CASES[] = {
     {"log8-f16", QINS_log8, QINS_F16, 12, 640, 0, -1.0f, 1.0f, 0},
     {"log8-bf16-g64", QINS_log8, QINS_BF16, 12, 640, 64, -1.0f, 1.0f, 0},
     {"log8-one", QINS_log8, QINS_F32, 1, 1, 0, -1.0f, 1.0f, 0},
+    {"rational", QINS_rational, QINS_F32, 37, 301, 0, 0, 1.0f, 0},
+    {"rational-special", QINS_rational, QINS_F32, 5, 4099, 0, 0, 1.0f, 1},
+    {"rational-spread", QINS_rational, QINS_BF16, 40, 333, 0, 0, 100.0f, 0},
 };
 enum { CASE_COUNT = sizeof CASES / sizeof *CASES, BIG = 1 << 16 };
 
@@ -626,6 +652,7 @@ static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int thread
                     .sign_bits = sign_bits,
                     .scale = scale,
                     .mu = c->mu,
+                    .alpha = 1.0f,
                     .group_scale = group,
                     .group_size = c->group_size};
     uint64_t h = 14695981039346656037u;
@@ -633,6 +660,8 @@ static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int thread
     h = fnv(h, u, n);
     if (c->codec == QINS_log8) {
         h = fnv(fnv(fnv(h, scale, c->rows * 4), &e.mu, 4), group, c->rows * groups);
+    } else if (c->codec == QINS_rational) {
+        h = fnv(fnv(h, &e.z_min, 4), &e.z_max, 4);
     } else {
         h = fnv(fnv(h, &e.log_min, 4), &e.log_max, 4);
         h = c->codec == QINS_golden ? fnv(h, sign, n) : fnv(h, sign_bits, c->rows * bits);
@@ -700,6 +729,7 @@ static void nonfinite(void)
                             .cols = c->cols,
                             .codes = u,
                             .mu = -1.0f,
+                            .alpha = 1.0f,
                             .sign = (int8_t *)v,
                             .sign_bits = v,
                             .scale = scale,

@@ -1,0 +1,201 @@
+"""The torch side of the rational codec: tensors of codes, the layer, and the conversion of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _torch
+from .array import check_alpha
+from .linear import floats_as_bits
+from .ops import decode_fields, multiply
+from .rational import DEFAULT_TARGETS, check_finite, decode_array, project, quantise, warn_deprecated
+
+_NAMES = ("w_encoded", "alpha_of_codes", "z_min", "z_max")
+
+
+class RationalTensor(torch.Tensor):
+    """Codes of z, uint8, with the range of |z| that they were quantised over; what is made of them keeps it.
+
+    Attributes:
+        z_min, z_max: ends of the range of |z|: level m stands for |z| = z_max - m/127 (z_max - z_min).
+
+    """
+
+    z_min: float
+    z_max: float
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; hand the range on to results that are codes still."""
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if not isinstance(result, RationalTensor):
+            return result
+        source = next((a for a in args if isinstance(a, RationalTensor) and hasattr(a, "z_min")), None)
+        if result.dtype != torch.uint8 or source is None:
+            return result.as_subclass(torch.Tensor)
+        result.z_min, result.z_max = source.z_min, source.z_max
+        return result
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
+
+def encode_tensor(weight: torch.Tensor, alpha: float, quantize: bool) -> torch.Tensor:
+    """`qins_encode` of a tensor."""
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight: expected a floating-point tensor, got {weight.dtype}")
+    if not quantize:
+        array = weight.detach().cpu().float().numpy()
+        check_finite("weight", array)
+        return torch.from_numpy(project(array, alpha, back=False)).to(weight.device)
+    e = quantise(weight, alpha)
+    codes = torch.from_numpy(e.fields["w_encoded"]).to(weight.device).as_subclass(RationalTensor)
+    codes.z_min, codes.z_max = float(e.fields["z_min"]), float(e.fields["z_max"])
+    return codes
+
+
+def decode_tensor(encoded: torch.Tensor, alpha: float, is_quantized: bool) -> torch.Tensor:
+    """`qins_decode` of a tensor."""
+    array = encoded.detach().cpu().as_subclass(torch.Tensor)
+    values = array.float() if array.dtype.is_floating_point else array
+    z_min, z_max = getattr(encoded, "z_min", None), getattr(encoded, "z_max", None)
+    return torch.from_numpy(decode_array(values.numpy(), z_min, z_max, alpha, is_quantized)).to(encoded.device)
+
+
+class QINSWeightLinear(nn.Module):
+    """A linear layer whose weight is kept as rational codes; the seed's class of that name.
+
+    Args:
+        linear: the layer to encode; its bias is shared.
+        alpha: slope of the codec.
+        quantize: one byte a weight (`w_encoded` is uint8, with z_min and z_max beside it) instead of float32.
+
+    """
+
+    def __init__(self, linear: nn.Linear, alpha: float = 1.0, quantize: bool = True) -> None:
+        warn_deprecated("QINSWeightLinear")
+        super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        self.alpha, self.quantize = check_alpha(alpha), bool(quantize)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if quantize:
+            e = quantise(linear.weight, self.alpha)
+            for name in ("w_encoded", "z_min", "z_max"):
+                self.register_buffer(name, torch.from_numpy(e.fields[name]).to(linear.weight.device))
+            # the kernels read it beside the others; the state dict does not need it
+            self.register_buffer("alpha_of_codes", torch.tensor(self.alpha), persistent=False)
+        else:
+            self.register_buffer("w_encoded", encode_tensor(linear.weight, self.alpha, quantize=False))
+        self.bias = linear.bias
+        self.train(linear.training)
+
+    def decode_weight(self) -> torch.Tensor:
+        """Return the weight, float32 (out_features, in_features), made anew at each call."""
+        if not self.quantize:
+            return decode_tensor(self.get_buffer("w_encoded"), self.alpha, False)
+        b = self._buffers
+        fields = {"w_encoded": b["w_encoded"], "alpha": b["alpha_of_codes"], "z_min": b["z_min"], "z_max": b["z_max"]}
+        return decode_fields("rational", fields, None, torch.float32)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ W.T + bias in x's dtype; x is (..., in_features)."""
+        if self.quantize:
+            fields: list[torch.Tensor] = [self._buffers[n] for n in _NAMES]  # type: ignore[misc]
+            y = multiply(x, fields, "rational", None)
+        else:
+            y = nn.functional.linear(x, self.decode_weight().to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QINSWeightLinear:
+        with floats_as_bits(self, self._buffers):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """in_features, out_features, bias, alpha and whether the codes are bytes."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"alpha={self.alpha}, quantize={self.quantize}"
+        )
+
+
+def convert_linear_to_qins(
+    model: nn.Module,
+    target_names: Iterable[str] | None = None,
+    alpha: float = 1.0,
+    verbose: bool = True,
+    *,
+    quantize: bool = True,
+) -> nn.Module:
+    """Replace every nn.Linear whose name contains one of `target_names` by a QINSWeightLinear, in place.
+
+    Args:
+        model: the model; it is returned.
+        target_names: None for v_proj, o_proj, gate_proj, up_proj and down_proj.
+        alpha: slope of the codec.
+        verbose: print what was replaced.
+        quantize: one byte a weight.
+
+    """
+    warn_deprecated("convert_linear_to_qins")
+    targets = [target_names] if isinstance(target_names, str) else list(target_names or DEFAULT_TARGETS)
+    made: dict[nn.Module, QINSWeightLinear] = {}
+    before = after = 0
+    for name, module in list(model.named_modules()):
+        for key, child in module.named_children():
+            path = f"{name}.{key}" if name else key
+            if not isinstance(child, nn.Linear) or not any(t in path for t in targets):
+                continue
+            if child not in made:
+                made[child] = QINSWeightLinear(child, alpha, quantize)
+                before += child.weight.numel() * child.weight.element_size()
+                after += sum(b.numel() * b.element_size() for b in made[child].buffers())
+                if verbose:
+                    print(f"  {path}: {tuple(child.weight.shape)}")
+            module._modules[key] = made[child]
+    if verbose:
+        ratio = f", {before / after:.2f}x" if after else ""
+        print(f"converted {len(made)} layers, {before:,} to {after:,} bytes{ratio}")
+    return model
+
+
+def verify_qins_layer(
+    linear: nn.Linear, qins_layer: QINSWeightLinear, x: torch.Tensor | None = None, tolerance: float = 1e-2
+) -> dict[str, Any]:
+    """Compare an encoded layer with its original.
+
+    Args:
+        linear: the original.
+        qins_layer: its QINSWeightLinear.
+        x: inputs (..., in_features); None takes 16 rows of a fixed normal sample.
+        tolerance: largest relative RMS error of the outputs that passes.
+
+    Returns:
+        dict: max_weight_error, weight_snr_db, output_relative_error, signs_preserved, bytes_per_weight, passed.
+
+    """
+    _torch.dtype_name(linear.weight.dtype)
+    w = linear.weight.detach().float()
+    d = qins_layer.decode_weight()
+    if x is None:
+        x = torch.randn(16, linear.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y, z = linear(x.to(linear.weight.dtype)).double(), qins_layer(x).double()
+    noise = (w - d).double().pow(2).sum()
+    error = float((y - z).norm() / y.norm().clamp_min(1e-30))
+    stored = sum(b.numel() * b.element_size() for b in qins_layer.buffers())
+    return {
+        "max_weight_error": float((w - d).abs().max()) if w.numel() else 0.0,
+        "weight_snr_db": float(10 * torch.log10(w.double().pow(2).sum() / noise)) if noise > 0 else float("inf"),
+        "output_relative_error": error,
+        "signs_preserved": float(((w < 0) == (d < 0))[d != 0].float().mean()) if w.numel() else 1.0,
+        "bytes_per_weight": stored / max(w.numel(), 1),
+        "passed": error <= tolerance,
+    }

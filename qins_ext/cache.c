@@ -1,0 +1,184 @@
+/* Keys and values of attention: short rows, each with a range of its own, written a few at a time and read whole. */
+#include <stdatomic.h>
+
+#include "sizes.h"
+
+enum { GRAIN_ELEMENTS = 16384, CANDIDATES = 4 };
+
+/* Factors of a row's largest magnitude that are tried as its scale. */
+static const float FACTORS[CANDIDATES] = {1.0f, 0.97f, 0.94f, 0.91f};
+
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_cache *c;
+    const char *x;
+    char *out;
+    qins_dtype dtype;
+    size_t start, tokens;
+    atomic_int nonfinite;
+} caching;
+
+/* Where row `item` of the dense array, heads x tokens, lies in the cache. */
+static size_t cache_row(const caching *p, size_t item)
+{
+    return item / p->tokens * p->c->room + p->start + item % p->tokens;
+}
+
+static float from_pattern(int32_t i)
+{
+    float x;
+    memcpy(&x, &i, sizeof x);
+    return x;
+}
+
+static float from_bfloat16(uint16_t h) { return from_pattern((int32_t)((uint32_t)h << 16)); }
+
+static uint16_t to_bfloat16(float x) /* finite */
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    uint32_t rounded = u + 0x7fffu + (u >> 16 & 1u);
+    return (uint16_t)((rounded < 0x7f800000u ? rounded : u) >> 16); /* never up to infinity */
+}
+
+/* -- golden ------------------------------------------------------------------------------------- */
+
+static void golden_row(const caching *p, const float *w, size_t row)
+{
+    const qins_cache *c = p->c;
+    size_t n = c->dim;
+    qins_range none = {INT32_MAX, 0}, r = p->kernels->range_golden(w, n, none);
+    uint8_t *stored = c->codes + row * n;
+    float log_min = -10.0f, log_max = 0.0f; /* the seed's range of a tensor of zeros */
+    double range = 0.0;
+    if (r.lo <= r.hi) {
+        log_min = (float)qins_log((double)from_pattern(r.lo));
+        log_max = (float)qins_log((double)from_pattern(r.hi));
+        range = (double)log_max - (double)log_min;
+        log_max = range < 1e-8 ? log_min : log_max;
+    }
+    /* Near the largest magnitude logarithms of ratios to it are the more exact; a wide range would send them out of
+     * the normal numbers. */
+    int ratios = range < 80.0;
+    float inverse = ratios && range > 0.0 ? 1.0f / from_pattern(r.hi) : 1.0f;
+    double slope = range < 1e-8 ? 0.0 : 254.0 / range;
+    double offset = (ratios && range > 0.0 ? qins_log((double)from_pattern(r.hi)) : 0.0) - (double)log_min;
+    p->kernels->encode_golden_row(w, n, inverse, (float)slope, (float)(255.0 - slope * offset), stored,
+                                  c->sign + row * n);
+    if (range < 1e-8) {
+        memset(stored, 128, n);
+    }
+    c->range[2 * row] = log_min;
+    c->range[2 * row + 1] = log_max;
+}
+
+static void golden_values(const caching *p, size_t row, size_t k, size_t n, float *out)
+{
+    const qins_cache *c = p->c;
+    float log_min = c->range[2 * row], log_max = c->range[2 * row + 1];
+    double step = ((double)log_max - (double)log_min) / 254.0;
+    size_t at = row * c->dim + k;
+    p->kernels->decode_golden_row(c->codes + at, c->sign + at, n, (float)((double)log_max + step), (float)step, out);
+}
+
+/* -- log8 --------------------------------------------------------------------------------------- */
+
+static void log8_row(const caching *p, const float *w, float most, size_t row)
+{
+    const qins_cache *c = p->c;
+    uint16_t best = to_bfloat16(most);
+    if (most > 1e-30f && most < 1e30f) { /* squares and reciprocals stay normal */
+        float inverse[CANDIDATES], error[CANDIDATES], least_error = 0.0f;
+        uint16_t scale[CANDIDATES];
+        for (int i = 0; i < CANDIDATES; i++) {
+            scale[i] = to_bfloat16(most * FACTORS[i]);
+            inverse[i] = 1.0f / from_bfloat16(scale[i]);
+        }
+        p->kernels->errors_log8(w, c->dim, inverse, CANDIDATES, c->tables, error);
+        for (int i = 0; i < CANDIDATES; i++) {
+            float s = from_bfloat16(scale[i]), e = error[i] * s * s;
+            if (i == 0 || e < least_error) {
+                least_error = e;
+                best = scale[i];
+            }
+        }
+    }
+    c->scale[row] = best;
+    p->kernels->encode_log8(w, c->dim, from_bfloat16(best), c->tables, c->codes + row * c->dim);
+}
+
+/* -- both --------------------------------------------------------------------------------------- */
+
+static void encode_rows(void *context, size_t begin, size_t end)
+{
+    caching *p = context;
+    size_t n = p->c->dim, size = item_size(p->dtype);
+    float *wide = p->dtype == QINS_F32 ? NULL : qins_scratch_take(n * sizeof *wide);
+    if (p->dtype != QINS_F32 && wide == NULL) {
+        atomic_store(&p->nonfinite, -1);
+        return;
+    }
+    for (size_t i = begin; i < end; i++) {
+        const void *x = p->x + i * n * size;
+        if (wide != NULL) {
+            p->kernels->widen[p->dtype](x, n, wide);
+        }
+        const float *w = wide != NULL ? wide : x;
+        int32_t most = p->kernels->absmax(w, n);
+        if (most >= 0x7f800000) {
+            atomic_store(&p->nonfinite, 1);
+            break;
+        }
+        if (p->c->codec == QINS_golden) {
+            golden_row(p, w, cache_row(p, i));
+        } else {
+            log8_row(p, w, from_pattern(most), cache_row(p, i));
+        }
+    }
+    if (wide != NULL) {
+        qins_scratch_give(wide);
+    }
+}
+
+static size_t grain(const qins_cache *c) { return ceil_div(GRAIN_ELEMENTS, c->dim + 1); }
+
+int qins_cache_encode(const qins_kernels *kernels, const qins_cache *c, const void *x, qins_dtype dtype, size_t start,
+                      size_t tokens, int threads)
+{
+    caching p = {.kernels = kernels, .c = c, .x = x, .dtype = dtype, .start = start, .tokens = tokens};
+    atomic_init(&p.nonfinite, 0);
+    qins_parallel(c->heads * tokens, grain(c), threads, encode_rows, &p);
+    return atomic_load(&p.nonfinite);
+}
+
+static void decode_rows(void *context, size_t begin, size_t end)
+{
+    const caching *p = context;
+    const qins_cache *c = p->c;
+    float window[QINS_WINDOW];
+    size_t size = item_size(p->dtype);
+    for (size_t i = begin; i < end; i++) {
+        size_t row = cache_row(p, i);
+        for (size_t k = 0; k < c->dim; k += QINS_WINDOW) {
+            size_t n = least(c->dim - k, QINS_WINDOW);
+            char *out = p->out + (i * c->dim + k) * size;
+            float *values = p->dtype == QINS_F32 ? (float *)(void *)out : window;
+            if (c->codec == QINS_golden) {
+                golden_values(p, row, k, n, values);
+            } else {
+                p->kernels->decode_log8(c->codes + row * c->dim + k, 0, n, from_bfloat16(c->scale[row]), NULL, 0,
+                                        c->tables->level, values);
+            }
+            if (values == window) {
+                p->kernels->narrow[p->dtype](window, n, out);
+            }
+        }
+    }
+}
+
+void qins_cache_decode(const qins_kernels *kernels, const qins_cache *c, size_t start, size_t tokens, qins_dtype dtype,
+                       void *out, int threads)
+{
+    caching p = {.kernels = kernels, .c = c, .out = out, .dtype = dtype, .start = start, .tokens = tokens};
+    qins_parallel(c->heads * tokens, grain(c), threads, decode_rows, &p);
+}
