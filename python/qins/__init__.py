@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import rational
 from ._isa import isa, isas, use_isa
 from ._threads import get_num_threads, set_num_threads
 from .array import EncodedArray, decode, encode, matmul
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ._hf_cache import QINSCache
     from .cache import QINSKVCache
     from .conversion import ConversionReport, convert
+    from .inspection import InspectionReport, inspect, load_seed_checkpoint
     from .linear import DEFAULT_GROUP_SIZE, QINSLinear
     from .memory import MemoryReport, memory_report
 
@@ -26,6 +28,7 @@ __all__ = [
     "DEFAULT_GROUP_SIZE",
     "ConversionReport",
     "EncodedArray",
+    "InspectionReport",
     "MemoryReport",
     "QINSCache",
     "QINSCodec",
@@ -35,10 +38,13 @@ __all__ = [
     "decode",
     "encode",
     "get_num_threads",
+    "inspect",
     "isa",
     "isas",
+    "load_seed_checkpoint",
     "matmul",
     "memory_report",
+    "rational",
     "set_num_threads",
     "use_isa",
 ]
@@ -51,6 +57,9 @@ _LAZY = {
     "convert": "conversion",
     "DEFAULT_GROUP_SIZE": "linear",
     "QINSLinear": "linear",
+    "InspectionReport": "inspection",
+    "inspect": "inspection",
+    "load_seed_checkpoint": "inspection",
     "MemoryReport": "memory",
     "memory_report": "memory",
 }

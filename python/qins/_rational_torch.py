@@ -14,7 +14,7 @@ from .linear import floats_as_bits
 from .ops import decode_fields, multiply
 from .rational import DEFAULT_TARGETS, check_finite, decode_array, project, quantise, warn_deprecated
 
-_NAMES = ("w_encoded", "alpha_of_codes", "z_min", "z_max")
+_NAMES = ("w_encoded", "alpha", "z_min", "z_max")
 
 
 class RationalTensor(torch.Tensor):
@@ -83,26 +83,23 @@ class QINSWeightLinear(nn.Module):
         super().__init__()
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        self.alpha, self.quantize = check_alpha(alpha), bool(quantize)
+        alpha, self.quantize = check_alpha(alpha), bool(quantize)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if quantize:
-            e = quantise(linear.weight, self.alpha)
-            for name in ("w_encoded", "z_min", "z_max"):
+            e = quantise(linear.weight, alpha)
+            for name in _NAMES:
                 self.register_buffer(name, torch.from_numpy(e.fields[name]).to(linear.weight.device))
-            # the kernels read it beside the others; the state dict does not need it
-            self.register_buffer("alpha_of_codes", torch.tensor(self.alpha), persistent=False)
         else:
-            self.register_buffer("w_encoded", encode_tensor(linear.weight, self.alpha, quantize=False))
+            self.register_buffer("w_encoded", encode_tensor(linear.weight, alpha, quantize=False))
+            self.register_buffer("alpha", torch.tensor(alpha))
         self.bias = linear.bias
         self.train(linear.training)
 
     def decode_weight(self) -> torch.Tensor:
         """Return the weight, float32 (out_features, in_features), made anew at each call."""
         if not self.quantize:
-            return decode_tensor(self.get_buffer("w_encoded"), self.alpha, False)
-        b = self._buffers
-        fields = {"w_encoded": b["w_encoded"], "alpha": b["alpha_of_codes"], "z_min": b["z_min"], "z_max": b["z_max"]}
-        return decode_fields("rational", fields, None, torch.float32)  # type: ignore[arg-type]
+            return decode_tensor(self.get_buffer("w_encoded"), float(self.get_buffer("alpha")), False)
+        return decode_fields("rational", dict(self._buffers), None, torch.float32)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ W.T + bias in x's dtype; x is (..., in_features)."""
@@ -122,7 +119,7 @@ class QINSWeightLinear(nn.Module):
         """in_features, out_features, bias, alpha and whether the codes are bytes."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"alpha={self.alpha}, quantize={self.quantize}"
+            f"alpha={float(self.get_buffer('alpha')):g}, quantize={self.quantize}"
         )
 
 

@@ -28,6 +28,12 @@ SCALARS: dict[str, tuple[str, ...]] = {
     "log8": ("mu",),
     "rational": ("alpha", "z_min", "z_max"),
 }
+# What each field is for: "codes" (one a weight), "sign" or "range".
+FIELD_ROLES = {
+    "stored": "codes", "codes": "codes", "w_encoded": "codes", "sign": "sign", "sign_bits": "sign",
+    "scale": "range", "group_scale": "range", "mu": "range", "log_min": "range", "log_max": "range",
+    "alpha": "range", "z_min": "range", "z_max": "range",
+}  # fmt: skip
 _FIELD_DTYPE: dict[str, np.dtype[Any]] = {
     "stored": np.dtype(np.uint8),
     "sign": np.dtype(np.int8),

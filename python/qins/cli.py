@@ -76,6 +76,24 @@ def bench(
     Console().print(table)
 
 
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A safetensors, torch or GGUF file, or a directory with one model.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkpoint of the model: prints the error of every layer.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
+    from . import _torch  # noqa: F401 - says which extra is missing where torch is
+    from .inspection import inspect as look
+
+    report = look(path, against)
+    typer.echo(report.to_json() if as_json else str(report))
+    if report.problems:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
     try:

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .array import FIELD_ROLES
+
 # Buffers that hold codes, by the names that our layers and the seed's give them. Each is 8 bits a weight.
-_CODES = {"codes", "stored", "w_encoded"}
-_OF_CODES = {
-    "sign": "sign", "sign_bits": "sign", "scale": "range", "group_scale": "range", "mu": "range",
-    "log_min": "range", "log_max": "range", "z_min": "range", "z_max": "range",
-}  # fmt: skip
+_CODES = {name for name, role in FIELD_ROLES.items() if role == "codes"}
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
         for name, kind, t in tensors:
             full = f"{path}.{name}" if path else name
             first = name.split(".")[0]
-            role = "codes" if first in _CODES else _OF_CODES.get(first, "other") if weights else "other"
+            role = "codes" if first in _CODES else FIELD_ROLES.get(first, "other") if weights else "other"
             size = t.numel() * t.element_size()
             key, resident, shares = _storage_key(t), 0, None
             if t.device.type != "meta" and size:

@@ -1,0 +1,393 @@
+"""What a saved model holds: codecs, dtypes, bytes by kind, and (against another one) the error of every layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .array import ARRAYS, FIELD_ROLES, SCALARS, EncodedArray
+from .files import Checkpoint, StoredTensor, open_checkpoint
+from .linear import DEFAULT_GROUP_SIZE, QINSLinear
+
+# What the bytes of a field are counted as: the seed calls codes "stored".
+_KINDS = {name: "stored" if role == "codes" else role for name, role in FIELD_ROLES.items()}
+
+
+@dataclass(frozen=True)
+class EncodedLayer:
+    """The codes of one layer in a file.
+
+    Attributes:
+        name: of the layer; its fields are `<name>.<field>`.
+        codec: "log8", "log9", "golden" or "rational".
+        shape: of the weight.
+        group_size: inputs that share a scale, or None.
+        fields: field name to key in the file.
+        bytes: of all fields.
+
+    """
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    group_size: int | None
+    fields: dict[str, str]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How a layer differs from the same one elsewhere: its values minus theirs."""
+
+    name: str
+    snr_db: float
+    max_error: float
+    relative_rms: float
+
+
+@dataclass
+class InspectionReport:
+    """What is in a checkpoint; printing it gives tables.
+
+    Attributes:
+        path, format, files: the checkpoint.
+        layers: those held as codes.
+        bytes_by_kind: "stored" (codes), "sign", "range" (scales and ranges) and "other" tensors.
+        bytes_by_dtype: of all tensors.
+        tensor_bytes: of all tensors, shared ones once.
+        float32_bytes: of the same model with all its weights in float32.
+        problems: sentences on what is wrong.
+        errors: of each layer, against another checkpoint.
+
+    """
+
+    path: str
+    format: str
+    files: dict[str, int]
+    tensors: int
+    layers: list[EncodedLayer] = field(default_factory=list)
+    bytes_by_kind: dict[str, int] = field(default_factory=dict)
+    bytes_by_dtype: dict[str, int] = field(default_factory=dict)
+    tensor_bytes: int = 0
+    float32_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    errors: list[LayerError] = field(default_factory=list)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What the files take beyond their tensors: headers, padding, pickles."""
+        return self.file_bytes - self.tensor_bytes
+
+    @property
+    def compression_in_memory(self) -> float:
+        """float32_bytes over the tensors' bytes."""
+        return self.float32_bytes / self.tensor_bytes if self.tensor_bytes else 1.0
+
+    @property
+    def compression_on_disk(self) -> float:
+        """float32_bytes over the files' bytes."""
+        return self.float32_bytes / self.file_bytes if self.file_bytes else 1.0
+
+    @property
+    def compression_of_layers(self) -> float:
+        """float32 bytes of the encoded layers' weights over the bytes of their codes."""
+        codes = sum(layer.bytes for layer in self.layers)
+        return 4 * sum(math.prod(layer.shape) for layer in self.layers) / codes if codes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "files": self.files,
+            "file_bytes": self.file_bytes,
+            "tensors": self.tensors,
+            "tensor_bytes": self.tensor_bytes,
+            "overhead_bytes": self.overhead_bytes,
+            "float32_bytes": self.float32_bytes,
+            "compression_in_memory": self.compression_in_memory,
+            "compression_on_disk": self.compression_on_disk,
+            "compression_of_layers": self.compression_of_layers,
+            "bytes_by_kind": self.bytes_by_kind,
+            "bytes_by_dtype": self.bytes_by_dtype,
+            "layers": [vars(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "errors": [vars(e) for e in self.errors],
+            "problems": self.problems,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        errors = {e.name: e for e in self.errors}
+        rows = [("layer", "codec", "shape", "bytes", "SNR dB", "max error")]
+        for layer in self.layers:
+            codec = f"{layer.codec}/{layer.group_size}" if layer.group_size else layer.codec
+            e = errors.pop(layer.name, None)
+            snr, worst = (f"{e.snr_db:.2f}", f"{e.max_error:.2e}") if e else ("", "")
+            rows.append((layer.name, codec, "x".join(map(str, layer.shape)), f"{layer.bytes:,}", snr, worst))
+        for e in errors.values():
+            rows.append((e.name, "float", "", "", f"{e.snr_db:.2f}", f"{e.max_error:.2e}"))
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines = [f"{self.path}: {self.format}, {len(self.files)} files, {self.tensors} tensors"]
+        if len(rows) > 1:
+            lines += [
+                "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+                for r in rows
+            ]
+            lines.insert(2, "  ".join("-" * w for w in widths))
+        lines.append("by kind    " + ", ".join(f"{k} {v:,}" for k, v in self.bytes_by_kind.items()))
+        lines.append("by dtype   " + ", ".join(f"{k} {v:,}" for k, v in self.bytes_by_dtype.items()))
+        lines.append(
+            f"in memory  {self.tensor_bytes:,} bytes, {self.compression_in_memory:.2f} times less than float32"
+        )
+        overhead = f"{self.overhead_bytes:,} of them not tensors"
+        lines.append(f"on disk    {self.file_bytes:,} bytes, {self.compression_on_disk:.2f} times less; {overhead}")
+        if self.layers:
+            lines.append(
+                f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times less than float32"
+            )
+        lines += [f"PROBLEM: {p}" for p in self.problems]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _group_size(cols: int, groups: int, config: Mapping[str, Any]) -> int:
+    """The group size that gives so many groups: the config's, else the default, else a power of two."""
+    told = config.get("quantization_config", {})
+    told = told.get("group_size") if isinstance(told, dict) else None
+    candidates = [told] if isinstance(told, int) and told > 0 else []
+    candidates += [DEFAULT_GROUP_SIZE, *(1 << i for i in range(20)), -(-cols // max(groups, 1))]
+    return next((g for g in candidates if -(-cols // g) == groups), 0)
+
+
+def encoded_layers(checkpoint: Checkpoint, problems: list[str]) -> list[EncodedLayer]:
+    """Find the layers that are held as codes; what is incomplete or does not fit goes to `problems`."""
+    by_layer: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for key, tensor in checkpoint.tensors.items():
+        prefix, _, last = key.rpartition(".")
+        if last in _KINDS:
+            by_layer[prefix][last] = tensor
+    layers = []
+    for name, parts in by_layer.items():
+        codec = next((c for c, names in ARRAYS.items() if set(names) <= set(parts)), None)
+        if codec is None:
+            codes = next((k for k in parts if _KINDS[k] == "stored"), None)
+            if codes is not None:
+                known = " or ".join(" and ".join(v) for v in ARRAYS.values() if v[0] == codes)
+                problems.append(f"{name}: expected {known} together, got {', '.join(parts)}")
+            continue
+        layer = _layer(name, codec, parts, checkpoint, problems)
+        if layer is not None:
+            layers.append(layer)
+    return layers
+
+
+def _layer(
+    name: str, codec: str, parts: dict[str, StoredTensor], checkpoint: Checkpoint, problems: list[str]
+) -> EncodedLayer | None:
+    codes = parts[ARRAYS[codec][0]]
+    if codes.dtype != "uint8":
+        size = codes.bytes / max(codes.elements, 1)
+        problems.append(
+            f"{codes.name}: expected uint8 codes, got {codes.dtype}, {size:g} bytes a weight: not quantised"
+        )
+        return None
+    wanted = {*ARRAYS[codec], *SCALARS[codec]}
+    group = None
+    if codec == "log8" and "group_scale" in parts:
+        wanted.add("group_scale")
+        shape = parts["group_scale"].shape
+        group = _group_size(codes.shape[-1] if codes.shape else 1, shape[-1] if shape else 0, checkpoint.config)
+        if group == 0:
+            problems.append(f"{name}: group_scale of shape {shape} fits no group size for codes of {codes.shape}")
+            return None
+    missing = sorted(wanted - set(parts))
+    if missing:
+        problems.append(f"{name}: {codec} without {', '.join(missing)}")
+        return None
+    fields = {n: parts[n].name for n in parts if n in wanted}
+    return EncodedLayer(name, codec, codes.shape, group, fields, sum(parts[n].bytes for n in fields))
+
+
+def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> EncodedArray:
+    """Load the codes of a layer, every field checked.
+
+    Raises:
+        ValueError, TypeError: a field is not what its codec has; the message names the file and the layer.
+
+    """
+    tensors = {n: checkpoint.load(key) for n, key in layer.fields.items()}
+    for n in SCALARS[layer.codec]:
+        if tensors[n].numel() != 1:
+            raise ValueError(f"{checkpoint.path}: {layer.name}.{n}: expected one number, got {tuple(tensors[n].shape)}")
+        tensors[n] = tensors[n].reshape(()).float()
+    try:
+        fields = {n: t.detach().numpy() for n, t in tensors.items()}
+        return EncodedArray.from_fields(layer.codec, fields, layer.group_size)
+    except (ValueError, TypeError) as e:
+        raise type(e)(f"{checkpoint.path}: {layer.name}: {e}") from None
+
+
+def inspect(path: str | Path, against: str | Path | None = None) -> InspectionReport:
+    """Say what a saved model holds.
+
+    Args:
+        path: a safetensors, torch or GGUF file, or a directory with one model.
+        against: another checkpoint; each layer of both is then compared, codes or floats on either side.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, hostile, or `against` has no layer in common.
+
+    """
+    checkpoint = open_checkpoint(path)
+    problems: list[str] = []
+    layers = encoded_layers(checkpoint, problems)
+    of_layers = {key: n for layer in layers for n, key in layer.fields.items()}
+    report = InspectionReport(
+        str(path), checkpoint.format, {p.name: n for p, n in checkpoint.files.items()}, len(checkpoint.tensors), layers,
+        problems=problems,
+    )  # fmt: skip
+    kinds: dict[str, int] = dict.fromkeys(("stored", "sign", "range", "other"), 0)
+    dtypes: dict[str, int] = defaultdict(int)
+    seen: set[tuple[str, int]] = set()
+    for key, t in checkpoint.tensors.items():
+        if t.storage in seen and t.bytes:
+            continue
+        seen.add(t.storage)
+        kind = _KINDS[of_layers[key]] if key in of_layers else "other"
+        kinds[kind] += t.bytes
+        dtypes[t.dtype] += t.bytes
+        report.float32_bytes += 4 * t.elements if kind in ("stored", "other") else 0
+    report.bytes_by_kind, report.bytes_by_dtype = kinds, dict(dtypes)
+    report.tensor_bytes = sum(kinds.values())
+    for layer in layers:
+        if checkpoint.format != "gguf":
+            _check_layer(checkpoint, layer, problems)
+    if against is not None:
+        report.errors = _compare(checkpoint, layers, open_checkpoint(against))
+    return report
+
+
+def _check_layer(checkpoint: Checkpoint, layer: EncodedLayer, problems: list[str]) -> None:
+    try:
+        load_layer(checkpoint, layer)
+    except (ValueError, TypeError) as e:
+        problems.append(str(e))
+
+
+class _Weights:
+    """The weights of a checkpoint by layer, whether codes or floats."""
+
+    def __init__(self, checkpoint: Checkpoint, layers: list[EncodedLayer]) -> None:
+        self.checkpoint = checkpoint
+        self.layers = {layer.name: layer for layer in layers}
+        floats = {"float32", "float16", "bfloat16", "float64"}
+        self.floats = {
+            k.removesuffix(".weight")
+            for k, t in checkpoint.tensors.items()
+            if k.endswith(".weight") and t.dtype in floats and len(t.shape) >= 2
+        }
+
+    def names(self) -> list[str]:
+        return [*self.layers, *sorted(self.floats - set(self.layers))]
+
+    def load(self, name: str) -> np.ndarray[Any, Any]:
+        if name in self.layers:
+            return load_layer(self.checkpoint, self.layers[name]).decode()
+        return self.checkpoint.load(f"{name}.weight").float().numpy()
+
+
+def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoint) -> list[LayerError]:
+    mine, theirs = _Weights(checkpoint, layers), _Weights(other, encoded_layers(other, []))
+    common = [n for n in mine.names() if n in {*theirs.names()}]
+    if not common:
+        raise ValueError(f"{other.path}: expected layers of {checkpoint.path}, got none of the same name")
+    errors = []
+    for name in common:
+        a, b = mine.load(name), theirs.load(name)
+        if a.shape != b.shape:
+            raise ValueError(f"{other.path}: {name}: expected shape {a.shape} as in {checkpoint.path}, got {b.shape}")
+        signal = float(np.vdot(b.astype(np.float64), b))
+        difference = a - b
+        noise = float(np.vdot(difference.astype(np.float64), difference))
+        snr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+        worst = float(np.abs(difference).max(initial=0.0))
+        errors.append(LayerError(name, snr, worst, math.sqrt(noise / signal) if signal > 0 else math.inf))
+    return errors
+
+
+def load_seed_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
+    """Put a model that the seed's code saved into `model`, whose architecture it has.
+
+    The file holds `<layer>.stored`, `.sign`, `.log_min` and `.log_max` for encoded layers beside ordinary tensors. Each
+    encoded nn.Linear of the model becomes a QINSLinear with these codes; everything else is copied.
+
+    Returns:
+        the names of the encoded layers.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is damaged or does not fit the model; the model is then unchanged.
+
+    """
+    checkpoint = open_checkpoint(file)
+    problems: list[str] = []
+    layers = encoded_layers(checkpoint, problems)
+    if problems:
+        raise ValueError(f"{file}: {'; '.join(problems)}")
+    if not any(layer.codec == "golden" for layer in layers):
+        raise ValueError(f"{file}: expected layers of stored, sign, log_min and log_max, got none")
+    modules = dict(model.named_modules())
+    new: dict[str, QINSLinear] = {}
+    for layer in layers:
+        module = modules.get(layer.name)
+        if not isinstance(module, nn.Linear):
+            what = "no such module" if module is None else type(module).__name__
+            raise ValueError(f"{file}: {layer.name}: expected an nn.Linear of the model, got {what}")
+        if layer.shape != (module.out_features, module.in_features):
+            want = (module.out_features, module.in_features)
+            raise ValueError(f"{file}: {layer.name}: expected codes of shape {want}, got {layer.shape}")
+        encoded = load_layer(checkpoint, layer)
+        kept = {n: np.array(f) for n, f in encoded.fields.items()}
+        encoded = EncodedArray(layer.codec, layer.shape, kept, layer.group_size)
+        new[layer.name] = QINSLinear.from_encoded(module, encoded, layer.codec, layer.group_size)
+    coded = {key for layer in layers for key in layer.fields.values()}
+    rest = {key: checkpoint.load(key) for key in checkpoint.tensors if key not in coded}
+    _check_rest(model, rest, new, file)
+    for name, module in new.items():
+        parent, _, key = name.rpartition(".")
+        modules[parent]._modules[key] = module
+    model.load_state_dict(rest, strict=False)
+    return list(new)
+
+
+def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], new: dict[str, QINSLinear], file: str | Path) -> None:
+    """Raise unless the float tensors of the file are those that the model still needs."""
+    own = model.state_dict()
+    coded = {f"{name}.{n}" for name in new for n in ("weight", *ARRAYS["golden"], *SCALARS["golden"])}
+    present = {t.data_ptr() for k, t in own.items() if k in rest}
+    missing = [k for k, t in own.items() if k not in rest and k not in coded and t.data_ptr() not in present]
+    unexpected = [k for k in rest if k not in own]
+    wrong = [
+        f"{k}: shape {tuple(rest[k].shape)} for {tuple(own[k].shape)}"
+        for k in rest
+        if k in own and rest[k].shape != own[k].shape
+    ]
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", wrong)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{file}: does not fit the model: {what} {', '.join(names[:5])}{more}")
