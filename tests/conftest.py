@@ -30,3 +30,14 @@ def rng():
 def _threads_as_they_were():
     yield
     qins.set_num_threads(None)
+
+
+@pytest.fixture(scope="session")
+def phi35_hub(tmp_path_factory):
+    """Environment of a local hub cache that has microsoft/Phi-3.5-mini-instruct: SmolLM2's weights as a Phi-3 model."""
+    import phi
+
+    from qins.models import find_model, load_causal_lm
+
+    model, tokenizer = load_causal_lm(find_model())
+    return phi.save_to_hub_cache(phi.from_llama(model), tokenizer, tmp_path_factory.mktemp("hub"))

@@ -12,6 +12,8 @@ from toy import ToyModel
 
 import qins
 
+pytestmark = pytest.mark.once
+
 
 def test_float_model():
     model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 10, bias=False).bfloat16())

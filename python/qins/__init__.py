@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from .cache import QINSKVCache
     from .conversion import ConversionReport, convert
     from .inspection import InspectionReport, inspect, load_seed_checkpoint
-    from .linear import DEFAULT_GROUP_SIZE, QINSLinear
+    from .linear import QINSLinear, default_group_size
     from .memory import MemoryReport, memory_report
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DEFAULT_GROUP_SIZE",
     "ConversionReport",
     "EncodedArray",
     "InspectionReport",
@@ -36,6 +35,7 @@ __all__ = [
     "QINSLinear",
     "convert",
     "decode",
+    "default_group_size",
     "encode",
     "get_num_threads",
     "inspect",
@@ -55,7 +55,7 @@ _LAZY = {
     "QINSKVCache": "cache",
     "ConversionReport": "conversion",
     "convert": "conversion",
-    "DEFAULT_GROUP_SIZE": "linear",
+    "default_group_size": "linear",
     "QINSLinear": "linear",
     "InspectionReport": "inspection",
     "inspect": "inspection",

@@ -191,7 +191,8 @@ def convert(
         codec: "log8", "log9" or "golden".
         include: fnmatch patterns of module names to convert; None for all.
         exclude: patterns of module names to leave alone.
-        group_size: inputs that share a group scale (log8); None for one scale a row.
+        group_size: inputs that share a group scale (log8); None for one scale a row; "default" for what
+            `qins.default_group_size` says of each layer.
         show_progress: None shows a progress bar on a terminal (with rich installed).
 
     Returns:
@@ -202,13 +203,19 @@ def convert(
 
     """
     includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
-    report = _convert(model, codec, includes, excludes, resolve_group_size(codec, group_size), show_progress)
+    resolve_group_size(codec, group_size, 1)  # raises before anything else is done
+    report = _convert(model, codec, includes, excludes, group_size, show_progress)
     _give_back_freed_memory()
     return report
 
 
 def _convert(
-    model: nn.Module, codec: str, includes: list[str], excludes: list[str], size: int | None, show_progress: bool | None
+    model: nn.Module,
+    codec: str,
+    includes: list[str],
+    excludes: list[str],
+    group_size: int | str | None,
+    show_progress: bool | None,
 ) -> ConversionReport:
     report = ConversionReport()
     chosen: dict[nn.Linear, str] = {}
@@ -227,6 +234,7 @@ def _convert(
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
         for module, name in chosen.items():
             weight = module.weight
+            size = resolve_group_size(codec, group_size, module.in_features)
             new = _encode_module(name, module, codec, size, by_weight.get(weight), report, comparison)
             by_weight.setdefault(weight, new)
             replacements[module] = new

@@ -16,7 +16,7 @@ from torch import nn
 
 from .array import ARRAYS, FIELD_ROLES, SCALARS, EncodedArray
 from .files import Checkpoint, StoredTensor, open_checkpoint
-from .linear import DEFAULT_GROUP_SIZE, QINSLinear
+from .linear import QINSLinear, default_group_size
 
 # What the bytes of a field are counted as: the seed calls codes "stored".
 _KINDS = {name: "stored" if role == "codes" else role for name, role in FIELD_ROLES.items()}
@@ -167,11 +167,11 @@ class InspectionReport:
 
 
 def _group_size(cols: int, groups: int, config: Mapping[str, Any]) -> int:
-    """The group size that gives so many groups: the config's, else the default, else a power of two."""
+    """The group size that gives so many groups: the config's, else the default one, else a power of two."""
     told = config.get("quantization_config", {})
     told = told.get("group_size") if isinstance(told, dict) else None
     candidates = [told] if isinstance(told, int) and told > 0 else []
-    candidates += [DEFAULT_GROUP_SIZE, *(1 << i for i in range(20)), -(-cols // max(groups, 1))]
+    candidates += [default_group_size(cols), *(1 << i for i in range(20)), -(-cols // max(groups, 1))]
     return next((g for g in candidates if -(-cols // g) == groups), 0)
 
 

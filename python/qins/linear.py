@@ -14,8 +14,15 @@ from .array import SCALARS, EncodedArray, check_codec, check_group_size, encode,
 from .ops import decode_fields, field_names, multiply
 
 # One more byte for 128 codes: 1 dB better than one scale a row at no loss of speed, and still 3.96
-# times smaller than float32 (docs/formats.md has the figures).
-DEFAULT_GROUP_SIZE = 128
+# times smaller than float32 (docs/formats.md has the figures). The others are for rows that 128 would
+# leave a short group of, which takes a byte, too.
+_DEFAULT_GROUP_SIZES = (128, 192, 256)
+
+
+def default_group_size(in_features: int) -> int:
+    """Inputs that share a group scale in a log8 layer: 128, or 192 or 256 where these divide a row and 128 does not."""
+    return next((size for size in _DEFAULT_GROUP_SIZES if in_features % size == 0), _DEFAULT_GROUP_SIZES[0])
+
 
 _TORCH_DTYPE = {
     "stored": torch.uint8,
@@ -28,13 +35,13 @@ _TORCH_DTYPE = {
 }
 
 
-def resolve_group_size(codec: str, group_size: int | str | None) -> int | None:
-    """Check a group_size argument; "default" stands for the default of a log8 layer."""
+def resolve_group_size(codec: str, group_size: int | str | None, in_features: int) -> int | None:
+    """Check a group_size argument; "default" stands for `default_group_size` in a log8 layer."""
     check_codec(codec)
     if isinstance(group_size, str):
         if group_size != "default":
             raise ValueError(f"group_size: expected a positive integer, None or 'default', got {group_size!r}")
-        return DEFAULT_GROUP_SIZE if codec == "log8" else None
+        return default_group_size(in_features) if codec == "log8" else None
     return check_group_size(codec, group_size)
 
 
@@ -63,7 +70,8 @@ class QINSLinear(nn.Linear):
         out_features: N, size of the last dimension of the output.
         bias: whether the layer has a bias.
         codec: "log8", "log9", "golden" or "rational".
-        group_size: inputs that share a group scale (log8); None for one scale a row.
+        group_size: inputs that share a group scale (log8); None for one scale a row; "default" for what
+            `qins.default_group_size` says of in_features.
         device: of the buffers and the bias.
         dtype: of the bias; `weight` is decoded to it.
 
@@ -86,7 +94,7 @@ class QINSLinear(nn.Linear):
         """Make a layer of zeros, for `load_state_dict` to fill; `from_linear` encodes an existing layer."""
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features, self.out_features = in_features, out_features
-        self.codec, self.group_size = codec, resolve_group_size(codec, group_size)
+        self.codec, self.group_size = codec, resolve_group_size(codec, group_size, in_features)
         self._names = field_names(codec, self.group_size)
         self._dtype = dtype or torch.get_default_dtype()
         shape = (out_features, in_features)
@@ -129,7 +137,7 @@ class QINSLinear(nn.Linear):
         if not isinstance(linear, nn.Linear) or isinstance(linear, QINSLinear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
-        size = resolve_group_size(codec, group_size)
+        size = resolve_group_size(codec, group_size, linear.in_features)
         encoded = None if weight.device.type == "meta" else encode(weight, codec, group_size=size, mu=mu)
         return cls.from_encoded(linear, encoded, codec, size)
 
