@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | bench    Each makes .venv and installs what it needs.
+# make demo | test | test-slow | lint | bench | measurements    Each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constrain
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
-.PHONY: demo test test-python test-core test-sdist test-slow lint bench clean
+.PHONY: demo test test-python test-core test-sdist test-slow lint bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -40,6 +40,9 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/qins bench
 	$(BIN)/python benchmarks/codec.py
+
+measurements: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/measurements.py --write docs/measurements.md
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

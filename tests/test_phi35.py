@@ -113,3 +113,58 @@ def test_real_weights_by_the_hubs_name(phi35_hub, reference, codec, group):
     assert results["layers"] >= compression
     assert results["model"] < results["layers"]
     assert total >= tokens
+
+
+_FULL_SHAPE = """
+import sys, time, torch, qins
+from transformers import Phi3Config, Phi3ForCausalLM
+from qins import evaluate
+
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1e6
+
+config = Phi3Config(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=int(sys.argv[1]),
+                    num_attention_heads=32, num_key_value_heads=32, pad_token_id=32000)
+with torch.device("meta"):
+    model = Phi3ForCausalLM(config).eval()
+model.to_empty(device="cpu")
+sample = torch.randn(1 << 24) * 0.02
+with torch.no_grad():
+    for p in model.parameters():
+        flat = p.view(-1)
+        for i in range(0, flat.numel(), sample.numel()):
+            part = flat[i : i + sample.numel()]
+            part.copy_(sample[: part.numel()]) if p.dim() == 2 else part.fill_(1)
+model.model.rotary_emb = type(model.model.rotary_emb)(config)
+floats, begin = status("VmRSS"), time.perf_counter()
+report = qins.convert(model)
+seconds, peak, after = time.perf_counter() - begin, status("VmHWM"), status("VmRSS")
+tokens, speed = evaluate.greedy(model, torch.tensor([[1, 2, 3]]), 5)
+assert len(tokens) == 5
+print(f"floats {floats:.2f} GB, peak while converting {peak:.2f} GB, {seconds:.0f} s, codes {after:.2f} GB, "
+      f"layers {report.compression:.3f}x, {speed:.2f} tokens/s")
+print(floats, peak, after, report.bytes_after / 1e9, report.compression)
+"""
+
+
+def convert_shape(layers):
+    done = subprocess.run([sys.executable, "-c", _FULL_SHAPE, str(layers)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return map(float, done.stdout.split()[-5:])
+
+
+@pytest.mark.once
+def test_the_floats_of_each_layer_go_before_the_next():
+    floats, peak, after, codes, compression = convert_shape(2)
+    assert compression >= 3.95
+    assert peak < floats + 0.1  # GB; all codes beside all floats would be 0.23 more with two layers
+    assert after < floats - 3 * codes + 0.1
+
+
+@pytest.mark.slow
+def test_the_whole_shape_converts_within_24_gb():
+    """3.8 billion parameters, 15.3 GB in float32."""
+    _, peak, _, _, compression = convert_shape(32)
+    assert peak < 24
+    assert compression >= 3.95

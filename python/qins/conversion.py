@@ -184,7 +184,8 @@ def convert(
     """Replace every module whose class is exactly nn.Linear, at any depth, by a QINSLinear; in place.
 
     A module that appears in several places is converted once and shared as before, and modules that
-    share one weight share its codes.
+    share one weight share its codes. The layers are converted one after the other, and each one's floats
+    are given back before the next: the model never takes more memory than it did, but for one layer's codes.
 
     Args:
         model: any nn.Module that contains linear layers.
@@ -228,23 +229,43 @@ def _convert(
         else:
             report.skipped.append(SkippedModule(name, type(module).__name__, reason))
 
-    replacements: dict[nn.Module, QINSLinear] = {}
-    by_weight: dict[torch.Tensor, QINSLinear] = {}
+    _check_finite(chosen)
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {m: [] for m in chosen}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child in places:
+                places[child].append((parent, key))
+    by_weight: dict[int, QINSLinear] = {}
     comparison = _Comparison()
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
-        for module, name in chosen.items():
-            weight = module.weight
+        # each layer's floats go before the next layer's codes are made, so nothing here may keep a reference
+        while chosen:
+            module = next(iter(chosen))
+            name, count, key_of_weight = chosen.pop(module), module.weight.numel(), id(module.weight)
             size = resolve_group_size(codec, group_size, module.in_features)
-            new = _encode_module(name, module, codec, size, by_weight.get(weight), report, comparison)
-            by_weight.setdefault(weight, new)
-            replacements[module] = new
-            advance(weight.numel())
-
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in replacements:
-                parent._modules[key] = replacements[child]
+            new = _encode_module(name, module, codec, size, by_weight.get(key_of_weight), report, comparison)
+            if any(m.weight is module.weight for m in chosen):
+                by_weight[key_of_weight] = new
+            for parent, key in places.pop(module):
+                parent._modules[key] = new
+            del module, new
+            advance(count)
     return report
+
+
+def _check_finite(chosen: dict[nn.Linear, str]) -> None:
+    """Raise for the first module with a NaN or an infinity, before any module is changed."""
+    for module, name in chosen.items():
+        weight = module.weight.detach()
+        if weight.device.type == "meta" or weight.numel() == 0:
+            continue
+        # encoding to float32 overflows where float64 does not
+        if all(bool(torch.isfinite(end.float())) for end in torch.aminmax(weight)):
+            continue
+        try:
+            encode(weight, "golden")
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
 
 
 def _give_back_freed_memory() -> None:
@@ -267,10 +288,7 @@ def _encode_module(
     quality = math.nan
     encoded = None
     if same is None and weight.device.type != "meta":
-        try:
-            encoded = encode(weight, codec, group_size=size)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
+        encoded = encode(weight, codec, group_size=size)
         quality = comparison.snr_db(weight, encoded)
     new = QINSLinear.from_encoded(module, encoded, codec, size)
     if same is not None:
