@@ -25,7 +25,7 @@ from qins import evaluate, rational
 from qins.bench import machine
 from qins.models import find_model, load_causal_lm
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import kv_cache
 import phi
 import toy
@@ -110,7 +110,8 @@ def quantised_in_name() -> str:
         layer = rational.QINSWeightLinear(linear, quantize=quantize)
         report = qins.memory_report(layer)
         problem = "; ".join(p.split(": ", 1)[1] for p in report.problems) or "none"
-        rows.append([name, str(layer.w_encoded.dtype)[6:], f"{report.total_bytes / MB:.1f}", f"{report.compression:.2f}x",
+        size = f"{report.total_bytes / MB:.1f}"
+        rows.append([name, str(layer.w_encoded.dtype)[6:], size, f"{report.compression:.2f}x",
                      f"{snr(w, layer.decode_weight()):.1f}", problem])  # fmt: skip
     # the seed's own mapping of z to bytes, had it been switched on
     z = rational.qins_encode(w)
@@ -195,12 +196,14 @@ def page(tokens: int) -> str:
 
 Written by `make measurements` (`benchmarks/measurements.py`) on {about["cpu"]}, {about["threads"]} threads,
 {", ".join(about["isas"])}; torch {torch.__version__.partition("+")[0]}. Sizes come from the tensors and the files
-themselves; speeds and some last digits differ between machines. Speed of products: [benchmarks](../benchmarks/README.md).
+themselves; speeds and some last digits differ between machines. Speed of products:
+[benchmarks](../benchmarks/README.md).
 
 ## The 34x that was 1.48x
 
 The project's prototype reported a toy model of 13.91 MiB as 0.41 MiB: 34 times smaller. It had added up the parameters,
-and codes are buffers. `qins.memory_report` reads parameters, buffers and tensors in plain attributes, each storage once:
+and codes are buffers. `qins.memory_report` reads parameters, buffers and tensors in plain attributes, each storage
+once:
 
 {toy_model()}
 
@@ -213,32 +216,32 @@ The prototype's second codec called its layers quantised and kept them in float3
 
 ## Fidelity
 
-SmolLM2-135M-Instruct, all linear layers but lm_head held as the decoded values, {tokens:,} predictions of English (the text
-that ships with the package); KLD is that of the next-token distributions to the float32 model's.
+SmolLM2-135M-Instruct, all linear layers but lm_head held as the decoded values, {tokens:,} predictions of English (the
+text that ships with the package); KLD is that of the next-token distributions to the float32 model's.
 
 {fidelity(model, ids, tokens)}
 
 ## Files
 
-`torch.save` of SmolLM2's state dict, read with `qins inspect`; lm_head is the embedding and stays float32. "In memory" and
-"on disk" are of the whole model.
+`torch.save` of SmolLM2's state dict, read with `qins inspect`; lm_head is the embedding and stays float32. "In memory"
+and "on disk" are of the whole model.
 
 {saved_files(model)}
 
 ## Phi-3.5's architecture
 
-SmolLM2's weights in a Phi-3 model (qkv_proj and gate_up_proj joined): greedy tokens that are the float32 model's. The first
-different token changes all that follow. The prototype expected 4x of its layers; `log8` gives 3.95x or more.
+SmolLM2's weights in a Phi-3 model (qkv_proj and gate_up_proj joined): greedy tokens that are the float32 model's. The
+first different token changes all that follow. The prototype expected 4x of its layers; `log8` gives 3.95x or more.
 
 {phi_tokens(model, tokenizer)}
 
-The 3.8 billion parameters of Phi-3.5-mini's own shape, random, convert in place layer by layer: `make test-slow` reports the
-peak, and `benchmarks/generate.py --model phi35` the speed.
+The 3.8 billion parameters of Phi-3.5-mini's own shape, random, convert in place layer by layer: `make test-slow` reports
+the peak, and `benchmarks/generate.py --model phi35` the speed.
 
 ## KV caches
 
-1,000 tokens of context and 100 steps of SmolLM2 (`log8` weights), all caches in turn (`benchmarks/kv_cache.py`); DynamicCache
-holds float32.
+1,000 tokens of context and 100 steps of SmolLM2 (`log8` weights), all caches in turn (`benchmarks/kv_cache.py`);
+DynamicCache holds float32. Of one greedy run the tokens say little: a single near-tie changes all that follow.
 
 {caches}
 """
