@@ -235,8 +235,8 @@ first different token changes all that follow. The prototype expected 4x of its 
 
 {phi_tokens(model, tokenizer)}
 
-The 3.8 billion parameters of Phi-3.5-mini's own shape, random, convert in place layer by layer: `make test-slow` reports
-the peak, and `benchmarks/generate.py --model phi35` the speed.
+The 3.8 billion parameters of Phi-3.5-mini's own shape, random, convert in place layer by layer: `make test-slow`
+reports the peak, and `benchmarks/generate.py --model phi35` the speed.
 
 ## KV caches
 
