@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _autoload as _autoload
 from . import rational
 from ._isa import isa, isas, use_isa
 from ._threads import get_num_threads, set_num_threads
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ._hf_cache import QINSCache
     from .cache import QINSKVCache
     from .conversion import ConversionReport, convert
+    from .hf import QinsConfig, load
     from .inspection import InspectionReport, inspect, load_seed_checkpoint
     from .linear import QINSLinear, default_group_size
     from .memory import MemoryReport, memory_report
@@ -33,6 +35,7 @@ __all__ = [
     "QINSCodec",
     "QINSKVCache",
     "QINSLinear",
+    "QinsConfig",
     "convert",
     "decode",
     "default_group_size",
@@ -41,6 +44,7 @@ __all__ = [
     "inspect",
     "isa",
     "isas",
+    "load",
     "load_seed_checkpoint",
     "matmul",
     "memory_report",
@@ -58,6 +62,8 @@ _LAZY = {
     "default_group_size": "linear",
     "QINSLinear": "linear",
     "InspectionReport": "inspection",
+    "QinsConfig": "hf",
+    "load": "hf",
     "inspect": "inspection",
     "load_seed_checkpoint": "inspection",
     "MemoryReport": "memory",

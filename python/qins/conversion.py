@@ -207,6 +207,7 @@ def convert(
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
     report = _convert(model, codec, includes, excludes, group_size, show_progress)
     _give_back_freed_memory()
+    _tell_transformers(model)
     return report
 
 
@@ -266,6 +267,15 @@ def _check_finite(chosen: dict[nn.Linear, str]) -> None:
             encode(weight, "golden")
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Let a model of transformers save its codes, and load them again, as one that was quantised while loading."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and isinstance(model, modeling.PreTrainedModel):
+        from .hf import attach
+
+        attach(model)
 
 
 def _give_back_freed_memory() -> None:

@@ -1,0 +1,353 @@
+"""transformers: quantising while loading, saving and loading codes, on tiny random models of many architectures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qins
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.once
+
+COMMON = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2}  # fmt: skip
+
+
+def llama(tied=False):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**COMMON, num_key_value_heads=2, tie_word_embeddings=tied)
+    )
+
+
+def phi3():
+    config = transformers.Phi3Config(**COMMON, num_key_value_heads=2, original_max_position_embeddings=128)
+    return transformers.Phi3ForCausalLM(config)
+
+
+def qwen2():
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON, num_key_value_heads=2))
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**COMMON))
+
+
+def modernbert():
+    config = transformers.ModernBertConfig(**COMMON, cls_token_id=1, sep_token_id=2)
+    return transformers.ModernBertForMaskedLM(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=160, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+MODELS = {
+    "llama": llama, "llama tied": lambda: llama(True), "phi3": phi3, "qwen2": qwen2, "gpt2": gpt2, "bert": bert,
+    "modernbert": modernbert, "t5": t5,
+}  # fmt: skip
+
+
+def make(name, seed=0):
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    for key, p in model.named_parameters():  # some initialise biases to zero, which would hide a lost one
+        if key.endswith("bias"):
+            nn.init.normal_(p, std=0.02)
+    return model
+
+
+def outputs(model):
+    ids = torch.arange(3, 43).reshape(2, 20)
+    kwargs = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def with_decoded_weights(original, quantised):
+    """The float model that holds the values of the codes."""
+    decoded = copy.deepcopy(original)
+    for name, module in quantised.named_modules():
+        if isinstance(module, qins.QINSLinear):
+            target = decoded.get_submodule(name)
+            target.weight.data.copy_(module.weight if isinstance(target, nn.Linear) else module.weight.T)
+    return decoded
+
+
+def close(a, b):
+    return float((a - b).norm() / b.norm()) < 2e-3
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    return True
+
+
+@pytest.fixture(params=MODELS)
+def saved(request, tmp_path):
+    model = make(request.param)
+    model.save_pretrained(tmp_path / "float")
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("codec", ["log8", "golden"])
+def test_matrix(saved, codec):
+    model, path = saved
+    cls = type(model)
+    quantised = cls.from_pretrained(path / "float", quantization_config=qins.QinsConfig(codec=codec))
+    layers = {n: m for n, m in quantised.named_modules() if isinstance(m, qins.QINSLinear)}
+    floats = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, transformers.pytorch_utils.Conv1D))]
+    assert len(layers) == len(floats) - 1  # the output embedding stays
+    assert all(m.codec == codec for m in layers.values())
+    assert close(outputs(quantised), outputs(with_decoded_weights(model, quantised)))
+    assert float((outputs(quantised) - outputs(model)).norm() / outputs(model).norm()) < 0.1
+    # in-process conversion gives the same codes
+    if cls is not transformers.GPT2LMHeadModel:
+        converted = copy.deepcopy(model)
+        qins.convert(converted, codec, exclude=[n for n in floats if n not in layers])
+        assert same_state(converted, quantised)
+    # two generations of saving and loading
+    quantised.save_pretrained(path / "one")
+    one = cls.from_pretrained(path / "one")
+    assert same_state(one, quantised)
+    assert close(outputs(one), outputs(quantised))
+    one.save_pretrained(path / "two")
+    two = qins.load(path / "two")
+    assert type(two) is cls
+    assert same_state(two, quantised)
+    assert (path / "one" / "config.json").read_text() == (path / "two" / "config.json").read_text()
+    if quantised.can_generate():
+        ids = torch.arange(3, 12)[None]
+        kwargs = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(two.generate(ids, **kwargs), quantised.generate(ids, **kwargs))
+    report = qins.inspect(path / "one")
+    assert len(report.layers) == len(layers)
+    assert not report.problems
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    model = make("llama")
+    model.save_pretrained(tmp_path / "float")
+    return model, tmp_path
+
+
+def load(path, **kwargs):
+    return transformers.LlamaForCausalLM.from_pretrained(path, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes(tiny, dtype):
+    _, path = tiny
+    quantised = load(path / "float", quantization_config=qins.QinsConfig(), dtype=dtype)
+    layer = quantised.model.layers[0].mlp.up_proj
+    assert layer.scale.dtype == torch.float32
+    assert layer.weight.dtype == dtype
+    assert quantised.lm_head.weight.dtype == dtype
+    quantised.save_pretrained(path / "out")
+    again = load(path / "out", dtype=dtype)
+    assert same_state(again, quantised)
+    # codes that were loaded in another dtype keep the bits of their scales
+    other = load(path / "out", dtype=torch.float32)
+    assert torch.equal(other.model.layers[0].mlp.up_proj.scale, layer.scale)
+    assert torch.isfinite(outputs(quantised)).all()
+
+
+def test_sharded(tiny):
+    _, path = tiny
+    quantised = load(path / "float", quantization_config=qins.QinsConfig())
+    quantised.save_pretrained(path / "out", max_shard_size="30KB")
+    assert len(list((path / "out").glob("*.safetensors"))) > 3
+    assert same_state(load(path / "out"), quantised)
+
+
+def test_other_heads(tiny):
+    _, path = tiny
+    quantised = load(path / "float", quantization_config=qins.QinsConfig())
+    quantised.save_pretrained(path / "out")
+    base = transformers.LlamaModel.from_pretrained(path / "out")
+    assert same_state(base, quantised.model)
+    headed = transformers.LlamaForSequenceClassification.from_pretrained(path / "out", num_labels=3)
+    assert same_state(headed.model, quantised.model)
+    assert type(headed.score) is nn.Linear
+    base.save_pretrained(path / "base")
+    assert same_state(load(path / "base").model, quantised.model)
+
+
+def test_what_is_quantised(tiny):
+    _, path = tiny
+    config = qins.QinsConfig(
+        exclude=["*.k_proj"], modules_to_not_convert=["v_proj"], group_size=32,
+        overrides={"*.down_proj": {"codec": "golden"}, "*.up_proj": {"group_size": None}},
+    )  # fmt: skip
+    quantised = load(path / "float", quantization_config=config)
+    layer = quantised.model.layers[1]
+    assert type(layer.self_attn.k_proj) is type(layer.self_attn.v_proj) is nn.Linear
+    assert (layer.self_attn.q_proj.codec, layer.self_attn.q_proj.group_size) == ("log8", 32)
+    assert layer.mlp.down_proj.codec == "golden"
+    assert layer.mlp.up_proj.group_size is None
+    quantised.save_pretrained(path / "out")
+    assert same_state(load(path / "out"), quantised)
+    skipped = {s.name: s.reason for s in quantised.hf_quantizer.report.skipped}
+    assert skipped["lm_head"] == "the output embedding"
+    assert skipped["model.layers.0.self_attn.k_proj"] == "excluded"
+    only = load(path / "float", quantization_config=qins.QinsConfig(include=["*.mlp.*"]))
+    assert sum(isinstance(m, qins.QINSLinear) for m in only.modules()) == 6
+
+
+def test_config():
+    config = qins.QinsConfig(group_size=64, overrides={"a": {"codec": "log9"}}, min_quantized=0.5)
+    again = qins.QinsConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    cases = [
+        ({"codec": "log7"}, ValueError, "codec: expected one of"),
+        ({"grupe_size": 3}, TypeError, "unknown arguments grupe_size"),
+        ({"group_size": 0}, ValueError, "group_size"),
+        ({"codec": "golden", "group_size": 64}, ValueError, "group_size"),
+        ({"format_version": 2}, ValueError, "another version of qins"),
+        ({"overrides": {"a": {"bits": 4}}}, ValueError, "bits"),
+        ({"min_quantized": 3}, ValueError, "min_quantized"),
+        ({"quant_method": "awq"}, ValueError, "quant_method"),
+        ({"exclude": [3]}, TypeError, "exclude"),
+    ]
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            qins.QinsConfig(**arguments)
+
+
+def test_never_silent(tiny, caplog):
+    _, path = tiny
+    with pytest.raises(ValueError, match="no linear layer"):
+        load(path / "float", quantization_config=qins.QinsConfig(include=["nothing"]))
+    with pytest.raises(RuntimeError, match=r"less than min_quantized = 0\.9"):
+        load(path / "float", quantization_config=qins.QinsConfig(min_quantized=0.9))
+    with caplog.at_level(logging.INFO, logger="qins"):
+        load(path / "float", quantization_config=qins.QinsConfig(include=["*.q_proj"]))
+    assert "% of the parameters are codes, in 2 layers" in caplog.text
+    with pytest.raises(ValueError, match="device_map"):
+        load(path / "float", quantization_config=qins.QinsConfig(), device_map={"": "cuda:0"})
+    state = load_file(path / "float" / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(state, path / "float" / "model.safetensors", {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError)):
+        load(path / "float", quantization_config=qins.QinsConfig())
+    del state["model.layers.0.mlp.up_proj.weight"]
+    save_file(state, path / "float" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"no weight for model\.layers\.0\.mlp\.up_proj"):
+        load(path / "float", quantization_config=qins.QinsConfig())
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "version", "truncated"])
+def test_damaged_checkpoints(tiny, damage):
+    _, path = tiny
+    load(path / "float", quantization_config=qins.QinsConfig()).save_pretrained(path / "out")
+    file = path / "out" / "model.safetensors"
+    state, key = load_file(file), "model.layers.1.mlp.up_proj"
+    if damage == "missing":
+        del state[f"{key}.codes"]
+    elif damage == "shape":
+        state[f"{key}.codes"] = state[f"{key}.codes"][:-1].clone()
+    elif damage == "nan":
+        state[f"{key}.scale"][3] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    if damage == "version":
+        config = json.loads((path / "out" / "config.json").read_text())
+        config["quantization_config"]["format_version"] = 7
+        (path / "out" / "config.json").write_text(json.dumps(config))
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+    message = {"missing": "no codes", "shape": "(?i)shape|mismatch|no codes", "nan": "finite",
+               "version": "another version", "truncated": "(?i)safetensor|header|incomplete"}[damage]  # fmt: skip
+    with pytest.raises(Exception, match=message):
+        load(path / "out")
+
+
+def test_a_converted_model_saves_and_loads(tiny):
+    model, path = tiny
+    converted = copy.deepcopy(model)
+    qins.convert(converted)
+    converted.save_pretrained(path / "out")
+    assert same_state(load(path / "out"), converted)
+    assert same_state(converted, load(path / "float", quantization_config=qins.QinsConfig()))
+    again = copy.deepcopy(converted)
+    assert same_state(pickle.loads(pickle.dumps(again)), converted)
+
+
+def test_dequantize(tiny):
+    model, path = tiny
+    quantised = load(path / "float", quantization_config=qins.QinsConfig())
+    expected = with_decoded_weights(model, quantised)
+    back = quantised.dequantize()
+    assert not any(isinstance(m, qins.QINSLinear) for m in back.modules())
+    assert same_state(back, expected)
+    back.save_pretrained(path / "back")
+    assert "quantization_config" not in json.loads((path / "back" / "config.json").read_text())
+
+
+def test_gradients_reach_the_input(tiny):
+    _, path = tiny
+    quantised = load(path / "float", quantization_config=qins.QinsConfig())
+    embedded = quantised.get_input_embeddings()(torch.arange(3, 9)[None]).detach().requires_grad_()
+    quantised(inputs_embeds=embedded).logits.square().mean().backward()
+    assert embedded.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("order", ["import qins, transformers", "import transformers, qins"])
+def test_importing_qins_is_enough(tiny, order):
+    _, path = tiny
+    load(path / "float", quantization_config=qins.QinsConfig()).save_pretrained(path / "out")
+    code = f"""
+{order}
+model = transformers.AutoModelForCausalLM.from_pretrained({str(path / "out")!r})
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "QINSLinear"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+
+
+def test_load_refuses_other_checkpoints(tiny):
+    _, path = tiny
+    with pytest.raises(ValueError, match="quant_method 'qins', got None"):
+        qins.load(path / "float")
+
+
+def test_loading_codes_copies_nothing(tiny):
+    _, path = tiny
+    load(path / "float", quantization_config=qins.QinsConfig()).save_pretrained(path / "out")
+    model = load(path / "out")
+    with safe_open(path / "out" / "model.safetensors", framework="pt") as f:
+        codes = f.get_tensor("model.layers.0.mlp.up_proj.codes")
+    assert torch.equal(model.model.layers[0].mlp.up_proj.codes, codes)
+    if sys.platform == "linux":
+        where = model.model.layers[0].mlp.up_proj.codes.data_ptr()
+        with open("/proc/self/maps") as maps:
+            ranges = [line.split() for line in maps]
+        mapped = [r for r in ranges if int(r[0].split("-")[0], 16) <= where < int(r[0].split("-")[1], 16)]
+        assert mapped
+        assert mapped[0][-1].endswith("model.safetensors")
