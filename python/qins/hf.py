@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -25,6 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .array import check_codec, encode
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .linear import QINSLinear, resolve_group_size
+
+_VERSION = int(transformers.__version__.partition(".")[0])
 
 logger = logging.getLogger("qins")
 
@@ -100,6 +103,10 @@ class QinsConfig(QuantizationConfigMixin):
             except ValueError as e:
                 raise ValueError(f"modules[{name!r}]: {e}") from None
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything: transformers 4 asks for it and has no default."""
+        return self.to_dict()
+
     def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
         """Codec and group size of a module."""
         for pattern, values in self.overrides.items():
@@ -154,10 +161,13 @@ class QinsHfQuantizer(HfQuantizer):
 
     quantization_config: QinsConfig
     requires_calibration = False
+    requires_parameters_quantization = True  # transformers 4
 
     def __init__(self, quantization_config: QinsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report = ConversionReport()
+        self._dtype: torch.dtype | None = None
+        self._missing_biases: list[str] = []
 
     @property
     def is_trainable(self) -> bool:
@@ -180,7 +190,9 @@ class QinsHfQuantizer(HfQuantizer):
             ValueError: the map names anything else.
 
         """
-        if device_map in (None, "auto", "cpu") or device_map == torch.device("cpu"):
+        if device_map is None:
+            return None  # which is the CPU, and does not need accelerate
+        if device_map in ("auto", "cpu") or device_map == torch.device("cpu"):
             return {"": "cpu"}
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if all(str(d) == "cpu" for d in devices):
@@ -294,6 +306,32 @@ class QinsHfQuantizer(HfQuantizer):
 
         return QinsQuantize()
 
+    def create_quantized_param(self, model: Any, param_value: torch.Tensor, param_name: str, *args: Any) -> None:
+        """Encode a weight: what transformers 4 calls."""
+        for name, value in self.encode_weight(model, param_name, param_value).items():
+            path, _, field = name.rpartition(".")
+            model.get_submodule(path)._buffers[field] = value
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Raise for missing weights and codes before transformers 4 makes them up."""
+        # It would also cast scales to the model's dtype; so nothing is cast, and what is not codes is afterwards.
+        self._dtype, model.config._pre_quantization_dtype = model.config._pre_quantization_dtype, None
+        kept, lost = [], []
+        for key in missing_keys:
+            path, _, field = key.rpartition(".")
+            module = _submodule(model, path)
+            if not isinstance(module, QINSLinear):
+                kept.append(key)
+            elif field == "bias":
+                self._missing_biases.append(path)
+                kept.append(key)
+            elif field == "weight" or not isinstance(module, _PendingLinear):
+                lost.append(key)
+        if lost:
+            what = "codes" if self.pre_quantized else "weight"
+            raise RuntimeError(f"the checkpoint has no {what} for {_some(lost)}")
+        return kept
+
     def encode_weight(self, model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode the weight of this key; return buffers by key."""
         path = name.rpartition(".")[0]
@@ -311,17 +349,18 @@ class QinsHfQuantizer(HfQuantizer):
         pending = [n for n, m in layers.items() if isinstance(m, _PendingLinear)]
         if pending:
             raise RuntimeError(f"the checkpoint has no weight for {_some(pending)}")
-        lost = [
-            f"{n}.{b}" for n, m in layers.items() for b in m._names
-            if not getattr(m._buffers[b], "_is_hf_initialized", False)
-        ]  # fmt: skip
+        lost = [f"{n}.{b}" for n, m in layers.items() for b in m._names if not _is_loaded(m._buffers[b])]
         if lost:
             raise RuntimeError(f"the checkpoint has no codes, or codes of another shape, for {_some(lost)}")
         for name, layer in layers.items():
             _check_layer(name, layer)
             bias = layer._parameters["bias"]
-            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+            if bias is not None and (name in self._missing_biases or not _is_loaded(bias)):
                 nn.init.zeros_(bias)
+        if _VERSION < 5:
+            model.config._pre_quantization_dtype = self._dtype
+            model.to(self._dtype)
+        model.config.quantization_config = self.quantization_config
         self._keep_names_on_saving(model)
         self.audit(model)
         return model
@@ -379,6 +418,13 @@ class QinsHfQuantizer(HfQuantizer):
         return model
 
 
+def _is_loaded(tensor: torch.Tensor | None) -> bool:
+    """Whether a buffer or a parameter came from the checkpoint: transformers 5 marks these."""
+    if tensor is None or tensor.is_meta:
+        return False
+    return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
+
+
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a linear layer or a Conv1D."""
     if isinstance(module, nn.Linear):
@@ -428,8 +474,6 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         ValueError: it was not saved by qins.
 
     """
-    import transformers
-
     config = transformers.AutoConfig.from_pretrained(path)
     method = getattr(config, "quantization_config", None) or {}
     method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
