@@ -23,9 +23,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .array import check_codec, encode
+from .array import check_codec, encode, field_shapes
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
-from .linear import QINSLinear, resolve_group_size
+from .linear import FIELD_DTYPES, QINSLinear, resolve_group_size
 
 _VERSION = int(transformers.__version__.partition(".")[0])
 
@@ -227,6 +227,11 @@ class QinsHfQuantizer(HfQuantizer):
             )  # fmt: skip
             self._put(model, name, module, new)
             found += 1
+        # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
+        coded = {part for n, m in model.named_modules() if isinstance(m, QINSLinear) for part in n.split(".")}
+        plan = getattr(model, "dtype_plan", None)
+        if plan:
+            model.dtype_plan = {k: v for k, v in plan.items() if k not in coded}
         if modules and not found:
             first = next(iter(modules))
             raise ValueError(f"no module of {type(model).__name__} is among those of the checkpoint, such as {first}")
@@ -446,10 +451,17 @@ def _some(names: list[str]) -> str:
 
 
 def _check_layer(name: str, layer: QINSLinear) -> None:
-    """Check what is small: scales and ranges. Reading all codes would touch every page of a mapped file."""
+    """Check shapes, dtypes, and what is small: reading all codes would touch every page of a mapped file."""
+    shapes = field_shapes(layer.codec, (layer.out_features, layer.in_features), layer.group_size)
     for n in layer._names:
-        buffer = layer._buffers[n]
-        if buffer is not None and buffer.dtype == torch.float32 and not bool(torch.isfinite(buffer).all()):
+        buffer = layer.get_buffer(n)
+        expected = shapes.get(n, ())
+        if buffer.shape != expected:
+            raise ValueError(f"{name}.{n}: expected shape {tuple(expected)}, got {tuple(buffer.shape)}")
+        dtype = FIELD_DTYPES.get(n, torch.float32)
+        if buffer.dtype != dtype:
+            raise ValueError(f"{name}.{n}: expected {dtype}, got {buffer.dtype}")
+        if dtype == torch.float32 and not bool(torch.isfinite(buffer).all()):
             raise ValueError(f"{name}.{n}: expected finite numbers, got NaN or infinity; the file is damaged")
 
 

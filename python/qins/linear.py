@@ -24,7 +24,7 @@ def default_group_size(in_features: int) -> int:
     return next((size for size in _DEFAULT_GROUP_SIZES if in_features % size == 0), _DEFAULT_GROUP_SIZES[0])
 
 
-_TORCH_DTYPE = {
+FIELD_DTYPES = {
     "stored": torch.uint8,
     "sign": torch.int8,
     "sign_bits": torch.uint8,
@@ -100,7 +100,7 @@ class QINSLinear(nn.Linear):
         shape = (out_features, in_features)
         if torch.device(device or torch.get_default_device()).type == "meta":
             for name, s in field_shapes(codec, shape, self.group_size).items():
-                self.register_buffer(name, torch.empty(s, dtype=_TORCH_DTYPE[name], device="meta"))
+                self.register_buffer(name, torch.empty(s, dtype=FIELD_DTYPES[name], device="meta"))
             for name in SCALARS[codec]:
                 self.register_buffer(name, torch.empty((), dtype=torch.float32, device="meta"))
         else:
@@ -114,7 +114,7 @@ class QINSLinear(nn.Linear):
         """Fill the buffers with the codes that `zero`, one encoded zero, repeats over the matrix."""
         for name, s in field_shapes(self.codec, shape, self.group_size).items():
             value = 0 if name in ("sign_bits", "group_scale") else zero.fields[name].item()
-            self.register_buffer(name, torch.full(s, value, dtype=_TORCH_DTYPE[name], device=device))
+            self.register_buffer(name, torch.full(s, value, dtype=FIELD_DTYPES[name], device=device))
         for name in SCALARS[self.codec]:
             self.register_buffer(name, torch.tensor(zero.fields[name].item(), dtype=torch.float32, device=device))
 
