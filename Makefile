@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 # torch first and alone: the version of the constraints file has a build for CPUs only
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+OTHER_TRANSFORMERS := 4.57.6 5.0.0
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
-.PHONY: demo test test-python test-core test-sdist test-slow lint bench measurements clean
+.PHONY: demo test test-python test-transformers test-core test-sdist test-slow lint bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
 
-test: test-core test-python test-sdist
+test: test-core test-python test-transformers test-sdist
 
 # the Python suite under each instruction set that runs here, the best one first
 test-python: $(VENV)/installed-dev
@@ -20,6 +21,19 @@ test-python: $(VENV)/installed-dev
 	    echo "== Python suite, $$isa"; \
 	    QINS_ISA=$$isa $(BIN)/python -m pytest -q -m "$$which" tests; \
 	    which="not slow and not once"; \
+	done
+
+# other versions of transformers than constraints.txt has, each in a directory that comes first on the path
+test-transformers: $(VENV)/installed-dev
+	set -e; for version in $(OTHER_TRANSFORMERS); do \
+	    echo "== transformers $$version"; \
+	    there=$(VENV)/transformers-$$version; \
+	    test -e $$there/installed || { \
+	        numpy=$$($(BIN)/python -c 'import numpy; print(numpy.__version__)'); \
+	        $(BIN)/pip install --quiet --disable-pip-version-check --target $$there transformers==$$version numpy==$$numpy; \
+	        touch $$there/installed; \
+	    }; \
+	    PYTHONPATH=$$there $(BIN)/python -m pytest -q -W ignore tests/test_hf.py tests/test_cache.py; \
 	done
 
 test-core:

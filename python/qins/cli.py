@@ -94,6 +94,59 @@ def inspect(
         raise typer.Exit(1)
 
 
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a float checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
+    codec: Annotated[str, typer.Option(help="log8, log9, golden or rational.")] = "log8",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for one scale a row.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantise; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Convert a checkpoint to codes on disk, a tensor at a time: any size, without making the model."""
+    from .models import require_transformers
+
+    require_transformers()
+    from .checkpoint import quantize_checkpoint
+    from .hf import QinsConfig
+
+    size: int | str | None = "default" if group_size is None else group_size or None
+    config = QinsConfig(codec, size, include or None, exclude or ())
+    result = quantize_checkpoint(model, out, config)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    ratio = result["bytes_before"] / max(result["bytes_after"], 1)
+    sizes = f"{result['bytes_before']:,} to {result['bytes_after']:,} bytes ({ratio:.2f}x)"
+    typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, quantised by qins or not.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+) -> None:
+    """Continue a prompt, printing tokens as they come."""
+    import torch
+
+    from .models import require_transformers
+
+    transformers = require_transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    typer.echo(prompt, nl=False)
+    with torch.inference_mode():
+        loaded.generate(**inputs, max_new_tokens=tokens, streamer=streamer, **sampling)
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
     try:

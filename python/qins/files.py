@@ -90,6 +90,10 @@ class Checkpoint:
         """Size of all files."""
         return sum(self.files.values())
 
+    def where(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._where[name]
+
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, mapped from its file where that is possible.
 

@@ -149,6 +149,11 @@ class _PendingLinear(QINSLinear):
         return {n: torch.from_numpy(f) for n, f in fields.items()}
 
 
+def pending_layers(model: nn.Module) -> dict[str, _PendingLinear]:
+    """The layers of a model, by name, that wait for a weight to encode."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _PendingLinear)}
+
+
 def _conv1d() -> type[nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
@@ -257,7 +262,7 @@ class QinsHfQuantizer(HfQuantizer):
             new.transposed = not isinstance(module, nn.Linear)
             new._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
             self._put(model, name, module, new)
-        if not any(isinstance(m, _PendingLinear) for m in model.modules()):
+        if not pending_layers(model):
             raise ValueError(f"QinsConfig: no linear layer of {type(model).__name__} is to be quantised")
 
     def _put(self, model: Any, name: str, old: nn.Module, new: QINSLinear) -> None:
@@ -351,9 +356,9 @@ class QinsHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QINSLinear)}
-        pending = [n for n, m in layers.items() if isinstance(m, _PendingLinear)]
+        pending = pending_layers(model)
         if pending:
-            raise RuntimeError(f"the checkpoint has no weight for {_some(pending)}")
+            raise RuntimeError(f"the checkpoint has no weight for {_some(list(pending))}")
         lost = [f"{n}.{b}" for n, m in layers.items() for b in m._names if not _is_loaded(m._buffers[b])]
         if lost:
             raise RuntimeError(f"the checkpoint has no codes, or codes of another shape, for {_some(lost)}")

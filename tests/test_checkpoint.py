@@ -1,0 +1,290 @@
+"""qins quantize: checkpoints converted on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qins
+from qins.checkpoint import Target, _ShardWriter, quantize_checkpoint
+
+transformers = pytest.importorskip("transformers")
+from test_hf import MODELS, make, outputs, same_state  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+
+def tree(path):
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("codec", ["log8", "log9"])
+def test_as_in_process(tmp_path, name, codec):
+    model = make(name)
+    model.save_pretrained(tmp_path / "float")
+    result = quantize_checkpoint(tmp_path / "float", tmp_path / "out", qins.QinsConfig(codec))
+    quantised = type(model).from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig(codec))
+    loaded = qins.load(tmp_path / "out")
+    assert result["layers"] == sum(isinstance(m, qins.QINSLinear) for m in quantised.modules())
+    assert same_state(loaded, quantised)
+    assert torch.equal(outputs(loaded), outputs(type(model).from_pretrained(tmp_path / "out")))
+    quantised.save_pretrained(tmp_path / "process")
+    # byte for byte the file that save_pretrained writes
+    files = [tmp_path / d / "model.safetensors" for d in ("out", "process")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("out", "process")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A sharded checkpoint with a tokenizer's file beside it."""
+    path = tmp_path / "float"
+    make("llama").save_pretrained(path, max_shard_size="60KB")
+    (path / "tokenizer.json").write_text("{}")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return path
+
+
+def test_sharded(source, tmp_path):
+    quantize_checkpoint(source, tmp_path / "out")
+    out = tree(tmp_path / "out")
+    assert out["tokenizer.json"] == b"{}"
+    assert "model.safetensors.index.json" in out
+    assert "qins-progress.json" not in out
+    assert not any(n.endswith(".tmp") for n in out)
+    assert len([n for n in out if n.endswith(".safetensors")]) == len(list(source.glob("*.safetensors")))
+    model = transformers.LlamaForCausalLM.from_pretrained(source, quantization_config=qins.QinsConfig())
+    assert same_state(qins.load(tmp_path / "out"), model)
+    report = qins.inspect(tmp_path / "out", against=source)
+    assert len(report.layers) == 14
+    assert not report.problems
+    assert min(e.snr_db for e in report.errors) > 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes(tmp_path, dtype):
+    make("llama").to(dtype).save_pretrained(tmp_path / "half")
+    quantize_checkpoint(tmp_path / "half", tmp_path / "out")
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "half", quantization_config=qins.QinsConfig(), dtype=dtype
+    )
+    assert same_state(qins.load(tmp_path / "out", dtype=dtype), model)
+
+
+def test_torch_files(tmp_path):
+    model = make("llama")
+    model.save_pretrained(tmp_path / "float")
+    (tmp_path / "float" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "float" / "pytorch_model.bin")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out")
+    qins.convert(model)
+    assert same_state(qins.load(tmp_path / "out"), model)
+
+
+def test_headless(tmp_path):
+    make("llama").model.save_pretrained(tmp_path / "base")
+    quantize_checkpoint(tmp_path / "base", tmp_path / "out")
+    model = transformers.LlamaModel.from_pretrained(tmp_path / "base", quantization_config=qins.QinsConfig())
+    assert same_state(transformers.LlamaModel.from_pretrained(tmp_path / "out"), model)
+
+
+def test_settings(source, tmp_path):
+    config = qins.QinsConfig(group_size=32, exclude=["*.self_attn.*"], overrides={"*.up_proj": {"codec": "golden"}})
+    result = quantize_checkpoint(source, tmp_path / "out", config)
+    assert result["layers"] == 6
+    layer = qins.load(tmp_path / "out").model.layers[0]
+    assert layer.mlp.up_proj.codec == "golden"
+    assert layer.mlp.down_proj.group_size == 32
+    assert type(layer.self_attn.q_proj) is nn.Linear
+
+
+def test_refusals(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="not empty"):
+        quantize_checkpoint(source, out)
+    assert tree(out) == {"mine.txt": b"precious"}
+    with pytest.raises(FileExistsError, match="got a file"):
+        quantize_checkpoint(source, out / "mine.txt")
+    with pytest.raises(FileNotFoundError, match="neither a directory"):
+        quantize_checkpoint("no/such-model-anywhere", tmp_path / "x")
+    quantize_checkpoint(source, tmp_path / "done")
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_checkpoint(tmp_path / "done", tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    (source / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        quantize_checkpoint(source, tmp_path / "y")
+
+
+def test_disk_is_checked_first(source, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="needs .* bytes, the disk has 1,000 free"):
+        quantize_checkpoint(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["nan", "truncated", "missing", "shape"])
+def test_faults_leave_no_half_written_shard(source, tmp_path, fault):
+    before = tree(source)
+    shard = sorted(source.glob("*.safetensors"))[-2]
+    state = load_file(shard)
+    key = next(k for k in state if "proj" in k)
+    if fault == "nan":
+        state[key][1, 1] = float("inf")
+        save_file(state, shard, {"format": "pt"})
+    elif fault == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif fault == "missing":
+        shard.unlink()
+    else:
+        state[key] = state[key][:-1].clone()
+        save_file(state, shard, {"format": "pt"})
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        quantize_checkpoint(source, tmp_path / "out")
+    assert shard.name in str(error.value) or key.removesuffix(".weight") in str(error.value)
+    names = list(tree(tmp_path / "out")) if (tmp_path / "out").exists() else []
+    assert not any(n.endswith(".tmp") for n in names)
+    assert "config.json" not in names
+    # repaired, it goes on, and the result is that of an undisturbed run
+    shard.write_bytes(before[shard.name])
+    if fault == "nan":  # the source changed since it was begun
+        with pytest.raises(FileExistsError, match="another source"):
+            quantize_checkpoint(source, tmp_path / "out")
+    quantize_checkpoint(source, tmp_path / "again")
+    assert same_state(qins.load(tmp_path / "again"), qins.load(tmp_path / "again"))
+
+
+_SLOW = """
+import sys, time, qins.checkpoint as c
+original = c._ShardWriter.write
+def slowly(self, name, tensor):
+    time.sleep(0.004)
+    original(self, name, tensor)
+c._ShardWriter.write = slowly
+print("ready", flush=True)
+c.quantize_checkpoint(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_kill_and_resume(source, tmp_path):
+    """Killed at twenty points: files under their final names are complete, and are not made again."""
+    quantize_checkpoint(source, tmp_path / "undisturbed")
+    expected = tree(tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    done: dict[str, tuple[bytes, int]] = {}
+    for i in range(20):
+        command = [sys.executable, "-c", _SLOW, str(source), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            process.stdout.readline()
+            time.sleep(0.02 + 0.03 * i)
+            process.send_signal(signal.SIGKILL)
+        for path in out.glob("*.safetensors") if out.exists() else ():
+            content = path.read_bytes(), path.stat().st_mtime_ns
+            assert content[0] == expected[path.name]
+            assert done.setdefault(path.name, content) == content
+        if out.exists() and "config.json" in tree(out):
+            break
+    if not (out / "config.json").exists():
+        quantize_checkpoint(source, out)
+    assert tree(out) == expected
+
+
+def test_another_conversion_is_not_resumed(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "qins-progress.json").write_text('{"fingerprint": "other"}')
+    with pytest.raises(FileExistsError, match="unfinished conversion"):
+        quantize_checkpoint(source, out)
+
+
+def test_layout_is_the_librarys(tmp_path):
+    tensors = {
+        "z": torch.arange(6, dtype=torch.uint8).reshape(2, 3), "a": torch.randn(5), "m": torch.tensor(2.5),
+        "b": torch.randn(3, 2).bfloat16(), "h": torch.randn(3).half(), "s": torch.ones(7, dtype=torch.int8),
+        "l": torch.arange(4), "empty": torch.zeros(0, 4), "d": torch.randn(2).double(),
+        "t": torch.tensor([True, False]),
+        "ä.weight": torch.zeros(1), "i": torch.arange(3, dtype=torch.int32), "j": torch.arange(3, dtype=torch.int16),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a", {"format": "pt"})
+    targets = [Target(n, str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()]
+    writer = _ShardWriter(tmp_path / "b", targets, {"format": "pt"})
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
+    with pytest.raises(ValueError, match="expected"):
+        writer.write("a", torch.zeros(4))
+    writer.close()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    incomplete = _ShardWriter(tmp_path / "c", targets, {"format": "pt"})
+    with pytest.raises(ValueError, match="not written"):
+        incomplete.close()
+
+
+_PEAK = """
+import sys, qins.checkpoint as c
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def resident(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                             num_attention_heads=2))
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the highest resident set from now on
+c.quantize_checkpoint(sys.argv[1], sys.argv[2])
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory(tmp_path):
+    """400 MB of float32 in one file: the peak is that of a few tensors."""
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "float")
+    size = (tmp_path / "float" / "model.safetensors").stat().st_size
+    assert size > 390e6
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path / "float"), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split()[-1])
+    print(f"{size / 1e6:.0f} MB of floats converted, {peak / 1e6:.0f} MB more at the peak")
+    assert peak < 120e6
+
+
+def run_cli(*arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "qins.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_command_line(source, tmp_path):
+    done = run_cli("quantize", source, tmp_path / "out", "--exclude", "*.k_proj", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["layers"] == 12
+    assert result["bytes_after"] < result["bytes_before"]
+    assert {s["name"] for s in result["skipped"]} >= {"lm_head", "model.layers.0.self_attn.k_proj"}
+    done = run_cli("quantize", source, tmp_path / "out")
+    assert done.returncode == 1
+    assert "not empty" in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    done = run_cli("quantize", source, tmp_path / "x", "--codec", "log7")
+    assert done.returncode == 1
+    assert "expected one of" in done.stderr
