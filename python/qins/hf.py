@@ -6,7 +6,10 @@ module is imported, which `import qins` sees to (see _autoload.py).
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
+import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -348,6 +351,7 @@ class QinsHfQuantizer(HfQuantizer):
         module: _PendingLinear = model.get_submodule(path)
         try:
             codes = module.accept(value)
+            _page_out(value)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
         return {f"{path}.{n}": t for n, t in codes.items()}
@@ -426,6 +430,21 @@ class QinsHfQuantizer(HfQuantizer):
                 linear.bias = module.bias
                 model.set_submodule(name, linear.train(module.training))
         return model
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Let the pages of a weight go that is in a mapped file; they would count as this process's until its end.
+
+    MADV_PAGEOUT loses nothing: whoever still reads the tensor gets the pages back from the file.
+    """
+    if sys.platform != "linux" or not tensor.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
+    if length > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), 21)  # an older kernel refuses, and nothing is lost
 
 
 def _is_loaded(tensor: torch.Tensor | None) -> bool:
