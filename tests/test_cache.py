@@ -84,6 +84,22 @@ def test_updates_add_up(v_codec, dtype):
     assert torch.equal(whole.get_kv(2)[0], k.half().to(dtype))
 
 
+def test_tokens_before_heads():
+    k, v = states(2, 3, 11, 24), states(2, 3, 11, 24, seed=1)
+    heads_first, tokens_first = qins.QINSKVCache(2, 16, 3, 24), qins.QINSKVCache(2, 16, 3, 24, device="cpu")
+    for a, b in ((0, 5), (5, 8), (8, 11)):  # three tokens: as many as heads
+        heads_first.update(k[:, :, a:b], v[:, :, a:b])
+        tokens_first.update(k[:, :, a:b].transpose(1, 2), v[:, :, a:b].transpose(1, 2))
+    for got, expected in zip(tokens_first.get_kv(2), heads_first.get_kv(2), strict=True):
+        assert torch.equal(got.transpose(1, 2), expected)
+    with pytest.raises(ValueError, match="order of dimensions"):
+        tokens_first.update(k[:, :, :1], v[:, :, :1])
+    with pytest.raises(ValueError, match="order of dimensions"):
+        heads_first.update(k[:, :, :1].transpose(1, 2), v[:, :, :1].transpose(1, 2))
+    with pytest.raises(ValueError, match="device"):
+        qins.QINSKVCache(1, 1, 1, 1, "cuda")
+
+
 def test_threads_and_instruction_sets_agree():
     v = states(4, 8, 100, 64)
     seen = set()

@@ -1,4 +1,4 @@
-"""Registers the quantizer as soon as transformers is there, without importing it for those who do not use it.
+"""Registers with transformers and PEFT as soon as they are there, without importing them for those who do not use them.
 
 transformers has no entry point for quantizers: where none is registered for a checkpoint's quant_method it warns, and
 goes on with random weights. So `import qins`, before or after transformers, must be enough.
@@ -14,44 +14,50 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_TARGET = "transformers.quantizers.auto"
+# A module of theirs, and the one of ours that is to be imported after it.
+_AFTER = {"transformers.quantizers.auto": "qins.hf", "peft.tuners.lora.config": "qins._peft"}
 
 
 class _Loader(importlib.abc.Loader):
     """Another loader, and then our registration."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: importlib.abc.Loader, ours: str) -> None:
+        self.loader, self.ours = loader, ours
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module("qins.hf")
+        importlib.import_module(self.ours)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Steps in for one module, once."""
 
+    def __init__(self, theirs: str) -> None:
+        self.theirs = theirs
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TARGET:
+        if name != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, _AFTER[name])
         return spec
 
 
 def install() -> None:
-    """Register now if transformers' module is loaded, else when it is."""
-    if _TARGET in sys.modules:
-        importlib.import_module("qins.hf")
-    elif not any(isinstance(f, _Finder) for f in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register now where their module is loaded, else when it is."""
+    waiting = {f.theirs for f in sys.meta_path if isinstance(f, _Finder)}
+    for theirs, ours in _AFTER.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)
+        elif theirs not in waiting:
+            sys.meta_path.insert(0, _Finder(theirs))
 
 
 install()

@@ -121,6 +121,7 @@ class QINSKVCache:
         max_seq_len: tokens of a sequence.
         n_heads: heads of keys and values.
         head_dim: elements of one head.
+        device: the CPU.
         v_codec: "golden", "log8" or "float16".
         k_codec: likewise.
 
@@ -132,6 +133,7 @@ class QINSKVCache:
         max_seq_len: int,
         n_heads: int,
         head_dim: int,
+        device: Any = "cpu",
         *,
         v_codec: str = "golden",
         k_codec: str = "float16",
@@ -142,6 +144,8 @@ class QINSKVCache:
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"device: expected the CPU, got {device!r}")
         self.max_batch_size, self.max_seq_len, self.n_heads, self.head_dim = sizes.values()
         shape = (max_batch_size, n_heads, max_seq_len, head_dim)
         self._keys = _Tokens("k", _check_codec("k_codec", k_codec), *shape)
@@ -152,9 +156,15 @@ class QINSKVCache:
         """Forget all tokens."""
         self.seq_len = self.batch_size = 0
         self._dtype = torch.float32
+        self._tokens_first = False
 
     def update(self, k: Tensor, v: Tensor) -> None:
-        """Append keys and values, each (batch, n_heads, tokens, head_dim), to those of the sequences so far.
+        """Append keys and values to those of the sequences so far.
+
+        Args:
+            k: (batch, n_heads, tokens, head_dim), or (batch, tokens, n_heads, head_dim): the sizes tell, and where they
+                do not, heads come first. All updates have one order.
+            v: of the same shape.
 
         Raises:
             ValueError: a shape does not fit, the cache is full, or a value is NaN, infinite or (keys) too large for
@@ -162,6 +172,13 @@ class QINSKVCache:
 
         """
         _check_states(k, v)
+        tokens_first = k.shape[1] != self.n_heads and k.shape[2] == self.n_heads
+        if self.seq_len and self._tokens_first and k.shape[1] == k.shape[2]:
+            tokens_first = True
+        if self.seq_len and tokens_first != self._tokens_first and k.shape[2 if tokens_first else 1] == self.n_heads:
+            raise ValueError(f"k: expected the order of dimensions of the first update, got {tuple(k.shape)}")
+        if tokens_first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
         batch, heads, tokens, dim = k.shape
         if (heads, dim) != (self.n_heads, self.head_dim) or v.shape[3] != self.head_dim:
             raise ValueError(
@@ -180,19 +197,18 @@ class QINSKVCache:
         self._keys.write(k, self.seq_len)
         self._values.write(v, self.seq_len)
         self.seq_len += tokens
-        self.batch_size, self._dtype = batch, k.dtype
+        self.batch_size, self._dtype, self._tokens_first = batch, k.dtype, tokens_first
 
     def get_kv(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the first sequences, each (batch_size, n_heads, seq_len, head_dim).
 
-        They have the dtype of the last update's keys.
+        They have the dtype of the last update's keys, and its order of dimensions.
         """
         if not 1 <= batch_size <= self.max_batch_size or (self.seq_len and batch_size > self.batch_size):
             raise ValueError(f"batch_size: expected 1 to {self.batch_size or self.max_batch_size}, got {batch_size}")
-        return (
-            self._keys.read(batch_size, self.seq_len, self._dtype),
-            self._values.read(batch_size, self.seq_len, self._dtype),
-        )
+        kept = (self._keys, self._values)
+        k, v = (t.read(batch_size, self.seq_len, self._dtype) for t in kept)
+        return (k.transpose(1, 2), v.transpose(1, 2)) if self._tokens_first else (k, v)
 
     def memory_savings(self) -> dict[str, float]:
         """Return what the whole cache takes, and would take in float16 and float32, in bytes, and the ratios."""
