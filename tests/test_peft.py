@@ -147,3 +147,41 @@ def test_the_order_of_imports_does_not_matter(order):
     code = f"{order}\nassert qins.QINSLinear in peft.LoraConfig()._custom_modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_smollm2_end_to_end(tmp_path):
+    """Quantised while loading, saved, loaded, trained with LoRA, saved, loaded, merged."""
+    transformers = pytest.importorskip("transformers")
+    from qins import evaluate
+    from qins.models import find_model
+
+    source = find_model()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=qins.QinsConfig())
+    model.save_pretrained(tmp_path / "codes")
+    loaded = qins.load(tmp_path / "codes")
+    assert same_state(loaded, model)
+    del model
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    out = loaded.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert "Paris" in tokenizer.decode(out[0])
+    tuned = peft.get_peft_model(loaded, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])).train()
+    ids = tokenizer(evaluate.sample_text(), return_tensors="pt").input_ids[:, :128]
+    optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(5):
+        loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    print("losses", [round(x, 3) for x in losses])
+    assert losses[-1] < losses[0] - 0.1
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(qins.load(tmp_path / "codes"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
+        again.merge_adapter()
+        kl = expected.log_softmax(-1).exp() * (expected.log_softmax(-1) - again(input_ids=ids).logits.log_softmax(-1))
+    assert kl.sum(-1).mean() < 0.02
