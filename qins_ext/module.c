@@ -3,210 +3,13 @@
  * Python's side (python/qins/array.py) passes matrices as 2-D arrays. bfloat16 has no type number
  * of NumPy's own, so element types travel as names beside the arrays, and bfloat16 as uint16. */
 #define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "args.h"
 
-#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
-#include <numpy/arrayobject.h>
 #include <stdatomic.h>
-
-#include "qins.h"
+#include <string.h>
 
 /* One for the process: an instruction set is a property of the machine, not of an interpreter. */
 static _Atomic(const qins_kernels *) active;
-
-static const struct {
-    const char *name;
-    int type;
-} DTYPES[] = {[QINS_F32] = {"float32", NPY_FLOAT32},
-              [QINS_F16] = {"float16", NPY_FLOAT16},
-              [QINS_BF16] = {"bfloat16", NPY_UINT16},
-              [QINS_F64] = {"float64", NPY_FLOAT64}};
-
-static const char *const CODECS[] = {
-#define X(name) #name,
-#include "codecs.def"
-#undef X
-};
-
-/* -- checking ---------------------------------------------------------------------------------- */
-
-static int find_dtype(const char *name, qins_dtype *dtype)
-{
-    for (size_t i = 0; i < sizeof DTYPES / sizeof *DTYPES; i++) {
-        if (strcmp(name, DTYPES[i].name) == 0) {
-            *dtype = (qins_dtype)i;
-            return 0;
-        }
-    }
-    PyErr_Format(PyExc_TypeError, "dtype: expected float32, float16, bfloat16 or float64, got %s", name);
-    return -1;
-}
-
-static int find_codec(const char *name, qins_codec *codec)
-{
-    for (size_t i = 0; i < QINS_CODEC_COUNT; i++) {
-        if (strcmp(name, CODECS[i]) == 0) {
-            *codec = (qins_codec)i;
-            return 0;
-        }
-    }
-    PyErr_Format(PyExc_ValueError, "codec: unknown name '%s'", name);
-    return -1;
-}
-
-static int wrong(const char *name, const char *expected, PyObject *got)
-{
-    if (PyArray_Check(got)) {
-        PyArrayObject *a = (PyArrayObject *)got;
-        PyObject *shape = PyObject_GetAttrString(got, "shape");
-        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s%sarray of %S, shape %S", name, expected,
-                     PyArray_ISWRITEABLE(a) ? "" : "read-only ", PyArray_IS_C_CONTIGUOUS(a) ? "" : "non-contiguous ",
-                     (PyObject *)PyArray_DESCR(a), shape ? shape : Py_None);
-        Py_XDECREF(shape);
-    } else {
-        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s", name, expected, Py_TYPE(got)->tp_name);
-    }
-    return -1;
-}
-
-/* A C-contiguous array of this type and shape (cols < 0: one-dimensional), native byte order. */
-static int field(PyObject *o, const char *name, int type, const char *type_name, Py_ssize_t rows, Py_ssize_t cols,
-                 int writable, void **data)
-{
-    char expected[160];
-    PyArrayObject *a = (PyArrayObject *)o;
-    int dims = cols < 0 ? 1 : 2;
-    if (PyArray_Check(o) && PyArray_TYPE(a) == type && PyArray_ISNOTSWAPPED(a) && PyArray_NDIM(a) == dims &&
-        PyArray_DIM(a, 0) == rows && (dims == 1 || PyArray_DIM(a, 1) == cols) && PyArray_IS_C_CONTIGUOUS(a) &&
-        (!writable || PyArray_ISWRITEABLE(a))) {
-        *data = PyArray_DATA(a);
-        return 0;
-    }
-    if (dims == 1) {
-        PyOS_snprintf(expected, sizeof expected, "a C-contiguous%s array of %s, shape (%zd,)",
-                      writable ? " writable" : "", type_name, rows);
-    } else {
-        PyOS_snprintf(expected, sizeof expected, "a C-contiguous%s array of %s, shape (%zd, %zd)",
-                      writable ? " writable" : "", type_name, rows, cols);
-    }
-    return wrong(name, expected, o);
-}
-
-/* First and last byte of an array's elements; strides may be negative. */
-static void extent(PyArrayObject *a, const char **lo, const char **hi)
-{
-    *lo = *hi = PyArray_BYTES(a);
-    for (int i = 0; i < PyArray_NDIM(a); i++) {
-        npy_intp reach = (PyArray_DIM(a, i) - 1) * PyArray_STRIDE(a, i);
-        *(reach < 0 ? lo : hi) += reach;
-    }
-    *hi += PyArray_ITEMSIZE(a);
-}
-
-static int overlap(PyObject *out, PyObject *in, const char *out_name, const char *in_name)
-{
-    if (!PyArray_Check(out) || !PyArray_Check(in) || PyArray_SIZE((PyArrayObject *)out) == 0 ||
-        PyArray_SIZE((PyArrayObject *)in) == 0) {
-        return 0;
-    }
-    const char *lo, *hi, *lo2, *hi2;
-    extent((PyArrayObject *)out, &lo, &hi);
-    extent((PyArrayObject *)in, &lo2, &hi2);
-    if (lo < hi2 && lo2 < hi) {
-        PyErr_Format(PyExc_ValueError, "%s: expected memory of its own, got memory that overlaps %s", out_name,
-                     in_name);
-        return -1;
-    }
-    return 0;
-}
-
-static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b != 0); }
-
-/* The arrays of a codec, in the order of qins.array.ARRAYS, for a matrix of rows x cols. */
-static int codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
-                        int writable, qins_codes *e)
-{
-    Py_ssize_t expected = codec == QINS_rational ? 1 : codec == QINS_log8 && group_size > 0 ? 3 : 2;
-    if (PyTuple_GET_SIZE(arrays) != expected) {
-        PyErr_Format(PyExc_ValueError, "arrays: expected %zd for %s, got %zd", expected, CODECS[codec],
-                     PyTuple_GET_SIZE(arrays));
-        return -1;
-    }
-    static const char *const CODES[] = {
-        [QINS_golden] = "stored", [QINS_log9] = "stored", [QINS_log8] = "codes", [QINS_rational] = "w_encoded"};
-    PyObject *first = PyTuple_GET_ITEM(arrays, 0), *second = expected > 1 ? PyTuple_GET_ITEM(arrays, 1) : NULL;
-    void *data = NULL;
-    memset(e, 0, sizeof *e);
-    e->codec = codec;
-    e->rows = (size_t)rows;
-    e->cols = (size_t)cols;
-    if (field(first, CODES[codec], NPY_UINT8, "uint8", rows, cols, writable, &data) < 0) {
-        return -1;
-    }
-    e->codes = data;
-    switch (codec) {
-    case QINS_golden:
-        if (field(second, "sign", NPY_INT8, "int8", rows, cols, writable, &data) < 0) {
-            return -1;
-        }
-        e->sign = data;
-        return 0;
-    case QINS_log9:
-        if (field(second, "sign_bits", NPY_UINT8, "uint8", rows, ceil_div(cols, 8), writable, &data) < 0) {
-            return -1;
-        }
-        e->sign_bits = data;
-        return 0;
-    case QINS_rational:
-        return 0;
-    default:
-        if (field(second, "scale", NPY_FLOAT32, "float32", rows, -1, writable, &data) < 0) {
-            return -1;
-        }
-        e->scale = data;
-        e->group_size = (size_t)group_size;
-        if (group_size > 0) {
-            if (field(PyTuple_GET_ITEM(arrays, 2), "group_scale", NPY_UINT8, "uint8", rows, ceil_div(cols, group_size),
-                      writable, &data) < 0) {
-                return -1;
-            }
-            e->group_scale = data;
-        }
-        return 0;
-    }
-}
-
-static int overlaps_codes(PyObject *out, const char *name, PyObject *arrays)
-{
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
-        if (overlap(out, PyTuple_GET_ITEM(arrays, i), name, "the codes") < 0) {
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* A codec's scalars, in the order of qins.array.SCALARS. */
-static int read_scalars(qins_codes *e, PyObject *scalars)
-{
-    switch (e->codec) {
-    case QINS_log8:
-        return PyArg_ParseTuple(scalars, "f;scalars", &e->mu) ? 0 : -1;
-    case QINS_rational:
-        return PyArg_ParseTuple(scalars, "fff;scalars", &e->alpha, &e->z_min, &e->z_max) ? 0 : -1;
-    default:
-        return PyArg_ParseTuple(scalars, "ff;scalars", &e->log_min, &e->log_max) ? 0 : -1;
-    }
-}
-
-static int check_group_size(Py_ssize_t group_size)
-{
-    if (group_size < 0) {
-        PyErr_Format(PyExc_ValueError, "group_size: expected a positive number or None, got %zd", group_size);
-        return -1;
-    }
-    return 0;
-}
 
 /* -- encode and decode -------------------------------------------------------------------------- */
 
@@ -237,13 +40,13 @@ static PyObject *encode(PyObject *module, PyObject *args)
     qins_codes e;
     if (!PyArg_ParseTuple(args, "sO!sO!ndi:encode", &codec_name, &PyArray_Type, &weights, &dtype_name, &PyTuple_Type,
                           &arrays, &group_size, &parameter, &threads) ||
-        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &w.dtype) < 0 ||
-        check_group_size(group_size) < 0) {
+        qins_find_codec(codec_name, &codec) < 0 || qins_find_dtype(dtype_name, &w.dtype) < 0 ||
+        qins_check_group_size(group_size) < 0) {
         return NULL;
     }
     PyArrayObject *a = (PyArrayObject *)weights;
-    if (PyArray_NDIM(a) != 2 || PyArray_TYPE(a) != DTYPES[w.dtype].type || !PyArray_ISNOTSWAPPED(a)) {
-        wrong("weights", "a 2-D array of its dtype in native byte order", weights);
+    if (PyArray_NDIM(a) != 2 || PyArray_TYPE(a) != qins_dtype_names[w.dtype].type || !PyArray_ISNOTSWAPPED(a)) {
+        qins_wrong_argument("weights", "a 2-D array of its dtype in native byte order", weights);
         return NULL;
     }
     if (codec == QINS_rational ? !((float)parameter > 0.0f) : !(parameter <= (double)QINS_MU_MAX)) {
@@ -253,11 +56,11 @@ static PyObject *encode(PyObject *module, PyObject *args)
         return NULL;
     }
     Py_ssize_t rows = PyArray_DIM(a, 0), cols = PyArray_DIM(a, 1);
-    if (codec_arrays(codec, arrays, rows, cols, group_size, 1, &e) < 0) {
+    if (qins_codec_arrays(codec, arrays, rows, cols, group_size, 1, &e) < 0) {
         return NULL;
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
-        if (overlap(PyTuple_GET_ITEM(arrays, i), weights, "arrays", "weights") < 0) {
+        if (qins_check_overlap(PyTuple_GET_ITEM(arrays, i), weights, "arrays", "weights") < 0) {
             return NULL;
         }
     }
@@ -310,14 +113,15 @@ static PyObject *decode(PyObject *module, PyObject *args)
     qins_codes e;
     if (!PyArg_ParseTuple(args, "sO!O!nnnO!snni:decode", &codec_name, &PyTuple_Type, &arrays, &PyTuple_Type, &scalars,
                           &rows, &cols, &group_size, &PyArray_Type, &out, &dtype_name, &row, &col, &threads) ||
-        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &dtype) < 0 || check_group_size(group_size) < 0 ||
-        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 || read_scalars(&e, scalars) < 0) {
+        qins_find_codec(codec_name, &codec) < 0 || qins_find_dtype(dtype_name, &dtype) < 0 ||
+        qins_check_group_size(group_size) < 0 || qins_codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 ||
+        qins_read_scalars(&e, scalars) < 0) {
         return NULL;
     }
     PyArrayObject *o = (PyArrayObject *)out;
-    if (PyArray_NDIM(o) != 2 || PyArray_TYPE(o) != DTYPES[dtype].type || !PyArray_ISNOTSWAPPED(o) ||
+    if (PyArray_NDIM(o) != 2 || PyArray_TYPE(o) != qins_dtype_names[dtype].type || !PyArray_ISNOTSWAPPED(o) ||
         !PyArray_ISWRITEABLE(o) || !rows_contiguous(o)) {
-        wrong("out", "a writable 2-D array of its dtype whose rows are contiguous", out);
+        qins_wrong_argument("out", "a writable 2-D array of its dtype whose rows are contiguous", out);
         return NULL;
     }
     if (row < 0 || col < 0 || row > rows - PyArray_DIM(o, 0) || col > cols - PyArray_DIM(o, 1)) {
@@ -325,7 +129,7 @@ static PyObject *decode(PyObject *module, PyObject *args)
                      cols, (Py_ssize_t)PyArray_DIM(o, 0), (Py_ssize_t)PyArray_DIM(o, 1), row, col);
         return NULL;
     }
-    if (overlaps_codes(out, "out", arrays) < 0) {
+    if (qins_check_overlap_codes(out, "out", arrays) < 0) {
         return NULL;
     }
     const qins_kernels *kernels = atomic_load(&active);
@@ -351,7 +155,7 @@ static PyObject *read_array(PyObject *module, PyObject *args)
     }
     PyArrayObject *a = (PyArrayObject *)array;
     if (!PyArray_IS_C_CONTIGUOUS(a)) {
-        wrong("array", "a C-contiguous array", array);
+        qins_wrong_argument("array", "a C-contiguous array", array);
         return NULL;
     }
     const qins_kernels *kernels = atomic_load(&active);
@@ -426,16 +230,18 @@ static PyObject *linear(PyObject *module, PyObject *args)
     void *x_data, *y_data;
     if (!PyArg_ParseTuple(args, "sO!O!nnnO!sO!i:linear", &codec_name, &PyTuple_Type, &arrays, &PyTuple_Type, &scalars,
                           &rows, &cols, &group_size, &PyArray_Type, &x, &dtype_name, &PyArray_Type, &y, &threads) ||
-        find_codec(codec_name, &codec) < 0 || find_dtype(dtype_name, &dtype) < 0 || check_group_size(group_size) < 0 ||
-        codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 || read_scalars(&e, scalars) < 0) {
+        qins_find_codec(codec_name, &codec) < 0 || qins_find_dtype(dtype_name, &dtype) < 0 ||
+        qins_check_group_size(group_size) < 0 || qins_codec_arrays(codec, arrays, rows, cols, group_size, 0, &e) < 0 ||
+        qins_read_scalars(&e, scalars) < 0) {
         return NULL;
     }
     Py_ssize_t batch = PyArray_NDIM((PyArrayObject *)x) == 2 ? PyArray_DIM((PyArrayObject *)x, 0) : 0;
-    if (field(x, "x", DTYPES[dtype].type, dtype_name, batch, cols, 0, &x_data) < 0 ||
-        field(y, "y", DTYPES[dtype].type, dtype_name, batch, rows, 1, &y_data) < 0 || overlap(y, x, "y", "x") < 0) {
+    if (qins_array_argument(x, "x", qins_dtype_names[dtype].type, dtype_name, batch, cols, 0, &x_data) < 0 ||
+        qins_array_argument(y, "y", qins_dtype_names[dtype].type, dtype_name, batch, rows, 1, &y_data) < 0 ||
+        qins_check_overlap(y, x, "y", "x") < 0) {
         return NULL;
     }
-    if (overlaps_codes(y, "y", arrays) < 0) {
+    if (qins_check_overlap_codes(y, "y", arrays) < 0) {
         return NULL;
     }
     const qins_kernels *kernels = atomic_load(&active);
@@ -456,7 +262,7 @@ static PyObject *levels(PyObject *module, PyObject *args)
     qins_codes e = {.rows = 0};
     qins_decoder d;
     if (!PyArg_ParseTuple(args, "sO!:levels", &codec_name, &PyTuple_Type, &scalars) ||
-        find_codec(codec_name, &e.codec) < 0 || read_scalars(&e, scalars) < 0) {
+        qins_find_codec(codec_name, &e.codec) < 0 || qins_read_scalars(&e, scalars) < 0) {
         return NULL;
     }
     qins_decoder_init(&d, atomic_load(&active), &e);
@@ -479,8 +285,9 @@ static PyObject *rational(PyObject *module, PyObject *args)
         return NULL;
     }
     Py_ssize_t n = PyArray_SIZE((PyArrayObject *)source);
-    if (field(source, "source", NPY_FLOAT32, "float32", n, -1, 0, &src) < 0 ||
-        field(out, "out", NPY_FLOAT32, "float32", n, -1, 1, &dst) < 0 || overlap(out, source, "out", "source") < 0) {
+    if (qins_array_argument(source, "source", NPY_FLOAT32, "float32", n, -1, 0, &src) < 0 ||
+        qins_array_argument(out, "out", NPY_FLOAT32, "float32", n, -1, 1, &dst) < 0 ||
+        qins_check_overlap(out, source, "out", "source") < 0) {
         return NULL;
     }
     const qins_kernels *kernels = atomic_load(&active);
@@ -639,7 +446,7 @@ static int module_exec(PyObject *module)
     }
     PyObject *codecs = PyTuple_New(QINS_CODEC_COUNT);
     for (Py_ssize_t i = 0; codecs != NULL && i < QINS_CODEC_COUNT; i++) {
-        PyObject *name = PyUnicode_FromString(CODECS[i]);
+        PyObject *name = PyUnicode_FromString(qins_codec_names[i]);
         if (name == NULL) {
             Py_CLEAR(codecs);
         } else {

@@ -165,7 +165,8 @@ def test_smollm2_end_to_end(tmp_path):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     out = loaded.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert "Paris" in tokenizer.decode(out[0])
-    tuned = peft.get_peft_model(loaded, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])).train()
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    tuned = peft.get_peft_model(loaded, config).train()
     ids = tokenizer(evaluate.sample_text(), return_tensors="pt").input_ids[:, :128]
     optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3)
     losses = []

@@ -1,0 +1,196 @@
+/* Checking what Python passes: every error names the argument, what was expected and what came. */
+#define PY_SSIZE_T_CLEAN
+#define NO_IMPORT_ARRAY
+#include "args.h"
+
+#include <string.h>
+
+const qins_dtype_name qins_dtype_names[QINS_DTYPE_COUNT] = {[QINS_F32] = {"float32", NPY_FLOAT32},
+                                                            [QINS_F16] = {"float16", NPY_FLOAT16},
+                                                            [QINS_BF16] = {"bfloat16", NPY_UINT16},
+                                                            [QINS_F64] = {"float64", NPY_FLOAT64}};
+
+const char *const qins_codec_names[QINS_CODEC_COUNT] = {
+#define X(name) #name,
+#include "codecs.def"
+#undef X
+};
+
+int qins_find_dtype(const char *name, qins_dtype *dtype)
+{
+    for (size_t i = 0; i < QINS_DTYPE_COUNT; i++) {
+        if (strcmp(name, qins_dtype_names[i].name) == 0) {
+            *dtype = (qins_dtype)i;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_TypeError, "dtype: expected float32, float16, bfloat16 or float64, got %s", name);
+    return -1;
+}
+
+int qins_find_codec(const char *name, qins_codec *codec)
+{
+    for (size_t i = 0; i < QINS_CODEC_COUNT; i++) {
+        if (strcmp(name, qins_codec_names[i]) == 0) {
+            *codec = (qins_codec)i;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "codec: unknown name '%s'", name);
+    return -1;
+}
+
+int qins_wrong_argument(const char *name, const char *expected, PyObject *got)
+{
+    if (PyArray_Check(got)) {
+        PyArrayObject *a = (PyArrayObject *)got;
+        PyObject *shape = PyObject_GetAttrString(got, "shape");
+        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s%sarray of %S, shape %S", name, expected,
+                     PyArray_ISWRITEABLE(a) ? "" : "read-only ", PyArray_IS_C_CONTIGUOUS(a) ? "" : "non-contiguous ",
+                     (PyObject *)PyArray_DESCR(a), shape ? shape : Py_None);
+        Py_XDECREF(shape);
+    } else {
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s", name, expected, Py_TYPE(got)->tp_name);
+    }
+    return -1;
+}
+
+/* A C-contiguous array of this type and shape (cols < 0: one-dimensional), native byte order. */
+int qins_array_argument(PyObject *o, const char *name, int type, const char *type_name, Py_ssize_t rows,
+                        Py_ssize_t cols, int writable, void **data)
+{
+    char expected[160];
+    PyArrayObject *a = (PyArrayObject *)o;
+    int dims = cols < 0 ? 1 : 2;
+    if (PyArray_Check(o) && PyArray_TYPE(a) == type && PyArray_ISNOTSWAPPED(a) && PyArray_NDIM(a) == dims &&
+        PyArray_DIM(a, 0) == rows && (dims == 1 || PyArray_DIM(a, 1) == cols) && PyArray_IS_C_CONTIGUOUS(a) &&
+        (!writable || PyArray_ISWRITEABLE(a))) {
+        *data = PyArray_DATA(a);
+        return 0;
+    }
+    if (dims == 1) {
+        PyOS_snprintf(expected, sizeof expected, "a C-contiguous%s array of %s, shape (%zd,)",
+                      writable ? " writable" : "", type_name, rows);
+    } else {
+        PyOS_snprintf(expected, sizeof expected, "a C-contiguous%s array of %s, shape (%zd, %zd)",
+                      writable ? " writable" : "", type_name, rows, cols);
+    }
+    return qins_wrong_argument(name, expected, o);
+}
+
+/* First and last byte of an array's elements; strides may be negative. */
+static void extent(PyArrayObject *a, const char **lo, const char **hi)
+{
+    *lo = *hi = PyArray_BYTES(a);
+    for (int i = 0; i < PyArray_NDIM(a); i++) {
+        npy_intp reach = (PyArray_DIM(a, i) - 1) * PyArray_STRIDE(a, i);
+        *(reach < 0 ? lo : hi) += reach;
+    }
+    *hi += PyArray_ITEMSIZE(a);
+}
+
+int qins_check_overlap(PyObject *out, PyObject *in, const char *out_name, const char *in_name)
+{
+    if (!PyArray_Check(out) || !PyArray_Check(in) || PyArray_SIZE((PyArrayObject *)out) == 0 ||
+        PyArray_SIZE((PyArrayObject *)in) == 0) {
+        return 0;
+    }
+    const char *lo, *hi, *lo2, *hi2;
+    extent((PyArrayObject *)out, &lo, &hi);
+    extent((PyArrayObject *)in, &lo2, &hi2);
+    if (lo < hi2 && lo2 < hi) {
+        PyErr_Format(PyExc_ValueError, "%s: expected memory of its own, got memory that overlaps %s", out_name,
+                     in_name);
+        return -1;
+    }
+    return 0;
+}
+
+static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b != 0); }
+
+/* The arrays of a codec, in the order of qins.array.ARRAYS, for a matrix of rows x cols. */
+int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
+                      int writable, qins_codes *e)
+{
+    Py_ssize_t expected = codec == QINS_rational ? 1 : codec == QINS_log8 && group_size > 0 ? 3 : 2;
+    if (PyTuple_GET_SIZE(arrays) != expected) {
+        PyErr_Format(PyExc_ValueError, "arrays: expected %zd for %s, got %zd", expected, qins_codec_names[codec],
+                     PyTuple_GET_SIZE(arrays));
+        return -1;
+    }
+    static const char *const CODES[] = {
+        [QINS_golden] = "stored", [QINS_log9] = "stored", [QINS_log8] = "codes", [QINS_rational] = "w_encoded"};
+    PyObject *first = PyTuple_GET_ITEM(arrays, 0), *second = expected > 1 ? PyTuple_GET_ITEM(arrays, 1) : NULL;
+    void *data = NULL;
+    memset(e, 0, sizeof *e);
+    e->codec = codec;
+    e->rows = (size_t)rows;
+    e->cols = (size_t)cols;
+    if (qins_array_argument(first, CODES[codec], NPY_UINT8, "uint8", rows, cols, writable, &data) < 0) {
+        return -1;
+    }
+    e->codes = data;
+    switch (codec) {
+    case QINS_golden:
+        if (qins_array_argument(second, "sign", NPY_INT8, "int8", rows, cols, writable, &data) < 0) {
+            return -1;
+        }
+        e->sign = data;
+        return 0;
+    case QINS_log9:
+        if (qins_array_argument(second, "sign_bits", NPY_UINT8, "uint8", rows, ceil_div(cols, 8), writable, &data) <
+            0) {
+            return -1;
+        }
+        e->sign_bits = data;
+        return 0;
+    case QINS_rational:
+        return 0;
+    default:
+        if (qins_array_argument(second, "scale", NPY_FLOAT32, "float32", rows, -1, writable, &data) < 0) {
+            return -1;
+        }
+        e->scale = data;
+        e->group_size = (size_t)group_size;
+        if (group_size > 0) {
+            if (qins_array_argument(PyTuple_GET_ITEM(arrays, 2), "group_scale", NPY_UINT8, "uint8", rows,
+                                    ceil_div(cols, group_size), writable, &data) < 0) {
+                return -1;
+            }
+            e->group_scale = data;
+        }
+        return 0;
+    }
+}
+
+int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
+        if (qins_check_overlap(out, PyTuple_GET_ITEM(arrays, i), name, "the codes") < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* A codec's scalars, in the order of qins.array.SCALARS. */
+int qins_read_scalars(qins_codes *e, PyObject *scalars)
+{
+    switch (e->codec) {
+    case QINS_log8:
+        return PyArg_ParseTuple(scalars, "f;scalars", &e->mu) ? 0 : -1;
+    case QINS_rational:
+        return PyArg_ParseTuple(scalars, "fff;scalars", &e->alpha, &e->z_min, &e->z_max) ? 0 : -1;
+    default:
+        return PyArg_ParseTuple(scalars, "ff;scalars", &e->log_min, &e->log_max) ? 0 : -1;
+    }
+}
+
+int qins_check_group_size(Py_ssize_t group_size)
+{
+    if (group_size < 0) {
+        PyErr_Format(PyExc_ValueError, "group_size: expected a positive number or None, got %zd", group_size);
+        return -1;
+    }
+    return 0;
+}

@@ -1,0 +1,42 @@
+/* Arguments from Python, for module.c. All return 0, or -1 with an exception set. */
+#ifndef QINS_ARGS_H
+#define QINS_ARGS_H
+
+#include <Python.h>
+
+/* One table of NumPy's functions for both files; module.c fills it. */
+#define PY_ARRAY_UNIQUE_SYMBOL qins_numpy_api
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#include <numpy/arrayobject.h>
+
+#include "qins.h"
+
+enum { QINS_DTYPE_COUNT = 4 };
+
+typedef struct {
+    const char *name;
+    int type; /* NumPy's number; bfloat16 travels as uint16 */
+} qins_dtype_name;
+
+extern const qins_dtype_name qins_dtype_names[QINS_DTYPE_COUNT]; /* by qins_dtype */
+extern const char *const qins_codec_names[QINS_CODEC_COUNT];
+
+/* A dtype or a codec by its name; -1 with an exception set where there is none. */
+int qins_find_dtype(const char *name, qins_dtype *dtype);
+int qins_find_codec(const char *name, qins_codec *codec);
+/* Sets the exception for an argument that is not what was expected; returns -1. */
+int qins_wrong_argument(const char *name, const char *expected, PyObject *got);
+/* A C-contiguous array of this type and shape (cols < 0: one-dimensional), native byte order. */
+int qins_array_argument(PyObject *o, const char *name, int type, const char *type_name, Py_ssize_t rows,
+                        Py_ssize_t cols, int writable, void **data);
+/* Whether `out` lies apart from `in`, or from the arrays of codes. */
+int qins_check_overlap(PyObject *out, PyObject *in, const char *out_name, const char *in_name);
+/* The arrays of a codec, in the order of qins.array.ARRAYS, for a matrix of rows x cols. */
+int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
+                      int writable, qins_codes *e);
+int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays);
+/* A codec's scalars, in the order of qins.array.SCALARS. */
+int qins_read_scalars(qins_codes *e, PyObject *scalars);
+int qins_check_group_size(Py_ssize_t group_size);
+
+#endif
