@@ -94,7 +94,7 @@ static void log8_row(const caching *p, const float *w, float most, size_t row)
             scale[i] = to_bfloat16(most * FACTORS[i]);
             inverse[i] = 1.0f / from_bfloat16(scale[i]);
         }
-        p->kernels->errors_log8(w, c->dim, inverse, CANDIDATES, c->tables, error);
+        p->kernels->errors_log8(w, NULL, c->dim, inverse, CANDIDATES, c->tables, error);
         for (int i = 0; i < CANDIDATES; i++) {
             float s = from_bfloat16(scale[i]), e = error[i] * s * s;
             if (i == 0 || e < least_error) {

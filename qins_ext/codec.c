@@ -117,7 +117,8 @@ typedef struct {
     const qins_kernels *kernels;
     const qins_matrix *w;
     qins_codes *e;
-    size_t windows; /* in a row */
+    const float *importance; /* log8: of each column, or NULL */
+    size_t windows;          /* in a row */
     union {
         const qins_golden_tables *golden;
         const qins_log8_tables *log8;
@@ -272,8 +273,8 @@ enum { SCALES = 4, MULTIPLIERS = 3 };
 static int searchable(float scale) { return scale > 7.9e-31f && scale < 1.2e30f; }
 
 /* Squared error of elements [k, k + n) of a row under each candidate scale. */
-static void span_errors(reader *r, size_t row, size_t k, size_t n, const float *scale, int candidates,
-                        const qins_log8_tables *t, double *error)
+static void span_errors(reader *r, const encoding *e, size_t row, size_t k, size_t n, const float *scale,
+                        int candidates, double *error)
 {
     float inverse[QINS_CANDIDATES], part_error[QINS_CANDIDATES];
     for (int c = 0; c < candidates; c++) {
@@ -283,7 +284,8 @@ static void span_errors(reader *r, size_t row, size_t k, size_t n, const float *
     for (size_t part; n > 0; k += part, n -= part) {
         part = n;
         const float *w = read_row(r, row, k, &part);
-        r->kernels->errors_log8(w, part, inverse, candidates, t, part_error);
+        r->kernels->errors_log8(w, e->importance != NULL ? e->importance + k : NULL, part, inverse, candidates,
+                                e->tables.log8, part_error);
         for (int c = 0; c < candidates; c++) {
             error[c] += (double)part_error[c];
         }
@@ -302,7 +304,7 @@ static int smallest(const double *error, int n)
     return best;
 }
 
-static int best_percent(reader *r, size_t row, size_t n, float most, const int *percent, const qins_log8_tables *t,
+static int best_percent(reader *r, const encoding *e, size_t row, size_t n, float most, const int *percent,
                         double *least)
 {
     float scale[SCALES];
@@ -310,24 +312,24 @@ static int best_percent(reader *r, size_t row, size_t n, float most, const int *
     for (int i = 0; i < SCALES; i++) {
         scale[i] = most * ((float)percent[i] * 0.01f);
     }
-    span_errors(r, row, 0, n, scale, SCALES, t, error);
+    span_errors(r, e, row, 0, n, scale, SCALES, error);
     int best = smallest(error, SCALES);
     *least = error[best];
     return percent[best];
 }
 
 /* The scale of a row of n elements whose largest magnitude is `most`; adds its squared error. */
-static float row_scale(reader *r, size_t row, size_t n, float most, const qins_log8_tables *t, double *total)
+static float row_scale(reader *r, const encoding *e, size_t row, size_t n, float most, double *total)
 {
     if (!searchable(most)) {
         return most;
     }
     double error, near_error;
-    int near[SCALES], percent = best_percent(r, row, n, most, COARSE, t, &error);
+    int near[SCALES], percent = best_percent(r, e, row, n, most, COARSE, &error);
     for (int i = 0; i < SCALES; i++) {
         near[i] = percent + NEAR[i] < 100 ? percent + NEAR[i] : 100;
     }
-    int near_percent = best_percent(r, row, n, most, near, t, &near_error);
+    int near_percent = best_percent(r, e, row, n, most, near, &near_error);
     if (near_error < error) {
         percent = near_percent;
         error = near_error;
@@ -339,8 +341,7 @@ static float row_scale(reader *r, size_t row, size_t n, float most, const qins_l
 static float group_scale(float scale, int multiplier) { return scale * ((float)multiplier / 256.0f); }
 
 /* The multiplier 1..256 of a group: the least that covers its largest magnitude, or one or two less. */
-static int group_multiplier(reader *r, size_t row, size_t k, size_t n, float scale, const qins_log8_tables *t,
-                            double *total)
+static int group_multiplier(reader *r, const encoding *e, size_t row, size_t k, size_t n, float scale, double *total)
 {
     float most = from_bits32(absmax(r, row, k, n));
     if (most == 0.0f) {
@@ -363,7 +364,7 @@ static int group_multiplier(reader *r, size_t row, size_t k, size_t n, float sca
     for (int i = 0; i < candidates; i++) {
         candidate[i] = group_scale(scale, cover - i);
     }
-    span_errors(r, row, k, n, candidate, candidates, t, error);
+    span_errors(r, e, row, k, n, candidate, candidates, error);
     int best = smallest(error, candidates);
     *total += error[best];
     return cover - best;
@@ -396,7 +397,7 @@ static void log8_rows(void *context, size_t begin, size_t end)
         uint8_t *codes = e->codes + row * cols;
         float scale = from_bits32(most);
         if (e->group_size == 0) {
-            e->scale[row] = scale = row_scale(&r, row, cols, scale, t, &ignored);
+            e->scale[row] = scale = row_scale(&r, c, row, cols, scale, &ignored);
             row_codes(&r, row, 0, cols, scale, t, codes);
             continue;
         }
@@ -404,7 +405,7 @@ static void log8_rows(void *context, size_t begin, size_t end)
         uint8_t *group = e->group_scale + row * ceil_div(cols, e->group_size);
         for (size_t k = 0, g = 0; k < cols; k += e->group_size, g++) {
             size_t n = cols - k < e->group_size ? cols - k : e->group_size;
-            int multiplier = scale > 0.0f ? group_multiplier(&r, row, k, n, scale, t, &ignored) : 1;
+            int multiplier = scale > 0.0f ? group_multiplier(&r, c, row, k, n, scale, &ignored) : 1;
             group[g] = (uint8_t)(multiplier - 1);
             row_codes(&r, row, k, n, group_scale(scale, multiplier), t, codes + k);
         }
@@ -437,12 +438,12 @@ static void sample_rows(void *context, size_t begin, size_t end)
             continue; /* log8_rows reports non-finite weights */
         }
         if (group_size == 0) {
-            (void)row_scale(&r, row, s->cols, scale, c->tables.log8, &s->error[i]);
+            (void)row_scale(&r, c, row, s->cols, scale, &s->error[i]);
             continue;
         }
         for (size_t k = 0; k < s->cols; k += group_size) {
             size_t n = s->cols - k < group_size ? s->cols - k : group_size;
-            (void)group_multiplier(&r, row, k, n, scale, c->tables.log8, &s->error[i]);
+            (void)group_multiplier(&r, c, row, k, n, scale, &s->error[i]);
         }
     }
 }
@@ -519,9 +520,10 @@ static int encode_log8(encoding *c, int threads)
     return atomic_load(&c->hi) >= INFINITY_BITS;
 }
 
-int qins_encode(const qins_kernels *kernels, const qins_matrix *w, int threads, qins_codes *e)
+int qins_encode(const qins_kernels *kernels, const qins_matrix *w, const float *importance, int threads, qins_codes *e)
 {
-    encoding c = {.kernels = kernels, .w = w, .e = e, .windows = ceil_div(w->cols, QINS_WINDOW)};
+    encoding c = {.kernels = kernels, .w = w, .e = e, .importance = importance};
+    c.windows = ceil_div(w->cols, QINS_WINDOW);
     atomic_init(&c.lo, INT32_MAX);
     atomic_init(&c.hi, 0);
     switch (e->codec) {

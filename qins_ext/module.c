@@ -23,23 +23,25 @@ static PyObject *nonfinite_error(PyArrayObject *weights, qins_nonfinite bad)
     return NULL;
 }
 
-PyDoc_STRVAR(encode_doc, "encode(codec, weights, dtype, arrays, group_size, parameter, threads, /)\n--\n\n"
+PyDoc_STRVAR(encode_doc, "encode(codec, weights, dtype, arrays, group_size, parameter, importance, threads, /)\n--\n\n"
                          "Fill the arrays; return the scalars as a tuple of floats. The parameter is log8's mu "
-                         "(negative: search it) or rational's alpha.");
+                         "(negative: search it) or rational's alpha. importance: None, or for log8 a float32 for each "
+                         "column that weighs its squared errors.");
 
 static PyObject *encode(PyObject *module, PyObject *args)
 {
     (void)module;
     const char *codec_name, *dtype_name;
-    PyObject *weights, *arrays;
+    PyObject *weights, *arrays, *importance;
     Py_ssize_t group_size;
     double parameter;
+    void *importance_data = NULL;
     int threads;
     qins_codec codec;
     qins_matrix w;
     qins_codes e;
-    if (!PyArg_ParseTuple(args, "sO!sO!ndi:encode", &codec_name, &PyArray_Type, &weights, &dtype_name, &PyTuple_Type,
-                          &arrays, &group_size, &parameter, &threads) ||
+    if (!PyArg_ParseTuple(args, "sO!sO!ndOi:encode", &codec_name, &PyArray_Type, &weights, &dtype_name, &PyTuple_Type,
+                          &arrays, &group_size, &parameter, &importance, &threads) ||
         qins_find_codec(codec_name, &codec) < 0 || qins_find_dtype(dtype_name, &w.dtype) < 0 ||
         qins_check_group_size(group_size) < 0) {
         return NULL;
@@ -56,7 +58,9 @@ static PyObject *encode(PyObject *module, PyObject *args)
         return NULL;
     }
     Py_ssize_t rows = PyArray_DIM(a, 0), cols = PyArray_DIM(a, 1);
-    if (qins_codec_arrays(codec, arrays, rows, cols, group_size, 1, &e) < 0) {
+    if (qins_codec_arrays(codec, arrays, rows, cols, group_size, 1, &e) < 0 ||
+        (importance != Py_None &&
+         qins_array_argument(importance, "importance", NPY_FLOAT32, "float32", cols, -1, 0, &importance_data) < 0)) {
         return NULL;
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
@@ -72,7 +76,10 @@ static PyObject *encode(PyObject *module, PyObject *args)
     e.mu = e.alpha = (float)parameter;
     const qins_kernels *kernels = atomic_load(&active);
     qins_nonfinite bad = {0, 0};
-    Py_BEGIN_ALLOW_THREADS if (qins_encode(kernels, &w, threads, &e)) { bad = qins_find_nonfinite(kernels, &w); }
+    Py_BEGIN_ALLOW_THREADS if (qins_encode(kernels, &w, importance_data, threads, &e))
+    {
+        bad = qins_find_nonfinite(kernels, &w);
+    }
     Py_END_ALLOW_THREADS if (bad.count > 0) { return nonfinite_error(a, bad); }
     if (codec == QINS_log8) {
         return Py_BuildValue("(d)", (double)e.mu);
@@ -81,6 +88,53 @@ static PyObject *encode(PyObject *module, PyObject *args)
         return Py_BuildValue("(ddd)", (double)e.alpha, (double)e.z_min, (double)e.z_max);
     }
     return Py_BuildValue("(dd)", (double)e.log_min, (double)e.log_max);
+}
+
+PyDoc_STRVAR(feedback_doc, "feedback(weights, order, feedback, arrays, mu, group_size, threads, /)\n--\n\n"
+                           "Round weights to log8 with error feedback under the scales that the arrays have, into "
+                           "their codes. weights: float32, C-contiguous, (rows, cols); order: uint32, a permutation "
+                           "of the columns; feedback: float32, (cols, cols), row j for the j-th column in order.");
+
+static PyObject *feedback(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *weights, *order, *factors, *arrays;
+    Py_ssize_t group_size;
+    float mu;
+    int threads, failed;
+    void *w, *o, *f;
+    qins_codes e;
+    if (!PyArg_ParseTuple(args, "O!O!O!O!fni:feedback", &PyArray_Type, &weights, &PyArray_Type, &order, &PyArray_Type,
+                          &factors, &PyTuple_Type, &arrays, &mu, &group_size, &threads) ||
+        qins_check_group_size(group_size) < 0) {
+        return NULL;
+    }
+    PyArrayObject *a = (PyArrayObject *)weights;
+    Py_ssize_t rows = PyArray_NDIM(a) == 2 ? PyArray_DIM(a, 0) : 0, cols = PyArray_NDIM(a) == 2 ? PyArray_DIM(a, 1) : 0;
+    if (qins_array_argument(weights, "weights", NPY_FLOAT32, "float32", rows, cols, 0, &w) < 0 ||
+        qins_array_argument(order, "order", NPY_UINT32, "uint32", cols, -1, 0, &o) < 0 ||
+        qins_array_argument(factors, "feedback", NPY_FLOAT32, "float32", cols, cols, 0, &f) < 0 ||
+        qins_codec_arrays(QINS_log8, arrays, rows, cols, group_size, 1, &e) < 0 ||
+        qins_check_overlap(PyTuple_GET_ITEM(arrays, 0), weights, "codes", "weights") < 0) {
+        return NULL;
+    }
+    if (!PyArray_ISALIGNED(a) || !PyArray_ISALIGNED((PyArrayObject *)order) ||
+        !PyArray_ISALIGNED((PyArrayObject *)factors) || !(mu >= 0.0f && mu <= QINS_MU_MAX)) {
+        PyErr_SetString(PyExc_ValueError, "weights, order, feedback, mu: expected aligned arrays and mu 0 to 65536");
+        return NULL;
+    }
+    for (Py_ssize_t j = 0; j < cols; j++) {
+        if (((const uint32_t *)o)[j] >= (size_t)cols) {
+            PyErr_Format(PyExc_ValueError, "order: expected columns below %zd, got %lu", cols,
+                         (unsigned long)((const uint32_t *)o)[j]);
+            return NULL;
+        }
+    }
+    e.mu = mu;
+    const qins_kernels *kernels = atomic_load(&active);
+    Py_BEGIN_ALLOW_THREADS failed = qins_round_with_feedback(kernels, w, o, f, threads, &e);
+    Py_END_ALLOW_THREADS if (failed) { return PyErr_NoMemory(); }
+    Py_RETURN_NONE;
 }
 
 /* Work shorter than this is done with the GIL held: releasing it costs more. */
@@ -422,6 +476,7 @@ static PyObject *set_fork_join(PyObject *module, PyObject *arg)
 static PyMethodDef methods[] = {
     {"encode", encode, METH_VARARGS, encode_doc},
     {"decode", decode, METH_VARARGS, decode_doc},
+    {"feedback", feedback, METH_VARARGS, feedback_doc},
     {"linear", linear, METH_VARARGS, linear_doc},
     {"linear_at", (PyCFunction)(void (*)(void))linear_at, METH_FASTCALL, linear_at_doc},
     {"read", read_array, METH_VARARGS, read_doc},

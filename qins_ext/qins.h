@@ -163,9 +163,15 @@ typedef struct {
     void (*decode_log9)(const uint8_t *stored, const uint8_t *sign_bits, size_t n, const float *value, float *out);
     /* log8 */
     void (*encode_log8)(const float *w, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes);
-    /* error[i] = sum of (|w| inverse[i] - nearest level)^2, in 16 lanes, the same on every instruction set */
-    void (*errors_log8)(const float *w, size_t n, const float *inverse, int candidates, const qins_log8_tables *t,
-                        float *error);
+    /* error[i] = sum of importance * (|w| inverse[i] - nearest level)^2, in 16 lanes, the same on every instruction
+     * set; importance may be NULL */
+    void (*errors_log8)(const float *w, const float *importance, size_t n, const float *inverse, int candidates,
+                        const qins_log8_tables *t, float *error);
+    /* Rounds with error feedback in a panel of 16 rows, a lane each: columns, 16 floats each, get in turn the code
+     * nearest to w + sum over earlier columns i of feedback[column * cols + i] * e_i, where e_i is the weight i minus
+     * its code's value, and e replaces the weights. scale: 16 for each group; group: of each column. */
+    void (*feedback_log8)(float *panel, size_t cols, const float *feedback, const float *scale, const uint32_t *group,
+                          const qins_log8_tables *t, uint8_t *codes);
     /* one row from column k on; group_scale is that row's, or NULL */
     void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
                         size_t group_size, const float *level, float *out);
@@ -275,8 +281,9 @@ typedef struct {
 qins_nonfinite qins_find_nonfinite(const qins_kernels *k, const qins_matrix *w);
 
 /* Fills the arrays and scalars of `e`. Returns 0, or 1 if w has a non-finite element (then the
- * arrays' contents are unspecified). For log8, e->mu < 0 asks for the search. */
-int qins_encode(const qins_kernels *k, const qins_matrix *w, int threads, qins_codes *e);
+ * arrays' contents are unspecified). For log8, e->mu < 0 asks for the search, and importance, if it is not NULL,
+ * has a weight >= 0 of the squared error for each column. */
+int qins_encode(const qins_kernels *k, const qins_matrix *w, const float *importance, int threads, qins_codes *e);
 
 /* n floats: rational's z of w, or (back != 0) w of z. */
 void qins_rational(const qins_kernels *k, const float *src, size_t n, float alpha, int back, int threads, float *dst);
@@ -295,6 +302,12 @@ typedef struct {
 void qins_decoder_init(qins_decoder *d, const qins_kernels *k, const qins_codes *e);
 /* Columns [k, k + n) of a row; k is a multiple of 8 for log9. */
 void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out);
+
+/* feedback.c: log8's codes, rounded with error feedback, under the scales and mu that `e` has ----- */
+/* w: dense rows x cols. Columns are rounded in the order given (order[j] is the j-th), row j of feedback (cols x cols,
+ * dense) belongs to the j-th. Returns 0, or -1 without memory. */
+int qins_round_with_feedback(const qins_kernels *k, const float *w, const uint32_t *order, const float *feedback,
+                             int threads, qins_codes *e);
 
 /* cache.c: keys or values of attention, a range for each token and head ------------------------ */
 /* Token t of head h is row h * room + t, of dim elements. Only the fields of its codec are set. */

@@ -76,3 +76,20 @@ def snr_db(w: np.ndarray, q: np.ndarray) -> float:
     w, q = w.astype(np.float64), q.astype(np.float64)
     noise = ((w - q) ** 2).sum()
     return float(10 * np.log10((w**2).sum() / noise)) if noise else float("inf")
+
+
+def feedback_targets(w: np.ndarray, values: np.ndarray, gram: np.ndarray, damping: float) -> np.ndarray:
+    """What each weight should have been rounded to, given the values that those before it got (GPTQ, as published).
+
+    After each column is rounded, the inverse of the second moments spreads its error over those that are left.
+    """
+    h = gram.astype(np.float64)
+    order = np.argsort(-h.diagonal(), kind="stable")
+    inverse = np.linalg.inv(h + damping * h.diagonal().mean() * np.eye(len(h)))
+    left, targets = w.astype(np.float64).copy(), np.empty(w.shape)
+    for j in order:
+        targets[:, j] = left[:, j]
+        error = (left[:, j] - values[:, j]) / inverse[j, j]
+        left -= error[:, None] * inverse[j]
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return targets

@@ -14,9 +14,20 @@ def encode(
     arrays: tuple[Array, ...],
     group_size: int,
     parameter: float,
+    importance: Array | None,
     threads: int,
     /,
 ) -> tuple[float, ...]: ...
+def feedback(
+    weights: Array,
+    order: Array,
+    feedback: Array,
+    arrays: tuple[Array, ...],
+    mu: float,
+    group_size: int,
+    threads: int,
+    /,
+) -> None: ...
 def decode(
     codec: str,
     arrays: tuple[Array, ...],

@@ -131,6 +131,14 @@ def _as_matrix(weights: Any) -> tuple[Array, str, tuple[int, ...]]:
     return array.reshape(_matrix_shape(shape)), name, shape
 
 
+def as_float32(weights: Any) -> Array:
+    """Return weights (NumPy, or a CPU tensor) as a C-contiguous float32 array, which may be the same memory."""
+    matrix, name, shape = _as_matrix(weights)
+    if name == "bfloat16":
+        matrix = (matrix.astype(np.uint32) << 16).view(np.float32)
+    return np.require(matrix.reshape(shape), np.float32, ["C", "A"])
+
+
 class EncodedArray:
     """Weights as codes.
 
@@ -290,6 +298,7 @@ def encode(
     group_size: int | None = None,
     mu: float | None = None,
     alpha: float | None = None,
+    importance: Any = None,
 ) -> EncodedArray:
     """Encode weights.
 
@@ -300,6 +309,9 @@ def encode(
         group_size: for log8: inputs that share a group scale; None for one scale a row.
         mu: for log8: the curvature of its levels, 0 (linear) to 65536; None searches the best for these weights.
         alpha: for rational: the slope of its levels, 1 if None.
+        importance: for log8: how much a squared error of each input counts when mu and scales are chosen, such as
+            the input's mean square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` goes on
+            from there.
 
     Raises:
         ValueError: a weight is NaN or infinite (the message counts them and says where the first is), or an
@@ -323,9 +335,23 @@ def encode(
     shapes = field_shapes(codec, shape, group_size)
     fields: dict[str, Array] = {n: np.empty(s, _FIELD_DTYPE[n]) for n, s in shapes.items()}
     e = EncodedArray(codec, shape, fields, group_size)
-    found = _core.encode(codec, matrix, dtype, e.arrays, group_size or 0, parameter, get_num_threads())
+    weighed = None if importance is None else _check_importance(codec, importance, matrix.shape[1])
+    found = _core.encode(codec, matrix, dtype, e.arrays, group_size or 0, parameter, weighed, get_num_threads())
     fields.update({n: np.array(v, np.float32) for n, v in zip(SCALARS[codec], found, strict=True)})
     return e
+
+
+def _check_importance(codec: str, importance: Any, cols: int) -> Array:
+    if codec != "log8":
+        raise ValueError(f"importance: expected None for codec {codec!r}, got an array")
+    array = np.asarray(importance, np.float64)
+    if array.shape != (cols,):
+        raise ValueError(f"importance: expected shape ({cols},), got {array.shape}")
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        raise ValueError("importance: expected finite numbers that are not negative, got others")
+    # only ratios count, so bring the mean to 1, where float32 is at its best; all zero says nothing
+    mean = array.mean() if cols else 0.0
+    return np.asarray(array / mean if mean > 0 else np.ones(cols), np.float32)
 
 
 def decode(e: EncodedArray, dtype: Any = np.float32, *, out: Array | None = None) -> Array:

@@ -110,7 +110,7 @@ static uint8_t codes[MOST], more[MOST];
 static qins_golden_tables golden;
 static qins_log8_tables log8;
 static qins_golden_tables small_golden;
-static float weights_small[MOST];
+static float weights_small[MOST], importances[MOST];
 
 static void kernels_at(const qins_kernels *k, size_t n, int at_end)
 {
@@ -153,9 +153,13 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
         check(memcmp(a, c, n) == 0, "encode_log8", k->name, n, at_end);
     }
     float inverse[3] = {12.5f, 13.0f, 0.25f}, e[3], f[3];
-    k->errors_log8(w, n, inverse, 3, &log8, e);
-    s->errors_log8(w, n, inverse, 3, &log8, f);
+    k->errors_log8(w, NULL, n, inverse, 3, &log8, e);
+    s->errors_log8(w, NULL, n, inverse, 3, &log8, f);
     check(memcmp(e, f, sizeof e) == 0, "errors_log8", k->name, n, at_end);
+    const float *importance = place(out_d, importances, n * 4, at_end);
+    k->errors_log8(w, importance, n, inverse, 3, &log8, e);
+    s->errors_log8(w, importance, n, inverse, 3, &log8, f);
+    check(memcmp(e, f, sizeof e) == 0, "errors_log8 with importance", k->name, n, at_end);
 
     float *x = room_for(out_a, n * 4, at_end), *y = room_for(out_b, n * 4, at_end);
     const int8_t *sign = place(in_v, more, n, at_end);
@@ -202,6 +206,42 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
         k->widen[t](p, n, v);
         s->widen[t](p, n, z);
         check(memcmp(v, z, n * 4) == 0, "widen", k->name, n, (size_t)t);
+    }
+}
+
+/* -- error feedback ------------------------------------------------------------------------------- */
+
+static void feedback_at(const qins_kernels *k, size_t cols, int at_end)
+{
+    enum { COLS = 70, GROUPS = 3 };
+    static float panel[COLS * QINS_LANES], feedback[COLS * COLS], scale[GROUPS * QINS_LANES];
+    static uint32_t group[COLS];
+    for (size_t i = 0; i < cols * QINS_LANES; i++) {
+        panel[i] = normal();
+    }
+    for (size_t i = 0; i < cols * cols; i++) {
+        feedback[i] = normal() * 10.0f;
+    }
+    for (size_t i = 0; i < GROUPS * QINS_LANES; i++) {
+        scale[i] = i % 11 == 3 ? 0.0f : 0.05f + 0.01f * (float)uniform();
+    }
+    for (size_t i = 0; i < cols; i++) {
+        group[i] = (uint32_t)(next() % GROUPS);
+    }
+    size_t bytes = cols * QINS_LANES;
+    const float *f = place(in_f, feedback, cols * cols * 4, at_end), *s = place(in_u, scale, sizeof scale, at_end);
+    const uint32_t *g = place(in_v, group, cols * 4, at_end);
+    float *a = place(out_a, panel, bytes * 4, at_end), *b = place(out_b, panel, bytes * 4, at_end);
+    uint8_t *c = room_for(out_c, bytes, at_end), *d = room_for(out_d, bytes, at_end);
+    k->feedback_log8(a, cols, f, s, g, &log8, c);
+    qins_kernels_scalar.feedback_log8(b, cols, f, s, g, &log8, d);
+    check(memcmp(a, b, bytes * 4) == 0 && memcmp(c, d, bytes) == 0, "feedback_log8", k->name, cols, at_end);
+    for (size_t j = 0; j < cols; j++) {
+        for (size_t r = 0; r < QINS_LANES; r++) {
+            float size = scale[group[j] * QINS_LANES + r] * log8.level[c[j * QINS_LANES + r] & 127];
+            float e = panel[j * QINS_LANES + r] - (c[j * QINS_LANES + r] & 128 ? -size : size);
+            check(a[j * QINS_LANES + r] == e, "error of feedback_log8", k->name, j, r);
+        }
     }
 }
 
@@ -656,7 +696,7 @@ static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int thread
                     .group_scale = group,
                     .group_size = c->group_size};
     uint64_t h = 14695981039346656037u;
-    check(qins_encode(k, &w, threads, &e) == 0, "finite", k->name, 0, 0);
+    check(qins_encode(k, &w, NULL, threads, &e) == 0, "finite", k->name, 0, 0);
     h = fnv(h, u, n);
     if (c->codec == QINS_log8) {
         h = fnv(fnv(fnv(h, scale, c->rows * 4), &e.mu, 4), group, c->rows * groups);
@@ -736,7 +776,7 @@ static void nonfinite(void)
                             .group_scale = g,
                             .group_size = 64};
             for (size_t j = 0; j < qins_isa_count(); j++) {
-                check(qins_encode(qins_isa_at(j), &w, 2, &e) == 1, "not finite", qins_isa_at(j)->name, (size_t)b, 0);
+                check(qins_encode(qins_isa_at(j), &w, NULL, 2, &e) == 1, "not finite", qins_isa_at(j)->name, (size_t)b, 0);
                 qins_nonfinite found = qins_find_nonfinite(qins_isa_at(j), &w);
                 check(found.count == 2 && found.first == 777, "found", qins_isa_at(j)->name, (size_t)b, 0);
             }
@@ -816,6 +856,7 @@ int main(int argc, char **argv)
         codes[i] = (uint8_t)(i < 512 ? i : next()); /* every code, under either sign */
         more[i] = (uint8_t)next();
         weights_small[i] = normal();
+        importances[i] = (float)uniform();
     }
     qins_range range = qins_kernels_scalar.range_golden(weights, MOST, (qins_range){INT32_MAX, 0});
     qins_golden_tables_build(&golden, range);
@@ -834,6 +875,10 @@ int main(int argc, char **argv)
         }
         kernels_misaligned(k);
         conversions(k);
+        for (size_t n = 0; n <= 70; n += n < 20 ? 1 : 5) {
+            feedback_at(k, n, 0);
+            feedback_at(k, n, 1);
+        }
         dots(k);
         products(k, argc > 2);
         printf("ran %s\n", k->name);
