@@ -13,11 +13,13 @@ from . import rational
 from ._isa import isa, isas, use_isa
 from ._threads import get_num_threads, set_num_threads
 from .array import EncodedArray, decode, encode, matmul
+from .feedback import ErrorFeedback
 from .golden import QINSCodec
 
 if TYPE_CHECKING:
     from ._hf_cache import QINSCache
     from .cache import QINSKVCache
+    from .calibration import CalibrationReport, calibrate
     from .conversion import ConversionReport, convert
     from .hf import QinsConfig, load
     from .inspection import InspectionReport, inspect, load_seed_checkpoint
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationReport",
     "ConversionReport",
     "EncodedArray",
+    "ErrorFeedback",
     "InspectionReport",
     "MemoryReport",
     "QINSCache",
@@ -36,6 +40,7 @@ __all__ = [
     "QINSKVCache",
     "QINSLinear",
     "QinsConfig",
+    "calibrate",
     "convert",
     "decode",
     "default_group_size",
@@ -57,6 +62,8 @@ __all__ = [
 _LAZY = {
     "QINSCache": "cache",
     "QINSKVCache": "cache",
+    "CalibrationReport": "calibration",
+    "calibrate": "calibration",
     "ConversionReport": "conversion",
     "convert": "conversion",
     "default_group_size": "linear",

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 
+from ._hf_calibration import calibrate_checkpoint, record_of, tokenized
 from .array import SCALARS, array_names, encode, field_shapes
+from .calibration import Store
 from .conversion import progress
 from .files import Checkpoint, StoredTensor, open_checkpoint
 from .hf import QinsConfig, QinsHfQuantizer, pending_layers
 from .linear import FIELD_DTYPES
 
 _PROGRESS = "qins-progress.json"
+_CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _DTYPE_CODES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8",
@@ -127,6 +130,21 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     return result, quantizer
 
 
+def _directory(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _architecture(checkpoint: Checkpoint) -> Any:
+    """Transformers' class of the model."""
+    import transformers
+
+    name = (checkpoint.config.get("architectures") or [""])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(f"{checkpoint.path}: architecture {name!r} is not one that this transformers has")
+    return cls
+
+
 def _meta_model(checkpoint: Checkpoint) -> Any:
     import transformers
 
@@ -135,10 +153,7 @@ def _meta_model(checkpoint: Checkpoint) -> Any:
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.path}: is quantised already: {checkpoint.config['quantization_config']}")
     config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    name = (checkpoint.config.get("architectures") or [""])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise ValueError(f"{checkpoint.path}: architecture {name!r} is not one that this transformers has")
+    cls = _architecture(checkpoint)
     with torch.device("meta"):
         return cls(config)
 
@@ -264,9 +279,13 @@ def quantize_checkpoint(
     out: str | Path,
     config: QinsConfig | None = None,
     *,
+    calibration: str | None = None,
+    calibration_tokens: int = 8192,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint to codes, file by file; the model is never made, and one tensor at a time is in memory.
+
+    With a calibration text the model does run, its weights mapped from the files; see `qins.calibrate`.
 
     A conversion that was interrupted goes on where it stopped: files that are complete are not made again.
 
@@ -274,6 +293,8 @@ def quantize_checkpoint(
         source: directory or hub name of a checkpoint in safetensors or torch files.
         out: directory to write; it must not exist, be empty, or hold the beginning of this conversion.
         config: how to quantise; None for the defaults.
+        calibration: text that log8's codes are chosen with in view; None for the nearest codes.
+        calibration_tokens: of that text, at most.
         show_progress: None shows a bar on a terminal.
 
     Returns:
@@ -288,14 +309,33 @@ def quantize_checkpoint(
     if checkpoint.format == "gguf":
         raise ValueError(f"{source}: expected safetensors or torch files, got GGUF")
     planned, quantizer = plan(checkpoint, config)
-    _prepare(out, _fingerprint(checkpoint, config), planned.nbytes)
+    text = None
+    if calibration is not None:
+        text = tokenized(_directory(checkpoint), calibration, calibration_tokens)
+        config.calibration = record_of(text, calibration)
+    fingerprint = _fingerprint(checkpoint, config)
+    _prepare(out, fingerprint, planned.nbytes * (1 if text is None else 2))
     total = sum(t.bytes for t in checkpoint.tensors.values())
+    store = None
+    if text is not None:
+        store = Store(out / _CALIBRATION, fingerprint)
+        modules = {module: (codec, size, turned) for module, codec, size, turned in planned.layers.values()}
+        calibrate_checkpoint(
+            _directory(checkpoint),
+            _architecture(checkpoint),
+            modules,
+            text,
+            store,
+            show_progress,
+        )
     with progress(f"encoding to {config.codec}", total, show_progress) as advance:
         for file, name in planned.names.items():
             if (out / name).exists():
                 advance(sum(t.bytes for k, t in checkpoint.tensors.items() if checkpoint.where(k) == file))
             else:
-                _convert_shard(checkpoint, planned, file, out / name, advance)
+                _convert_shard(checkpoint, planned, store, file, out / name, advance)
+    if store is not None:
+        shutil.rmtree(store.directory)
     _finish(checkpoint, planned, config, out)
     return {
         "layers": len(planned.layers),
@@ -307,14 +347,19 @@ def quantize_checkpoint(
 
 
 def _convert_shard(
-    checkpoint: Checkpoint, planned: Plan, file: Path, target: Path, advance: Callable[[int], None]
+    checkpoint: Checkpoint,
+    planned: Plan,
+    store: Store | None,
+    file: Path,
+    target: Path,
+    advance: Callable[[int], None],
 ) -> None:
     temporary = target.with_name(target.name + ".tmp")
     writer = _ShardWriter(temporary, planned.shards[file], {"format": "pt"})
     try:
         for key, stored in checkpoint.tensors.items():
             if checkpoint.where(key) == file:
-                _convert_tensor(checkpoint, planned, key, writer)
+                _convert_tensor(checkpoint, planned, store, key, writer)
                 advance(stored.bytes)
         writer.close()
         temporary.replace(target)
@@ -325,23 +370,28 @@ def _convert_shard(
         raise
 
 
-def _convert_tensor(checkpoint: Checkpoint, planned: Plan, key: str, writer: _ShardWriter) -> None:
-    tensor, layer = checkpoint.load(key), planned.layers.get(key)
+def _convert_tensor(checkpoint: Checkpoint, planned: Plan, store: Store | None, key: str, writer: _ShardWriter) -> None:
+    layer = planned.layers.get(key)
     if layer is None:
-        writer.write(key, tensor)
+        writer.write(key, checkpoint.load(key))
         return
-    _, codec, group_size, transposed = layer
-    try:
-        fields = encode(tensor.T if transposed else tensor, codec, group_size=group_size).fields
-    except ValueError as e:
-        raise ValueError(f"{checkpoint.where(key)}: {key}: {e}") from None
+    module, codec, group_size, transposed = layer
+    chosen = store.get(module) if store is not None else None
+    if chosen is not None:
+        fields = chosen.encoded.fields
+    else:
+        tensor = checkpoint.load(key)
+        try:
+            fields = encode(tensor.T if transposed else tensor, codec, group_size=group_size).fields
+        except ValueError as e:
+            raise ValueError(f"{checkpoint.where(key)}: {key}: {e}") from None
     for n, array in fields.items():
         writer.write(key.removesuffix("weight") + n, torch.from_numpy(array))
 
 
 def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path) -> None:
     """Write the index and the configuration; from then on the directory is a model."""
-    source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    source = _directory(checkpoint)
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
             shutil.copyfile(path, out / path.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from ._pages import give_back_freed_memory
 from .array import EncodedArray, encode
 from .linear import QINSLinear, resolve_group_size
 
@@ -96,7 +96,7 @@ class ConversionReport:
         return "\n".join(line.rstrip() for line in lines)
 
 
-class _Comparison:
+class Comparison:
     """Compares weights with their codes, a few rows at a time.
 
     The working memory is made once: pieces of it made and freed between codes that stay would leave
@@ -203,23 +203,24 @@ def convert(
         ValueError: a weight is NaN or infinite; the message names the module, and the model is unchanged.
 
     """
-    includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
-    report = _convert(model, codec, includes, excludes, group_size, show_progress)
-    _give_back_freed_memory()
-    _tell_transformers(model)
+    report = ConversionReport()
+    chosen = choose(model, include, exclude, report)
+    check_finite(chosen)
+    _convert(chosen, places_of(model, chosen), codec, group_size, report, show_progress)
+    give_back_freed_memory()
+    tell_transformers(model)
     return report
 
 
-def _convert(
+def choose(
     model: nn.Module,
-    codec: str,
-    includes: list[str],
-    excludes: list[str],
-    group_size: int | str | None,
-    show_progress: bool | None,
-) -> ConversionReport:
-    report = ConversionReport()
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str],
+    report: ConversionReport,
+) -> dict[nn.Linear, str]:
+    """Return the layers to convert and their names; the report is told of the others."""
+    includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
     chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module, QINSLinear):
@@ -229,15 +230,32 @@ def _convert(
             chosen[module] = name
         else:
             report.skipped.append(SkippedModule(name, type(module).__name__, reason))
+    return chosen
 
-    _check_finite(chosen)
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {m: [] for m in chosen}
+
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def places_of(model: nn.Module, chosen: Iterable[nn.Module]) -> Places:
+    """Return where each of the modules hangs: parents and keys."""
+    places: Places = {m: [] for m in chosen}
     for parent in model.modules():
         for key, child in parent._modules.items():
             if child in places:
                 places[child].append((parent, key))
+    return places
+
+
+def _convert(
+    chosen: dict[nn.Linear, str],
+    places: Places,
+    codec: str,
+    group_size: int | str | None,
+    report: ConversionReport,
+    show_progress: bool | None,
+) -> None:
     by_weight: dict[int, QINSLinear] = {}
-    comparison = _Comparison()
+    comparison = Comparison()
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
         # each layer's floats go before the next layer's codes are made, so nothing here may keep a reference
         while chosen:
@@ -251,10 +269,9 @@ def _convert(
                 parent._modules[key] = new
             del module, new
             advance(count)
-    return report
 
 
-def _check_finite(chosen: dict[nn.Linear, str]) -> None:
+def check_finite(chosen: dict[nn.Linear, str]) -> None:
     """Raise for the first module with a NaN or an infinity, before any module is changed."""
     for module, name in chosen.items():
         weight = module.weight.detach()
@@ -269,20 +286,13 @@ def _check_finite(chosen: dict[nn.Linear, str]) -> None:
             raise ValueError(f"{name}: {e}") from None
 
 
-def _tell_transformers(model: nn.Module) -> None:
+def tell_transformers(model: nn.Module) -> None:
     """Let a model of transformers save its codes, and load them again, as one that was quantised while loading."""
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(model, modeling.PreTrainedModel):
         from .hf import attach
 
         attach(model)
-
-
-def _give_back_freed_memory() -> None:
-    """Return freed heap to the system; glibc keeps what lies below any block still in use, here the codes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _encode_module(
@@ -292,7 +302,7 @@ def _encode_module(
     size: int | None,
     same: QINSLinear | None,
     report: ConversionReport,
-    comparison: _Comparison,
+    comparison: Comparison,
 ) -> QINSLinear:
     weight = module.weight
     quality = math.nan
@@ -309,6 +319,11 @@ def _encode_module(
         shape = (module.out_features, module.in_features)
         before = weight.numel() * weight.element_size()
         report.converted.append(ConvertedModule(name, shape, codec, size, before, after, quality))
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, hooks).update(getattr(module, hooks))
+    keep_hooks(module, new)
     return new
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Register on a module what is registered on the one that it replaces."""
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, hooks).update(getattr(old, hooks))

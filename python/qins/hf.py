@@ -6,10 +6,7 @@ module is imported, which `import qins` sees to (see _autoload.py).
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
-import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ._hf_calibration import calibrate_loaded, calibration_text
+from ._pages import page_out
 from .array import check_codec, encode, field_shapes
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .linear import FIELD_DTYPES, QINSLinear, resolve_group_size
@@ -51,6 +50,9 @@ class QinsConfig(QuantizationConfigMixin):
         exclude: patterns of module names to leave alone, besides the output embedding and routers of experts.
         modules_to_not_convert: names or endings of names, as in other quantization configs; added to `exclude`.
         overrides: pattern to a dict with "codec" and "group_size"; the first pattern that matches a module counts.
+        calibration: text file that log8's codes are chosen with in view (see `qins.calibrate`), when a float model is
+            loaded; in a saved checkpoint a dict that says what was used.
+        calibration_tokens: of that text, at most.
         min_quantized: least share of the bytes of all parameters, 0 to 1, that must become codes; less is an error.
         format_version: of a saved checkpoint.
         modules: of a saved checkpoint: name of each quantised module to its codec and group_size.
@@ -68,6 +70,8 @@ class QinsConfig(QuantizationConfigMixin):
         exclude: list[str] | tuple[str, ...] = (),
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
+        calibration: str | dict[str, Any] | None = None,
+        calibration_tokens: int = 8192,
         min_quantized: float = 0.0,
         format_version: int = FORMAT_VERSION,
         modules: dict[str, list[Any]] | None = None,
@@ -97,6 +101,9 @@ class QinsConfig(QuantizationConfigMixin):
         self.exclude = _strings("exclude", exclude)
         self.modules_to_not_convert = _strings("modules_to_not_convert", modules_to_not_convert or [])
         self.overrides = dict(overrides or {})
+        if not (calibration is None or isinstance(calibration, (str, dict))):
+            raise TypeError(f"calibration: expected the name of a text file, got {calibration!r}")
+        self.calibration, self.calibration_tokens = calibration, calibration_tokens
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
         self.modules = modules
@@ -157,7 +164,8 @@ def pending_layers(model: nn.Module) -> dict[str, _PendingLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _PendingLinear)}
 
 
-def _conv1d() -> type[nn.Module]:
+def conv1d() -> type[nn.Module]:
+    """Transformers' linear layer with the weight transposed, as GPT-2 has it."""
     from transformers.pytorch_utils import Conv1D
 
     conv: type[nn.Module] = Conv1D
@@ -212,6 +220,8 @@ class QinsHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             self._expect_codes(model)
+        elif isinstance(self.quantization_config.calibration, str):
+            calibration_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
             self._expect_floats(model)
 
@@ -225,15 +235,15 @@ class QinsHfQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             # a headless model, or one with a new head, has the same modules with or without the prefix
             entry = next((modules[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), None)
-            if entry is None or not isinstance(module, (nn.Linear, _conv1d())):
+            if entry is None or not isinstance(module, (nn.Linear, conv1d())):
                 continue
-            in_features, out_features = _sizes(module)
+            in_features, out_features = sizes(module)
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             new = QINSLinear(
                 in_features, out_features, bias=module.bias is not None, codec=entry[0], group_size=entry[1],
                 device="meta", dtype=weight.dtype,
             )  # fmt: skip
-            self._put(model, name, module, new)
+            self.put(model, name, module, new)
             found += 1
         # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
         coded = {part for n, m in model.named_modules() if isinstance(m, QINSLinear) for part in n.split(".")}
@@ -244,18 +254,27 @@ class QinsHfQuantizer(HfQuantizer):
             first = next(iter(modules))
             raise ValueError(f"no module of {type(model).__name__} is among those of the checkpoint, such as {first}")
 
+    def chosen(self, model: Any) -> dict[str, nn.Module]:
+        """Return the modules that are to be quantised, by name; the report is told of the others."""
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        found: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, (nn.Linear, conv1d())):
+                continue
+            reason = self._reason_to_skip(name, module, output)
+            if reason is None:
+                found[name] = module
+            else:
+                self.report.skipped.append(SkippedModule(name, type(module).__name__, reason))
+        if not found:
+            raise ValueError(f"QinsConfig: no linear layer of {type(model).__name__} is to be quantised")
+        return found
+
     def _expect_floats(self, model: Any) -> None:
         """Replace the modules that are to be quantised while their weights arrive."""
         config = self.quantization_config
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, (nn.Linear, _conv1d())):
-                continue
-            reason = self._reason_to_skip(name, module, output)
-            if reason is not None:
-                self.report.skipped.append(SkippedModule(name, type(module).__name__, reason))
-                continue
-            in_features, out_features = _sizes(module)
+        for name, module in self.chosen(model).items():
+            in_features, out_features = sizes(module)
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             codec, size = config.layer(name, in_features)
             new = _PendingLinear(
@@ -264,11 +283,10 @@ class QinsHfQuantizer(HfQuantizer):
             )  # fmt: skip
             new.transposed = not isinstance(module, nn.Linear)
             new._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
-            self._put(model, name, module, new)
-        if not pending_layers(model):
-            raise ValueError(f"QinsConfig: no linear layer of {type(model).__name__} is to be quantised")
+            self.put(model, name, module, new)
 
-    def _put(self, model: Any, name: str, old: nn.Module, new: QINSLinear) -> None:
+    def put(self, model: Any, name: str, old: nn.Module, new: QINSLinear) -> None:
+        """Replace a module."""
         new.train(old.training)
         new.__dict__["_is_hf_initialized"] = True  # there is no float weight to initialise
         model.set_submodule(name, new)
@@ -277,7 +295,7 @@ class QinsHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if module is output:
             return "the output embedding"
-        if type(module) not in (nn.Linear, _conv1d()):
+        if type(module) not in (nn.Linear, conv1d()):
             return "a subclass, which may compute something else"
         if any(name == n or name.endswith("." + n) or name.startswith(n + ".") for n in config.modules_to_not_convert):
             return "in modules_to_not_convert"
@@ -351,7 +369,7 @@ class QinsHfQuantizer(HfQuantizer):
         module: _PendingLinear = model.get_submodule(path)
         try:
             codes = module.accept(value)
-            _page_out(value)
+            page_out(value)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
         return {f"{path}.{n}": t for n, t in codes.items()}
@@ -359,6 +377,8 @@ class QinsHfQuantizer(HfQuantizer):
     # -- after them -------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
+            calibrate_loaded(self, model)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QINSLinear)}
         pending = pending_layers(model)
         if pending:
@@ -432,21 +452,6 @@ class QinsHfQuantizer(HfQuantizer):
         return model
 
 
-def _page_out(tensor: torch.Tensor) -> None:
-    """Let the pages of a weight go that is in a mapped file; they would count as this process's until its end.
-
-    MADV_PAGEOUT loses nothing: whoever still reads the tensor gets the pages back from the file.
-    """
-    if sys.platform != "linux" or not tensor.is_contiguous():
-        return
-    page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
-    if length > 0:
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), 21)  # an older kernel refuses, and nothing is lost
-
-
 def _is_loaded(tensor: torch.Tensor | None) -> bool:
     """Whether a buffer or a parameter came from the checkpoint: transformers 5 marks these."""
     if tensor is None or tensor.is_meta:
@@ -454,7 +459,7 @@ def _is_loaded(tensor: torch.Tensor | None) -> bool:
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def sizes(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a linear layer or a Conv1D."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features

@@ -1,0 +1,31 @@
+"""Giving memory back to the system before its time."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Let the pages of a weight go that is in a mapped file; they would count as this process's until its end.
+
+    MADV_PAGEOUT loses nothing: whoever still reads the tensor gets the pages back from the file.
+    """
+    if sys.platform != "linux" or not tensor.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
+    if length > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), 21)  # an older kernel refuses, and nothing is lost
+
+
+def give_back_freed_memory() -> None:
+    """Return freed heap to the system; glibc keeps what lies below any block still in use, here the codes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

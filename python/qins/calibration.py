@@ -1,0 +1,359 @@
+"""Calibration: a model's own activations decide which log8 codes its weights get.
+
+The layers' inputs are looked at in rounds, as many layers a round as their statistics have room for; then each layer is
+rounded with error feedback (feedback.py), and the codes are kept if they do better than the nearest ones on tokens that
+the rounding has not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ._pages import give_back_freed_memory, page_out
+from .activations import Layer, Statistics, Text, evaluating, forward_call, paged_out, split
+from .array import EncodedArray, encode
+from .conversion import (
+    Comparison,
+    ConversionReport,
+    ConvertedModule,
+    Places,
+    SkippedModule,
+    check_finite,
+    choose,
+    keep_hooks,
+    places_of,
+    progress,
+    tell_transformers,
+)
+from .feedback import DAMPING, ErrorFeedback
+from .linear import QINSLinear, resolve_group_size
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class CalibratedModule(ConvertedModule):
+    """One layer. Errors are squared errors of outputs over squared outputs, on tokens held out of the rounding."""
+
+    nearest_error: float
+    error: float
+    kept: str  # "calibrated", or why the codes are the nearest ones
+
+
+@dataclass
+class CalibrationReport(ConversionReport):
+    """What `calibrate` did; printing it gives the table of `convert`.
+
+    Attributes:
+        tokens: how many were used for statistics, and held_out: how many for the choice.
+        seconds_statistics: time of the model's passes, and seconds_rounding: of all the rest.
+
+    """
+
+    tokens: int = 0
+    held_out: int = 0
+    seconds_statistics: float = 0.0
+    seconds_rounding: float = 0.0
+
+    def __str__(self) -> str:
+        kept = [m for m in self.converted if isinstance(m, CalibratedModule)]
+        better = sum(m.kept == "calibrated" for m in kept)
+        lines = [
+            super().__str__(),
+            f"calibrated on {self.tokens:,} tokens, {self.held_out:,} held out: {better} of {len(kept)} layers have "
+            f"codes chosen by error feedback; {self.seconds_statistics:.0f} s of statistics, "
+            f"{self.seconds_rounding:.0f} s of rounding",
+        ]
+        lines += [f"  {m.name}: {m.kept}" for m in kept if m.kept != "calibrated"]
+        return "\n".join(lines)
+
+
+def _output_error(x: Tensor, weight: Tensor, e: EncodedArray) -> float:
+    """Squared error of x @ W.T over its square, some rows of W at a time."""
+    error = size = 0.0
+    rows = max(1, (1 << 22) // max(weight.shape[1], 1))
+    decoded = np.empty((min(rows, weight.shape[0]), weight.shape[1]), np.float32)
+    for row in range(0, weight.shape[0], rows):
+        w = weight[row : row + rows].float()
+        part = decoded[: len(w)]
+        e.decode_block(part, "float32", row, 0)
+        size += float((x @ w.T).square().sum(dtype=torch.float64))
+        error += float((x @ (torch.from_numpy(part) - w).T).square().sum(dtype=torch.float64))
+    return error / size if size > 0.0 else (0.0 if error == 0.0 else float("inf"))
+
+
+@dataclass
+class Choice:
+    """The codes of one layer, and how they came about."""
+
+    encoded: EncodedArray
+    nearest_error: float = float("nan")
+    error: float = float("nan")
+    kept: str = "calibrated"
+
+
+def _choose_codes(layer: Layer, feedback: ErrorFeedback, held: Tensor | None) -> Choice:
+    weight = layer.weight
+    calibrated = feedback.encode(weight, group_size=layer.group_size)
+    if held is None or not len(held):
+        return Choice(calibrated)
+    nearest = encode(weight, "log8", group_size=layer.group_size)
+    before, after = (_output_error(held, weight, e) for e in (nearest, calibrated))
+    if after < before:
+        return Choice(calibrated, before, after)
+    return Choice(nearest, before, before, "nearest: no better on the tokens held out")
+
+
+class Store:
+    """Codes of finished layers on the disk, from which an interrupted calibration goes on."""
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self.directory = directory
+        about = directory / "about.json"
+        directory.mkdir(parents=True, exist_ok=True)
+        if about.exists():
+            if json.loads(about.read_text("utf-8")).get("fingerprint") != fingerprint:
+                raise FileExistsError(
+                    f"{directory}: holds an unfinished calibration of another model, on other text or with other "
+                    "settings; remove it"
+                )
+        else:
+            temporary = directory / "about.json.tmp"
+            temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", "utf-8")
+            temporary.replace(about)
+
+    def put(self, name: str, choice: Choice) -> None:
+        """Keep a layer's codes."""
+        from safetensors.numpy import save_file
+
+        temporary = self.directory / f"{name}.tmp"
+        e = choice.encoded
+        about = {"codec": e.codec, "group_size": str(e.group_size or 0), "nearest_error": repr(choice.nearest_error),
+                 "error": repr(choice.error), "kept": choice.kept}  # fmt: skip
+        save_file({n: np.asarray(f) for n, f in e.fields.items()}, str(temporary), about)
+        temporary.replace(self.directory / f"{name}.safetensors")
+
+    def get(self, name: str) -> Choice | None:
+        """Return a layer's codes, if they are there."""
+        from safetensors import safe_open
+
+        path = self.directory / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        with safe_open(str(path), "np") as f:
+            about = f.metadata()
+            fields = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - not a dict
+        e = EncodedArray.from_fields(about["codec"], fields, int(about["group_size"]) or None)
+        return Choice(e, float(about["nearest_error"]), float(about["error"]), about["kept"])
+
+
+@dataclass
+class Clock:
+    """Seconds by kind of work."""
+
+    statistics: float = 0.0
+    rounding: float = 0.0
+
+
+def choose_codes(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    text: Text,
+    *,
+    damping: float = DAMPING,
+    room: int = 2 << 30,
+    mapped: bool = False,
+    store: Store | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    clock: Clock | None = None,
+    install: Callable[[str, Choice], None] | None = None,
+) -> Iterator[tuple[str, Choice]]:
+    """Yield each layer's name and codes.
+
+    Args:
+        model: a float model.
+        layers: those to encode, by name.
+        text: what `split` returned.
+        damping: as `ErrorFeedback`'s.
+        room: bytes that statistics may take at a time; one layer is looked at even if it takes more.
+        mapped: weights lie in mapped files and may leave memory after use.
+        store: where finished layers are kept, and taken from.
+        advance: told the weights of each finished layer.
+        clock: adds up the time.
+        install: is given each layer's codes before the next round, whose inputs they then affect.
+
+    """
+    clock = clock or Clock()
+    left = dict(layers)
+    for name, layer in layers.items():
+        done = store.get(name) if store else None
+        if done is None and layer.codec != "log8":
+            done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code a value")
+        if done is not None:
+            del left[name]
+            if install:
+                install(name, done)
+            advance(layer.weight.numel())
+            yield name, done
+    while left:
+        begin = time.perf_counter()
+        statistics = Statistics(left, room)
+        try:
+            with evaluating(model), paged_out(layers.values(), mapped):
+                for batch in text.batches:
+                    statistics.run(forward_call(model, batch))
+                statistics.collect_held = True
+                for batch in text.held:
+                    statistics.run(forward_call(model, batch))
+        finally:
+            statistics.remove()
+        clock.statistics += time.perf_counter() - begin
+        names = [n for n in left if n in statistics.source] or list(left)
+        for name, choice in _round_of_layers({n: left.pop(n) for n in names}, statistics, damping, clock):
+            if store:
+                store.put(name, choice)
+            if install:
+                install(name, choice)
+            advance(layers[name].weight.numel())
+            yield name, choice
+            if mapped:
+                page_out(layers[name].parameter)
+
+
+def _round_of_layers(
+    layers: Mapping[str, Layer], statistics: Statistics, damping: float, clock: Clock
+) -> Iterator[tuple[str, Choice]]:
+    sources = list(dict.fromkeys(statistics.source.get(n, "") for n in layers))
+    for source in sources:
+        begin = time.perf_counter()
+        feedback = None
+        if source:
+            try:
+                feedback = ErrorFeedback(statistics.gram.pop(source).numpy(), damping)
+            except ValueError as e:
+                raise ValueError(f"{source}: {e}") from None
+            held = torch.cat(statistics.held.pop(source)) if statistics.held[source] else None
+        for name, layer in layers.items():
+            if statistics.source.get(name, "") != source:
+                continue
+            if feedback is None:
+                choice = Choice(encode(layer.weight, "log8", group_size=layer.group_size))
+                choice.kept = "nearest: the calibration text does not reach it"
+            else:
+                try:
+                    choice = _choose_codes(layer, feedback, held)
+                except ValueError as e:
+                    raise ValueError(f"{name}: {e}") from None
+            clock.rounding += time.perf_counter() - begin
+            yield name, choice
+            begin = time.perf_counter()
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] | Text,
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = ("lm_head",),
+    group_size: int | str | None = "default",
+    damping: float = DAMPING,
+    held_out: float = 0.125,
+    sequential: bool = False,
+    room: int = 2 << 30,
+    show_progress: bool | None = None,
+) -> CalibrationReport:
+    """Replace linear layers by QINSLinear with log8 codes that are chosen by the model's own activations; in place.
+
+    The model runs over the batches while the second moments of each layer's inputs are added up, a few layers at a
+    time if they need more than `room`; then each weight is rounded with error feedback (see `qins.ErrorFeedback`). A
+    layer whose outputs would be no better for it, on batches held out of the statistics, gets the nearest codes, as
+    from `convert`. The result does not depend on anything but the arguments and the number of threads.
+
+    Args:
+        model: any nn.Module whose forward takes a batch; in float, on the CPU.
+        batches: tensors of token ids, (batch, length), or mappings of forward's arguments. 8,192 tokens of text like
+            what the model will read are enough; `qins.evaluate.windows` cuts them.
+        include: fnmatch patterns of module names to encode; None for all.
+        exclude: patterns of module names to leave alone.
+        group_size: as in `convert`.
+        damping: what is added to the second moments' diagonal, as a share of its mean. More makes the codes depend
+            less on this text.
+        held_out: share of the batches that is held out.
+        sequential: let layers that are calibrated in a later round see the codes of those before, instead of floats.
+        room: bytes that the statistics may take; what does not fit waits for another pass over the batches.
+        show_progress: None shows a progress bar on a terminal.
+
+    Raises:
+        ValueError: the batches are too few or too uniform, or a weight is NaN or infinite; the model is unchanged.
+
+    """
+    text = batches if isinstance(batches, Text) else split(batches, held_out)
+    resolve_group_size("log8", group_size, 1)
+    report = CalibrationReport(tokens=text.tokens[0], held_out=text.tokens[1])
+    chosen = choose(model, include, exclude, report)
+    check_finite(chosen)
+    places = places_of(model, chosen)
+    first: dict[int, str] = {id(m.weight): n for m, n in reversed(chosen.items())}
+    layers = {
+        n: Layer(m, "log8", resolve_group_size("log8", group_size, m.in_features))
+        for m, n in chosen.items()
+        if first[id(m.weight)] == n
+    }
+    comparison, clock = Comparison(), Clock()
+    ready: dict[str, QINSLinear] = {}
+
+    def install(name: str, choice: Choice) -> None:
+        ready[name] = _encoded_layer(name, layers[name], choice, comparison, report)
+        if sequential:
+            _put_in_place(ready[name], layers[name].module, places)
+
+    with progress("calibrating", sum(layer.weight.numel() for layer in layers.values()), show_progress) as advance:
+        for _ in choose_codes(
+            model, layers, text, damping=damping, room=room, advance=advance, clock=clock, install=install
+        ):
+            pass
+    for module, name in chosen.items():
+        new = ready[first[id(module.weight)]]
+        if first[id(module.weight)] != name:
+            new = QINSLinear.from_encoded(module, None, "log8", new.group_size)
+            new._buffers.update(ready[first[id(module.weight)]]._buffers)
+            reason = "shares the codes of a module with the same weight"
+            report.skipped.append(SkippedModule(name, "Linear", reason))
+        _put_in_place(new, module, places)
+    order = {n: i for i, n in enumerate(layers)}
+    report.converted.sort(key=lambda m: order[m.name])
+    report.seconds_statistics, report.seconds_rounding = clock.statistics, clock.rounding
+    give_back_freed_memory()
+    tell_transformers(model)
+    return report
+
+
+def _put_in_place(new: QINSLinear, old: nn.Module, places: Places) -> None:
+    keep_hooks(old, new)
+    for parent, key in places[old]:
+        parent._modules[key] = new
+
+
+def _encoded_layer(
+    name: str, layer: Layer, choice: Choice, comparison: Comparison, report: CalibrationReport
+) -> QINSLinear:
+    linear = layer.module
+    assert isinstance(linear, nn.Linear)
+    new = QINSLinear.from_encoded(linear, choice.encoded, "log8", layer.group_size)
+    report.converted.append(
+        CalibratedModule(
+            name, (linear.out_features, linear.in_features), "log8", layer.group_size,
+            linear.weight.numel() * linear.weight.element_size(), choice.encoded.nbytes,
+            comparison.snr_db(linear.weight, choice.encoded), choice.nearest_error, choice.error, choice.kept,
+        )
+    )  # fmt: skip
+    return new
