@@ -22,15 +22,10 @@ from qins.feedback import DAMPING, ErrorFeedback
 
 transformers = pytest.importorskip("transformers")
 from test_hf import MODELS, make, outputs, same_state  # noqa: E402
+from tokens import save_tokenizer, token_ids  # noqa: E402
+from tokens import text as words  # noqa: E402
 
 pytestmark = pytest.mark.once
-
-
-def token_ids(tokens=1024, vocabulary=160, seed=0):
-    """Token ids that follow one another by rules, so that inputs are correlated."""
-    g = torch.Generator().manual_seed(seed)
-    step = torch.randint(1, 5, (tokens,), generator=g)
-    return step.cumsum(0) % (vocabulary - 3) + 3
 
 
 def batches(tokens=1024, seed=0):
@@ -231,15 +226,10 @@ def test_store(tmp_path):
 @pytest.fixture
 def source(tmp_path):
     """A sharded float checkpoint with a tokenizer that splits at spaces, and a text file."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     path = tmp_path / "float"
     make("llama").save_pretrained(path, max_shard_size="60KB")
-    words = {f"w{i}": i for i in range(160)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in token_ids(2048).tolist()))
+    save_tokenizer(path)
+    (tmp_path / "text.txt").write_text(words(2048))
     return path
 
 

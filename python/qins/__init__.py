@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .inspection import InspectionReport, inspect, load_seed_checkpoint
     from .linear import QINSLinear, default_group_size
     from .memory import MemoryReport, memory_report
+    from .planning import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "ErrorFeedback",
     "InspectionReport",
     "MemoryReport",
+    "Plan",
     "QINSCache",
     "QINSCodec",
     "QINSKVCache",
@@ -53,6 +55,7 @@ __all__ = [
     "load_seed_checkpoint",
     "matmul",
     "memory_report",
+    "plan",
     "rational",
     "set_num_threads",
     "use_isa",
@@ -74,6 +77,8 @@ _LAZY = {
     "inspect": "inspection",
     "load_seed_checkpoint": "inspection",
     "MemoryReport": "memory",
+    "Plan": "planning",
+    "plan": "planning",
     "memory_report": "memory",
 }
 

@@ -187,13 +187,13 @@ class Statistics:
             self.gram[name].addmm_(floats.T, floats)
 
 
-def forward_call(model: nn.Module, batch: Any) -> Callable[[], Any]:
-    """A call of the model that computes no more than it must."""
+def forward_call(model: nn.Module, batch: Any, *, every_logit: bool = False) -> Callable[[], Any]:
+    """A call of the model that computes no more than it must; logits of the last token only, unless asked for all."""
     parameters = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
     if "use_cache" in parameters:
         extra["use_cache"] = False
-    if "logits_to_keep" in parameters:
+    if "logits_to_keep" in parameters and not every_logit:
         extra["logits_to_keep"] = 1
     if isinstance(batch, Mapping):
         return lambda: model(**(extra | dict(batch)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from . import _core
 from ._isa import isas
 from ._threads import get_num_threads
+from .machine import cpu_name
 
 Contestants = dict[str, Callable[[int], object]]
 
@@ -27,14 +27,8 @@ def last_level_cache_bytes() -> int:
 
 def machine() -> dict[str, object]:
     """Name the processor and what of it is used, for the head of a table."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "cpu": name,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "last_level_cache_mib": last_level_cache_bytes() >> 20,
         "isas": isas(),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from .conversion import (
 )
 from .feedback import DAMPING, ErrorFeedback
 from .linear import QINSLinear, resolve_group_size
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 Tensor = torch.Tensor
 
@@ -101,8 +104,11 @@ class Choice:
     kept: str = "calibrated"
 
 
-def _choose_codes(layer: Layer, feedback: ErrorFeedback, held: Tensor | None) -> Choice:
+def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | None) -> Choice:
     weight = layer.weight
+    if feedback is None:
+        nearest = encode(weight, "log8", group_size=layer.group_size)
+        return Choice(nearest, kept="nearest: the calibration text does not reach it")
     calibrated = feedback.encode(weight, group_size=layer.group_size)
     if held is None or not len(held):
         return Choice(calibrated)
@@ -193,17 +199,50 @@ def choose_codes(
 
     """
     clock = clock or Clock()
+    begin, before = time.perf_counter(), clock.statistics
     left = dict(layers)
+
+    def finish(name: str, choice: Choice) -> tuple[str, Choice]:
+        if install:
+            install(name, choice)
+        advance(layers[name].weight.numel())
+        return name, choice
+
     for name, layer in layers.items():
         done = store.get(name) if store else None
         if done is None and layer.codec != "log8":
             done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code a value")
         if done is not None:
             del left[name]
-            if install:
-                install(name, done)
-            advance(layer.weight.numel())
-            yield name, done
+            yield finish(name, done)
+    for name, feedback, held in rounds(model, left, text, damping, room, mapped, clock):
+        try:
+            choice = _choose_codes(layers[name], feedback, held)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+        if store:
+            store.put(name, choice)
+        yield finish(name, choice)
+        if mapped:
+            page_out(layers[name].parameter)
+    clock.rounding += time.perf_counter() - begin - (clock.statistics - before)
+
+
+def rounds(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    text: Text,
+    damping: float,
+    room: int,
+    mapped: bool,
+    clock: Clock,
+) -> Iterator[tuple[str, ErrorFeedback | None, Tensor | None]]:
+    """Yield every layer's name, its inputs' ErrorFeedback, and its inputs on the tokens held out, (tokens, in_features).
+
+    The model runs over the text as often as the statistics' room asks for. A layer that the text does not reach has
+    neither.
+    """
+    left = dict(layers)
     while left:
         begin = time.perf_counter()
         statistics = Statistics(left, room)
@@ -217,45 +256,19 @@ def choose_codes(
         finally:
             statistics.remove()
         clock.statistics += time.perf_counter() - begin
-        names = [n for n in left if n in statistics.source] or list(left)
-        for name, choice in _round_of_layers({n: left.pop(n) for n in names}, statistics, damping, clock):
-            if store:
-                store.put(name, choice)
-            if install:
-                install(name, choice)
-            advance(layers[name].weight.numel())
-            yield name, choice
-            if mapped:
-                page_out(layers[name].parameter)
-
-
-def _round_of_layers(
-    layers: Mapping[str, Layer], statistics: Statistics, damping: float, clock: Clock
-) -> Iterator[tuple[str, Choice]]:
-    sources = list(dict.fromkeys(statistics.source.get(n, "") for n in layers))
-    for source in sources:
-        begin = time.perf_counter()
-        feedback = None
-        if source:
+        for source in list(statistics.gram):
             try:
                 feedback = ErrorFeedback(statistics.gram.pop(source).numpy(), damping)
             except ValueError as e:
                 raise ValueError(f"{source}: {e}") from None
-            held = torch.cat(statistics.held.pop(source)) if statistics.held[source] else None
-        for name, layer in layers.items():
-            if statistics.source.get(name, "") != source:
-                continue
-            if feedback is None:
-                choice = Choice(encode(layer.weight, "log8", group_size=layer.group_size))
-                choice.kept = "nearest: the calibration text does not reach it"
-            else:
-                try:
-                    choice = _choose_codes(layer, feedback, held)
-                except ValueError as e:
-                    raise ValueError(f"{name}: {e}") from None
-            clock.rounding += time.perf_counter() - begin
-            yield name, choice
-            begin = time.perf_counter()
+            held = statistics.held.pop(source)
+            for name in [n for n in left if statistics.source.get(n) == source]:
+                del left[name]
+                yield name, feedback, torch.cat(held) if held else None
+        if not statistics.source:  # none of those that are left ever runs
+            for name in left:
+                yield name, None, None
+            return
 
 
 def calibrate(
@@ -268,6 +281,7 @@ def calibrate(
     damping: float = DAMPING,
     held_out: float = 0.125,
     sequential: bool = False,
+    plan: Plan | None = None,
     room: int = 2 << 30,
     show_progress: bool | None = None,
 ) -> CalibrationReport:
@@ -289,6 +303,7 @@ def calibrate(
             less on this text.
         held_out: share of the batches that is held out.
         sequential: let layers that are calibrated in a later round see the codes of those before, instead of floats.
+        plan: what `qins.plan` made of the same model: group_size is not used then, and layers that it leaves are left.
         room: bytes that the statistics may take; what does not fit waits for another pass over the batches.
         show_progress: None shows a progress bar on a terminal.
 
@@ -300,11 +315,15 @@ def calibrate(
     resolve_group_size("log8", group_size, 1)
     report = CalibrationReport(tokens=text.tokens[0], held_out=text.tokens[1])
     chosen = choose(model, include, exclude, report)
+    if plan is not None:
+        for module in [m for m, n in chosen.items() if n in plan.left]:
+            report.skipped.append(SkippedModule(chosen.pop(module), "Linear", "left by the plan"))
     check_finite(chosen)
     places = places_of(model, chosen)
     first: dict[int, str] = {id(m.weight): n for m, n in reversed(chosen.items())}
+    planned = plan.group_sizes if plan is not None else {}
     layers = {
-        n: Layer(m, "log8", resolve_group_size("log8", group_size, m.in_features))
+        n: Layer(m, "log8", resolve_group_size("log8", planned.get(n, group_size), m.in_features))
         for m, n in chosen.items()
         if first[id(m.weight)] == n
     }

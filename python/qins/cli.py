@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -104,6 +104,10 @@ def quantize(
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantise; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave; may be repeated.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text like what the model will read: log8's codes are chosen with it in view.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=256, help="Of it, at most.")] = 8192,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to codes on disk, a tensor at a time: any size, without making the model."""
@@ -115,13 +119,97 @@ def quantize(
 
     size: int | str | None = "default" if group_size is None else group_size or None
     config = QinsConfig(codec, size, include or None, exclude or ())
-    result = quantize_checkpoint(model, out, config)
+    text = None if calibrate is None else calibrate.read_text("utf-8")
+    result = quantize_checkpoint(model, out, config, calibration=text, calibration_tokens=calibration_tokens)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
     ratio = result["bytes_before"] / max(result["bytes_after"], 1)
     sizes = f"{result['bytes_before']:,} to {result['bytes_after']:,} bytes ({ratio:.2f}x)"
     typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub name; without --against, the float original of all others.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="The float original that MODEL is measured against.")] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="What to make of the original and measure; may be repeated. See below.")
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Measure other formats of about 8 bits, too.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; without it English that is shipped.")] = None,
+    tokens: Annotated[int, typer.Option(min=32, help="Of it, at most.")] = 2048,
+    window: Annotated[int, typer.Option(min=16, help="Tokens that the models see at a time.")] = 512,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text for 'calibrated'; without it what of the text is not compared on.")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option(help="Exit with 1 if a measured model's mean KL divergence is above this.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write, with PNG pictures beside it.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Directory for the original's answers, to go on from and to use again.")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Task of lm-eval; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure how far a model's answers are from its float original's.
+
+    With --against, MODEL is measured as it is. Without, everything is made of MODEL and measured in one run:
+    log8, calibrated, 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0, 'uint8 per 64',
+    'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'. A logarithm of perplexity that is 0.1 % higher, or a mean KL
+    divergence of 1e-3, is what bf16 arithmetic costs, too.
+    """
+    from . import _torch  # noqa: F401 - says which extra is missing where torch is
+    from . import evaluation as ev
+    from .peers import PEERS
+
+    settings = ev.Settings(
+        text=None if text is None else text.read_text("utf-8"),
+        tokens=tokens,
+        window=window,
+        calibration=None if calibrate is None else calibrate.read_text("utf-8"),
+        directory=work,
+    )
+    if against is not None:
+        if model is None or codec:
+            raise ValueError("against: expected a MODEL to measure, and no --codec")
+        found = ev.evaluate_one(model, against, settings)
+    else:
+        names = list(codec or ev.CODECS) + ([*PEERS, ev.WHOLE_BF16] if peers else [])
+        found = ev.evaluate_all(model, names, settings)
+    if tasks:
+        found.about["tasks"] = ev.harness_results((against and model) or found.about["reference"], tasks)
+    if report is not None:
+        from .models import load_tokenizer
+        from .report import write
+
+        write(found, report, load_tokenizer(found.about["reference"]))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print_evaluation(found)
+    worst = max(m.comparison.summary().kl_mean for m in found.measured)
+    if max_kld is not None and not worst <= max_kld:
+        typer.echo(f"mean KL divergence {worst:.3e} is above {max_kld:g}", err=True)
+        raise typer.Exit(1)
+
+
+def _print_evaluation(found: Any) -> None:
+    from rich.table import Table
+
+    from .report import COLUMNS, rows
+
+    about = found.about
+    title = f"{about['predictions']:,} predictions against {about['reference']}; {about['cpu']}, {about['isa']}"
+    table = Table(title=title, title_justify="left")
+    for key, name in COLUMNS.items():
+        table.add_column(name, justify="left" if key == "name" else "right", no_wrap=key == "name")
+    for row in rows(found):
+        table.add_row(*(row[key] for key in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,21 +14,12 @@ from rich.table import Table
 
 from . import _isa, evaluate
 from .conversion import ConversionReport, convert, progress
+from .machine import cpu_name
 from .models import find_model, load_causal_lm
 
 PROMPT = "What is the capital of France, and what is it known for?"
 _NEW_TOKENS = 32
 _ROUNDS = 3
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def run(
@@ -60,7 +50,7 @@ def run(
         reference, tokenizer = load_causal_lm(path)
     model = copy.deepcopy(reference)
     console.print(f"model [bold]{path}[/]", soft_wrap=True)
-    console.print(f"on {_cpu_name()}, {_isa.isa()}, {torch.get_num_threads()} threads")
+    console.print(f"on {cpu_name()}, {_isa.isa()}, {torch.get_num_threads()} threads")
 
     begin = time.perf_counter()
     report = convert(model, codec, group_size=group_size)
@@ -78,7 +68,7 @@ def run(
     answers, speeds = _race({"float32": reference, codec: model}, prompt)
     result = {
         "model": path,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "isa": _isa.isa(),
         "threads": torch.get_num_threads(),
         "seconds_to_quantise": seconds,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
@@ -29,53 +29,111 @@ class Fidelity:
     """Next-token distributions of a model against its reference, over `tokens` predictions.
 
     Attributes:
-        kl_mean: mean of KL(reference || model), in nats.
-        kl_p99: its 99th percentile.
-        kl_max: its maximum.
+        kl_mean: mean of KL(reference || model), in nats; kl_mean_error: its standard error.
+        kl_median: its median; kl_p99: its 99th percentile; kl_max: its maximum.
         top1: share of predictions where both have the same most likely token.
+        top5: mean share of the reference's five most likely tokens that are among the model's five.
         reference_perplexity: of the text, under the reference.
         perplexity: of the text, under the model.
+        log_perplexity_error: standard error of the reference's log perplexity.
+        log_ratio: log of perplexity over reference_perplexity; log_ratio_error: its standard error, from the
+            differences token by token.
 
     """
 
     tokens: int
     kl_mean: float
+    kl_mean_error: float
+    kl_median: float
     kl_p99: float
     kl_max: float
     top1: float
+    top5: float
     reference_perplexity: float
     perplexity: float
+    log_perplexity_error: float
+    log_ratio: float
+    log_ratio_error: float
 
 
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measures of each prediction; tensors of one length.
+
+    Attributes:
+        kl: KL(reference || model), nats.
+        top: the reference's most likely token; other_top: the model's.
+        top5: share of the reference's five most likely tokens among the model's.
+        loss: minus the log probability of the text's own token under the reference; other_loss: under the model.
+
+    """
+
+    kl: Tensor
+    top: Tensor
+    other_top: Tensor
+    top5: Tensor
+    loss: Tensor
+    other_loss: Tensor
+
+    @staticmethod
+    def join(parts: Sequence[Comparison]) -> Comparison:
+        """One comparison of all predictions of several."""
+        return Comparison(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Comparison)))
+
+    def summary(self) -> Fidelity:
+        """The figures."""
+        n = self.kl.numel()
+        ratio = self.other_loss - self.loss
+        return Fidelity(
+            tokens=n,
+            kl_mean=float(self.kl.mean()),
+            kl_mean_error=_standard_error(self.kl),
+            kl_median=float(self.kl.median()),
+            kl_p99=float(self.kl.quantile(0.99)),
+            kl_max=float(self.kl.max()),
+            top1=float((self.top == self.other_top).double().mean()),
+            top5=float(self.top5.mean()),
+            reference_perplexity=float(self.loss.mean().exp()),
+            perplexity=float(self.other_loss.mean().exp()),
+            log_perplexity_error=_standard_error(self.loss),
+            log_ratio=float(ratio.mean()),
+            log_ratio_error=_standard_error(ratio),
+        )
+
+
+def _standard_error(x: Tensor) -> float:
+    return float(x.std() / x.numel() ** 0.5) if x.numel() > 1 else float("nan")
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    """Return the log probabilities of every next token but the last: float32, (length - 1, vocabulary)."""
     logits: Tensor = model(ids, use_cache=False).logits
     return logits[0, :-1].float().log_softmax(-1)
 
 
-@torch.no_grad()
+def compare(p: Tensor, q: Tensor, ids: Tensor) -> Comparison:
+    """Compare log probabilities of a reference and of a model on one window of token ids, (1, length)."""
+    target = ids[0, 1:, None]
+    five, other = p.topk(5, -1).indices, q.topk(5, -1).indices
+    return Comparison(
+        kl=(p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp_min(0.0),
+        top=p.argmax(-1),
+        other_top=q.argmax(-1),
+        top5=(five[:, :, None] == other[:, None, :]).any(-1).double().mean(-1),
+        loss=-p.gather(1, target)[:, 0].double(),
+        other_loss=-q.gather(1, target)[:, 0].double(),
+    )
+
+
 def fidelity(reference: Any, model: Any, ids: Iterable[Tensor], advance: Any = None) -> Fidelity:
     """Compare two causal language models on windows of token ids, each of shape (1, length)."""
-    divergences, same, reference_loss, loss = [], 0, 0.0, 0.0
+    parts = []
     for window in ids:
-        p, q = _log_probabilities(reference, window), _log_probabilities(model, window)
-        divergences.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp_min(0.0))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        target = window[0, 1:, None]
-        reference_loss -= float(p.gather(1, target).sum(dtype=torch.float64))
-        loss -= float(q.gather(1, target).sum(dtype=torch.float64))
+        parts.append(compare(log_probabilities(reference, window), log_probabilities(model, window), window))
         if advance is not None:
             advance(window.numel())
-    kl = torch.cat(divergences)
-    n = kl.numel()
-    return Fidelity(
-        tokens=n,
-        kl_mean=float(kl.mean()),
-        kl_p99=float(kl.quantile(0.99)),
-        kl_max=float(kl.max()),
-        top1=same / n,
-        reference_perplexity=float(torch.tensor(reference_loss / n, dtype=torch.float64).exp()),
-        perplexity=float(torch.tensor(loss / n, dtype=torch.float64).exp()),
-    )
+    return Comparison.join(parts).summary()
 
 
 @torch.no_grad()

@@ -103,6 +103,11 @@ def _gguf_to_checkpoint(gguf: Path, directory: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(**args).save_pretrained(directory)
 
 
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a directory or hub name."""
+    return require_transformers().AutoTokenizer.from_pretrained(name)
+
+
 def load_causal_lm(name: str) -> tuple[Any, Any]:
     """Return (model in float32 and eval mode, tokenizer) of a directory or hub name."""
     import torch

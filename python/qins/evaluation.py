@@ -1,0 +1,380 @@
+"""`qins eval`: a model against its float original, or every codec and peer against one float model."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _isa, evaluate
+from ._pages import give_back_freed_memory
+from .activations import cut
+from .calibration import calibrate
+from .conversion import ConversionReport, choose, convert, progress
+from .evaluate import Comparison
+from .linear import QINSLinear
+from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
+from .models import find_model, load_causal_lm, load_tokenizer, require_transformers
+from .peers import PEERS
+from .recording import Recording, fingerprint
+
+Tensor = torch.Tensor
+
+# What a table of everything has, in its order. "calibrated" is log8 with codes chosen on text that is not compared on.
+CODECS = ("log8", "calibrated", "log8 per row", "log9", "golden", "rational")
+WHOLE_BF16 = "bf16 model"
+
+_PROMPTS = 4
+_PROMPT_TOKENS = 32
+
+
+@dataclass
+class Settings:
+    """What to compare on.
+
+    Attributes:
+        text: None for the text that ships with the package.
+        tokens: how many of its first tokens; window: how many at a time.
+        new_tokens: of each greedy continuation.
+        calibration: text to calibrate on; None for what of `text` is not compared on.
+        calibration_tokens: at most.
+        directory: where the reference's answers are kept; None for a temporary one.
+        show_progress: None shows a bar on a terminal.
+
+    """
+
+    text: str | None = None
+    tokens: int = 2048
+    window: int = 512
+    new_tokens: int = 32
+    calibration: str | None = None
+    calibration_tokens: int = 8192
+    directory: Path | None = None
+    show_progress: bool | None = None
+
+
+@dataclass
+class Measured:
+    """One model beside its reference.
+
+    Attributes:
+        name: what tables call it.
+        bits: of a quantised weight, everything included; 16 or 32 for floats, nan if nothing is known.
+        bytes: by kind of module, as the model is in memory; empty for peers, which are held as floats.
+        comparison: of each prediction.
+        greedy_same: for each continuation, how many tokens are the reference's before the first that is not.
+        forced: share of the continuations' tokens that are most likely to this model, too, given the reference's.
+        tokens_per_second: of greedy decoding; None for peers.
+        peak_bytes: the most memory the process held while this model ran; None where the system does not say.
+        layers: name to the SNR in dB of weights (if known) and of outputs.
+        seconds: to make the model from floats.
+
+    """
+
+    name: str
+    bits: float
+    bytes: dict[str, int]
+    comparison: Comparison
+    greedy_same: list[int]
+    forced: float
+    tokens_per_second: float | None
+    peak_bytes: int | None
+    layers: dict[str, dict[str, float]]
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the figures without what belongs to single predictions."""
+        d = {k: v for k, v in vars(self).items() if k != "comparison"}
+        return d | {"fidelity": asdict(self.comparison.summary())}
+
+
+@dataclass
+class Evaluation:
+    """What `qins eval` found.
+
+    Attributes:
+        about: model, machine, text.
+        measured: models in the order of the table.
+        windows: the text, as token ids.
+        levels: for the picture of a weight's histogram: values over their scale, and the codes' levels.
+
+    """
+
+    about: dict[str, Any]
+    measured: list[Measured] = field(default_factory=list)
+    windows: list[Tensor] = field(default_factory=list)
+    levels: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return self.about | {"models": [m.to_dict() for m in self.measured]}
+
+
+@dataclass
+class _Made:
+    """A model to measure."""
+
+    model: nn.Module
+    bits: float
+    snr: dict[str, float] = field(default_factory=dict)
+    as_floats: bool = False
+
+
+def _prompts(windows: Sequence[Tensor]) -> list[Tensor]:
+    return [windows[i * len(windows) // _PROMPTS][:, :_PROMPT_TOKENS] for i in range(min(_PROMPTS, len(windows)))]
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    return ids
+
+
+def _bits(report: ConversionReport) -> float:
+    """Bits of a weight of the converted layers."""
+    weights = sum(m.shape[0] * m.shape[1] for m in report.converted)
+    return 8 * report.bytes_after / weights
+
+
+def _converted(model: nn.Module, report: ConversionReport) -> _Made:
+    if not report.converted:
+        raise ValueError(f"no linear layer to quantise:\n{report}")
+    return _Made(model, _bits(report), {m.name: m.snr_db for m in report.converted})
+
+
+def _as_peer(model: nn.Module, name: str) -> _Made:
+    peer, snr = PEERS[name], {}
+    bits = weights = 0.0
+    for module, layer in choose(model, None, ("lm_head",), ConversionReport()).items():
+        w = module.weight.data
+        decoded = peer.decoded(w.float())
+        noise, signal = float((decoded - w).double().square().sum()), float(w.double().square().sum())
+        snr[layer] = 10 * math.log10(signal / noise) if noise else math.inf
+        bits += peer.bits(w.shape[1]) * w.numel()
+        weights += w.numel()
+        module.weight.data = decoded.to(w.dtype)
+    return _Made(model, bits / weights, snr, as_floats=True)
+
+
+class Bench:
+    """Measures models one after the other against a recording; only one of them is in memory at a time."""
+
+    def __init__(self, reference: str, settings: Settings) -> None:
+        self.settings = settings
+        self.reference = find_model(reference)
+        self.tokenizer = load_tokenizer(self.reference)
+        text = evaluate.sample_text() if settings.text is None else settings.text
+        ids = _tokens(self.tokenizer, text)
+        self.windows = evaluate.windows(ids, settings.tokens, settings.window)
+        if sum(w.numel() for w in self.windows) < 32:
+            raise ValueError(f"text: expected at least 32 tokens, got {ids.numel()}")
+        self.rest = ids[:, settings.tokens :]
+        self.evaluation = Evaluation(
+            {
+                "reference": self.reference, "cpu": cpu_name(), "isa": _isa.isa(), "threads": torch.get_num_threads(),
+                "text": "shipped" if settings.text is None else "given",
+                "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "predictions": sum(w.numel() - 1 for w in self.windows), "window": settings.window,
+            },
+            windows=self.windows,
+        )  # fmt: skip
+
+    def calibration_batches(self) -> list[Tensor]:
+        """What to calibrate on; none of it is compared on unless the caller gave such a text."""
+        s = self.settings
+        ids = self.rest if s.calibration is None else _tokens(self.tokenizer, s.calibration)
+        return cut(ids, s.calibration_tokens, s.window)
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Lend the reference's answers, made now if they are not there."""
+        s = self.settings
+        with tempfile.TemporaryDirectory(prefix="qins-eval-") as temporary:
+            directory = s.directory or Path(temporary)
+            prompts = _prompts(self.windows)
+            key = fingerprint(self.reference, self.windows, prompts, s.new_tokens)
+            r = Recording(directory, key, self.windows, prompts, s.new_tokens)
+            if not r.complete:
+                model, _ = load_causal_lm(self.reference)
+                total = sum(w.numel() for w in self.windows)
+                with progress("the float model", total, s.show_progress) as advance:
+                    r.record(model, advance)
+                self.evaluation.about["reference_bytes"] = evaluate.bytes_by_component(model)
+                del model
+            self.evaluation.about["reference_tokens_per_second"] = r.reference()["tokens_per_second"]
+            yield r
+
+    def make(self, name: str) -> _Made:
+        """Make one of CODECS, PEERS or WHOLE_BF16 from the float model."""
+        model, _ = load_causal_lm(self.reference)
+        if name in PEERS:
+            return _as_peer(model, name)
+        if name == WHOLE_BF16:
+            return _Made(model.bfloat16(), 16.0)
+        if name == "calibrated":
+            batches = self.calibration_batches()
+            report = calibrate(model, batches, show_progress=self.settings.show_progress)
+            self.evaluation.about["calibration"] = {
+                "tokens": report.tokens, "held_out": report.held_out, "seconds_statistics": report.seconds_statistics,
+                "seconds_rounding": report.seconds_rounding,
+            }  # fmt: skip
+            return _converted(model, report)
+        if name == "log8":
+            before = self._sample_of_weights(model)
+        codec = "log8" if name == "log8 per row" else name
+        size = None if name == "log8 per row" else "default"
+        made = _converted(model, convert(model, codec, group_size=size, show_progress=self.settings.show_progress))
+        if name == "log8":
+            self.evaluation.levels = _over_scale(model, *before)
+        return made
+
+    def _sample_of_weights(self, model: nn.Module) -> tuple[str, Tensor]:
+        chosen = choose(model, None, ("lm_head",), ConversionReport())
+        middle = list(chosen.items())[len(chosen) // 2]
+        return middle[1], middle[0].weight.detach().float().clone()
+
+    def load(self, path: str) -> _Made:
+        """Load a model that is to be measured as it is."""
+        transformers = require_transformers()
+        model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        layers = [m for m in model.modules() if isinstance(m, QINSLinear)]
+        if layers:
+            stored = sum(m.encoded.nbytes for m in layers)
+            bits = 8 * stored / sum(m.in_features * m.out_features for m in layers)
+        else:
+            bits = float(torch.finfo(model.dtype).bits)
+        return _Made(model, bits, _weight_snr(path, self.reference) if layers else {})
+
+    def _check_vocabulary(self, name: str, model: Any, recording: Recording) -> None:
+        expected = recording.log_probabilities(0).shape[1]
+        got = model.get_input_embeddings().num_embeddings
+        if got != expected:
+            raise ValueError(f"{name}: expected a vocabulary of {expected}, as {self.reference} has, got {got}")
+
+    def measure(self, name: str, make: Callable[[], _Made], recording: Recording) -> Measured:
+        """Make a model, measure it, and let it go."""
+        begin = time.perf_counter()
+        made = make()
+        seconds = time.perf_counter() - begin
+        gc.collect()
+        give_back_freed_memory()
+        reset_peak_resident_bytes()
+        parts, model = [], made.model
+        self._check_vocabulary(name, model, recording)
+        total = sum(w.numel() for w in self.windows)
+        with progress(name, total, self.settings.show_progress) as advance:
+            for i, ids in enumerate(self.windows):
+                q = evaluate.log_probabilities(model, ids)
+                parts.append(evaluate.compare(recording.log_probabilities(i), q, ids))
+                advance(ids.numel())
+        same, forced, speed = _greedy(model, recording)
+        outputs = recording.output_snr(model)
+        layers = {
+            n: ({"weight_snr_db": made.snr[n]} if n in made.snr else {}) | {"output_snr_db": snr}
+            for n, snr in outputs.items()
+        }
+        measured = Measured(
+            name, made.bits, {} if made.as_floats else evaluate.bytes_by_component(model), Comparison.join(parts), same,
+            forced, None if made.as_floats else speed, peak_resident_bytes(), layers, seconds,
+        )  # fmt: skip
+        self.evaluation.measured.append(measured)
+        return measured
+
+
+def _greedy(model: Any, recording: Recording) -> tuple[list[int], float, float]:
+    """Return (tokens before the first difference of each continuation, share of forced agreement, tokens a second)."""
+    same, agreed, count, best = [], 0, 0, 0.0
+    for prompt, answer in zip(recording.prompts, recording.reference()["answers"], strict=True):
+        expected = torch.tensor(answer)
+        tokens, speed = evaluate.greedy(model, prompt, len(answer))
+        best = max(best, speed)
+        different = (tokens != expected).nonzero()
+        same.append(int(different[0, 0]) if len(different) else len(answer))
+        whole = torch.cat([prompt[0], expected])[None]
+        likely = evaluate.log_probabilities(model, whole)[prompt.shape[1] - 1 :].argmax(-1)
+        agreed += int((likely == expected).sum())
+        count += len(answer)
+    return same, agreed / count, best
+
+
+def _weight_snr(path: str, reference: str) -> dict[str, float]:
+    """SNR of a saved model's layers against the reference's checkpoint; nothing where that cannot be read."""
+    from .inspection import inspect
+
+    if not (Path(path).is_dir() and Path(reference).is_dir()):
+        return {}
+    return {e.name: e.snr_db for e in inspect(path, reference).errors}
+
+
+def _over_scale(model: nn.Module, name: str, weight: Tensor) -> dict[str, Any]:
+    """Weights of one layer over the scale of their codes, for a histogram, and the levels that the codes have."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, QINSLinear)
+    e = layer.encoded
+    scale = torch.from_numpy(e.fields["scale"].copy())[:, None]
+    if e.group_size:
+        multiplier = (torch.from_numpy(e.fields["group_scale"].copy()).float() + 1) / 256
+        scale = (scale * multiplier).repeat_interleave(e.group_size, 1)[:, : weight.shape[1]]
+    ratio = (weight / scale.clamp_min(1e-30)).clamp(-1.1, 1.1)
+    mu = float(e.fields["mu"])
+    levels = [math.expm1(m / 127 * math.log1p(mu)) / mu if mu else m / 127 for m in range(128)]
+    counts = torch.histc(ratio, 220, -1.1, 1.1)
+    return {"layer": name, "mu": mu, "levels": levels, "counts": counts.tolist(), "range": 1.1}
+
+
+def evaluate_one(model: str, against: str, settings: Settings) -> Evaluation:
+    """Measure a model, directory or hub name, against its float original."""
+    bench = Bench(against, settings)
+    bench.evaluation.about["model"] = model
+    with bench.recording() as recording:
+        bench.measure(Path(model).name or model, lambda: bench.load(model), recording)
+    return bench.evaluation
+
+
+def evaluate_all(reference: str | None, names: Sequence[str], settings: Settings) -> Evaluation:
+    """Make models of the given names (of CODECS, PEERS, WHOLE_BF16) from a float one, and measure each against it."""
+    known = [*CODECS, *PEERS, WHOLE_BF16]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"codec: expected one of {', '.join(known)}, got {name!r}")
+    bench = Bench(find_model(reference), settings)
+    with bench.recording() as recording:
+        for name in names:
+            bench.measure(name, lambda name=name: bench.make(name), recording)  # type: ignore[misc]
+            _keep(bench, settings)
+    return bench.evaluation
+
+
+def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return what EleutherAI's lm-eval says of a model on tasks of its own.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as e:
+        raise ImportError("--task needs lm-eval: pip install lm-eval") from e
+    loaded = require_transformers().AutoModelForCausalLM.from_pretrained(model).eval()
+    found = lm_eval.simple_evaluate(model=HFLM(pretrained=loaded, tokenizer=load_tokenizer(model)), tasks=list(tasks))
+    results: dict[str, Any] = found["results"]
+    return results
+
+
+def _keep(bench: Bench, settings: Settings) -> None:
+    """Leave what is measured so far beside the recording."""
+    if settings.directory is not None:
+        text = json.dumps(bench.evaluation.to_dict(), indent=2)
+        (settings.directory / "measured.json").write_text(text + "\n", "utf-8")

@@ -1,0 +1,26 @@
+"""A tokenizer and text for tiny random models: words w0, w1, ... stand for token ids 0, 1, ..."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+
+def token_ids(tokens=1024, vocabulary=160, seed=0):
+    """Token ids that follow one another by rules, so that inputs are correlated."""
+    g = torch.Generator().manual_seed(seed)
+    step = torch.randint(1, 5, (tokens,), generator=g)
+    return step.cumsum(0) % (vocabulary - 3) + 3
+
+
+def text(tokens, seed=0):
+    return " ".join(f"w{i}" for i in token_ids(tokens, seed=seed).tolist())
+
+
+def save_tokenizer(path, vocabulary=160):
+    """Write a tokenizer that splits at spaces beside a checkpoint."""
+    words = {f"w{i}": i for i in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
