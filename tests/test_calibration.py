@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import qins
+from qins._hf_calibration import Calibration
 from qins.activations import cut, split
 from qins.calibration import Choice, Store
 from qins.checkpoint import quantize_checkpoint
@@ -245,7 +246,7 @@ def test_from_pretrained_and_quantize_agree(source, tmp_path):
     loaded.save_pretrained(tmp_path / "saved")
 
     config = qins.QinsConfig(overrides={"*o_proj": {"codec": "log9"}})
-    quantize_checkpoint(source, tmp_path / "out", config, calibration=text.read_text(), calibration_tokens=1024)
+    quantize_checkpoint(source, tmp_path / "out", config, calibration=Calibration(text.read_text(), 1024))
     assert not (tmp_path / "out" / "qins-calibration").exists()
     told = [json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("out", "saved")]
     assert told[0]["calibration"] == told[1]["calibration"]
@@ -279,7 +280,7 @@ def test_command_line(source, tmp_path):
 def test_killed_and_resumed(source, tmp_path):
     script = (
         "import sys, qins, qins.checkpoint as c\n"
-        "c.quantize_checkpoint(sys.argv[1], sys.argv[2], qins.QinsConfig(), calibration=open(sys.argv[3]).read())"
+        "c.quantize_checkpoint(*sys.argv[1:3], qins.QinsConfig(), calibration=c.Calibration(open(sys.argv[3]).read()))"
     )
 
     def start(out):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +13,14 @@ import torch
 from torch import nn
 
 from .activations import Layer, Text, cut, split
-from .calibration import Choice, Clock, Store, choose_codes
+from .calibration import Choice, Store, choose_codes, write_json
 from .conversion import progress
 from .linear import QINSLinear
 from .models import load_tokenizer
+from .planning import plan_layers
 
 if TYPE_CHECKING:
-    from .hf import QinsHfQuantizer
+    from .hf import QinsConfig, QinsHfQuantizer
 
 
 def calibration_text(path: str) -> str:
@@ -39,10 +42,37 @@ def tokenized(source: str | Path, text: str, tokens: int) -> Text:
     return split(cut(ids, tokens))
 
 
-def record_of(text: Text, source: str) -> dict[str, Any]:
-    """What a checkpoint says of its calibration."""
-    tokens, held_out = text.tokens
-    return {"tokens": tokens, "held_out": held_out, "text_sha256": hashlib.sha256(source.encode()).hexdigest()}
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate a checkpoint.
+
+    Attributes:
+        text: what the model is to read; tokens: of it, at most.
+        target_bits, target_kld: what `qins.plan` is to reach; at most one of them.
+
+    """
+
+    text: str
+    tokens: int = 8192
+    target_bits: float | None = None
+    target_kld: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is done."""
+        if self.target_bits is not None and self.target_kld is not None:
+            raise ValueError("calibration: expected at most one of target_bits and target_kld, got both")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether group sizes are to be planned."""
+        return self.target_bits is not None or self.target_kld is not None
+
+    def record(self, text: Text) -> dict[str, Any]:
+        """What a checkpoint says of its calibration."""
+        tokens, held_out = text.tokens
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        targets = {"target_bits": self.target_bits, "target_kld": self.target_kld} if self.has_target else {}
+        return {"tokens": tokens, "held_out": held_out, "text_sha256": digest} | targets
 
 
 def calibrate_loaded(quantizer: QinsHfQuantizer, model: Any) -> None:
@@ -64,7 +94,7 @@ def calibrate_loaded(quantizer: QinsHfQuantizer, model: Any) -> None:
             made[name] = choice
     for name, choice in made.items():
         quantizer.put(model, name, layers[name].module, coded(layers[name], choice))
-    config.calibration = record_of(text, source)
+    config.calibration = Calibration(source, config.calibration_tokens).record(text)
 
 
 def coded(layer: Layer, choice: Choice) -> QINSLinear:
@@ -81,30 +111,58 @@ def coded(layer: Layer, choice: Choice) -> QINSLinear:
     return new
 
 
-def calibrate_checkpoint(
-    source: Path,
-    architecture: type[Any],
-    modules: Mapping[str, tuple[str, int | None, bool]],
-    text: Text,
-    store: Store,
-    show_progress: bool | None,
-) -> Clock:
-    """Put the codes of a checkpoint's modules into `store`; its floats stay mapped files.
+class CheckpointCalibration:
+    """Puts the codes of a checkpoint's modules into a store; its floats stay mapped files.
 
     Args:
         source: directory of the checkpoint.
         architecture: transformers' class of the model.
-        modules: name to (codec, group_size, transposed).
         text: what to calibrate on.
         store: where the codes go; those that are there already are not made again.
         show_progress: None shows a bar on a terminal.
 
     """
-    model = architecture.from_pretrained(source, dtype="auto").eval()
-    layers = {n: Layer(model.get_submodule(n), *about) for n, about in modules.items()}
-    total, clock = sum(layer.weight.numel() for layer in layers.values()), Clock()
-    with progress("calibrating", total, show_progress) as advance:
-        for name, choice in choose_codes(model, layers, text, mapped=True, store=store, advance=advance, clock=clock):
-            if layers[name].codec != "log8":
-                store.put(name, choice)
-    return clock
+
+    def __init__(
+        self, source: Path, architecture: type[Any], text: Text, store: Store, show_progress: bool | None
+    ) -> None:
+        self.text, self.store, self.show_progress = text, store, show_progress
+        self.model = architecture.from_pretrained(source, dtype="auto").eval()
+
+    def _layers(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> dict[str, Layer]:
+        return {n: Layer(self.model.get_submodule(n), *about) for n, about in modules.items()}
+
+    def plan(
+        self, modules: Mapping[str, tuple[str, int | None, bool]], calibration: Calibration, config: QinsConfig
+    ) -> str:
+        """Choose group sizes, once; they become overrides of the config. Returns the plan in words."""
+        path = self.store.directory / "plan.json"
+        if not path.exists():
+            layers = {n: layer for n, layer in self._layers(modules).items() if layer.codec == "log8"}
+            total = sum(layer.weight.numel() for layer in layers.values())
+            with progress("planning", total, self.show_progress) as advance:
+                made = plan_layers(
+                    self.model, layers, self.text, calibration.target_bits, calibration.target_kld, mapped=True,
+                    advance=advance,
+                )  # fmt: skip
+            about = {"sizes": made.group_sizes, "left": made.left, "words": str(made), "bits": made.bits,
+                     "kld": made.kld}  # fmt: skip
+            write_json(path, about)
+        about = json.loads(path.read_text("utf-8"))
+        config.overrides = {n: {"codec": "log8", "group_size": s} for n, s in about["sizes"].items()} | config.overrides
+        config.exclude = [*config.exclude, *about["left"]]
+        assert isinstance(config.calibration, dict)
+        config.calibration |= {"bits": about["bits"], "estimated_kld": about["kld"]}
+        words: str = about["words"]
+        return words
+
+    def encode(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> None:
+        """Choose the codes of these modules: name to (codec, group_size, transposed)."""
+        layers = self._layers(modules)
+        total = sum(layer.weight.numel() for layer in layers.values())
+        with progress("calibrating", total, self.show_progress) as advance:
+            for name, choice in choose_codes(
+                self.model, layers, self.text, mapped=True, store=self.store, advance=advance
+            ):
+                if layers[name].codec != "log8":
+                    self.store.put(name, choice)

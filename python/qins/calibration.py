@@ -119,6 +119,13 @@ def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | N
     return Choice(nearest, before, before, "nearest: no better on the tokens held out")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is complete under its name or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    temporary.replace(path)
+
+
 class Store:
     """Codes of finished layers on the disk, from which an interrupted calibration goes on."""
 
@@ -133,9 +140,7 @@ class Store:
                     "settings; remove it"
                 )
         else:
-            temporary = directory / "about.json.tmp"
-            temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", "utf-8")
-            temporary.replace(about)
+            write_json(about, {"fingerprint": fingerprint})
 
     def put(self, name: str, choice: Choice) -> None:
         """Keep a layer's codes."""
@@ -237,7 +242,7 @@ def rounds(
     mapped: bool,
     clock: Clock,
 ) -> Iterator[tuple[str, ErrorFeedback | None, Tensor | None]]:
-    """Yield every layer's name, its inputs' ErrorFeedback, and its inputs on the tokens held out, (tokens, in_features).
+    """Yield every layer's name, ErrorFeedback of its inputs, and those on the tokens held out, (tokens, in_features).
 
     The model runs over the text as often as the statistics' room asks for. A layer that the text does not reach has
     neither.

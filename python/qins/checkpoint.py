@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ._hf_calibration import calibrate_checkpoint, record_of, tokenized
+from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from .array import SCALARS, array_names, encode, field_shapes
 from .calibration import Store
 from .conversion import progress
@@ -63,6 +63,11 @@ class Plan:
     layers: dict[str, tuple[str, str, int | None, bool]] = field(default_factory=dict)
     shards: dict[Path, list[Target]] = field(default_factory=dict)
     names: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, tuple[str, int | None, bool]]:
+        """Module to (codec, group_size, transposed)."""
+        return {module: (codec, size, turned) for module, codec, size, turned in self.layers.values()}
 
     @property
     def nbytes(self) -> int:
@@ -279,8 +284,7 @@ def quantize_checkpoint(
     out: str | Path,
     config: QinsConfig | None = None,
     *,
-    calibration: str | None = None,
-    calibration_tokens: int = 8192,
+    calibration: Calibration | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint to codes, file by file; the model is never made, and one tensor at a time is in memory.
@@ -293,12 +297,11 @@ def quantize_checkpoint(
         source: directory or hub name of a checkpoint in safetensors or torch files.
         out: directory to write; it must not exist, be empty, or hold the beginning of this conversion.
         config: how to quantise; None for the defaults.
-        calibration: text that log8's codes are chosen with in view; None for the nearest codes.
-        calibration_tokens: of that text, at most.
+        calibration: text that log8's codes are chosen with in view, and what bits to spend; None for the nearest codes.
         show_progress: None shows a bar on a terminal.
 
     Returns:
-        dict: layers, bytes_before, bytes_after, files and skipped.
+        dict: layers, bytes_before, bytes_after, files and skipped; with a target, the plan in words.
 
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: nothing half-written is left under a final name.
@@ -309,25 +312,21 @@ def quantize_checkpoint(
     if checkpoint.format == "gguf":
         raise ValueError(f"{source}: expected safetensors or torch files, got GGUF")
     planned, quantizer = plan(checkpoint, config)
-    text = None
+    data = None
     if calibration is not None:
-        text = tokenized(_directory(checkpoint), calibration, calibration_tokens)
-        config.calibration = record_of(text, calibration)
+        data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
+        config.calibration = calibration.record(data)
     fingerprint = _fingerprint(checkpoint, config)
-    _prepare(out, fingerprint, planned.nbytes * (1 if text is None else 2))
+    _prepare(out, fingerprint, planned.nbytes * (1 if data is None else 2))
     total = sum(t.bytes for t in checkpoint.tensors.values())
-    store = None
-    if text is not None:
+    store, spending = None, None
+    if calibration is not None and data is not None:
         store = Store(out / _CALIBRATION, fingerprint)
-        modules = {module: (codec, size, turned) for module, codec, size, turned in planned.layers.values()}
-        calibrate_checkpoint(
-            _directory(checkpoint),
-            _architecture(checkpoint),
-            modules,
-            text,
-            store,
-            show_progress,
-        )
+        work = CheckpointCalibration(_directory(checkpoint), _architecture(checkpoint), data, store, show_progress)
+        if calibration.has_target:
+            spending = work.plan(planned.modules, calibration, config)
+            planned, quantizer = plan(checkpoint, config)
+        work.encode(planned.modules)
     with progress(f"encoding to {config.codec}", total, show_progress) as advance:
         for file, name in planned.names.items():
             if (out / name).exists():
@@ -343,7 +342,7 @@ def quantize_checkpoint(
         "bytes_after": planned.nbytes,
         "files": [planned.names[f] for f in planned.names],
         "skipped": [vars(s) for s in quantizer.report.skipped],
-    }
+    } | ({} if spending is None else {"plan": spending})
 
 
 def _convert_shard(

@@ -108,22 +108,35 @@ def quantize(
         Path | None, typer.Option(help="Text like what the model will read: log8's codes are chosen with it in view.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Of it, at most.")] = 8192,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits a weight to spend where they matter most, by choosing group sizes.")
+    ] = None,
+    target_kld: Annotated[
+        float | None, typer.Option(help="Instead: as few bits as this estimated mean KL divergence allows.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to codes on disk, a tensor at a time: any size, without making the model."""
     from .models import require_transformers
 
     require_transformers()
+    from ._hf_calibration import Calibration, calibration_text
     from .checkpoint import quantize_checkpoint
     from .hf import QinsConfig
 
     size: int | str | None = "default" if group_size is None else group_size or None
     config = QinsConfig(codec, size, include or None, exclude or ())
-    text = None if calibrate is None else calibrate.read_text("utf-8")
-    result = quantize_checkpoint(model, out, config, calibration=text, calibration_tokens=calibration_tokens)
+    calibration = None
+    if calibrate is not None:
+        calibration = Calibration(calibration_text(str(calibrate)), calibration_tokens, target_bits, target_kld)
+    elif target_bits is not None or target_kld is not None:
+        raise ValueError("target-bits, target-kld: expected --calibrate TEXT beside them, got none")
+    result = quantize_checkpoint(model, out, config, calibration=calibration)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
+    if "plan" in result:
+        typer.echo(result["plan"])
     ratio = result["bytes_before"] / max(result["bytes_after"], 1)
     sizes = f"{result['bytes_before']:,} to {result['bytes_after']:,} bytes ({ratio:.2f}x)"
     typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
@@ -157,10 +170,9 @@ def evaluate(
 ) -> None:
     """Measure how far a model's answers are from its float original's.
 
-    With --against, MODEL is measured as it is. Without, everything is made of MODEL and measured in one run:
-    log8, calibrated, 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0, 'uint8 per 64',
-    'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'. A logarithm of perplexity that is 0.1 % higher, or a mean KL
-    divergence of 1e-3, is what bf16 arithmetic costs, too.
+    With --against, MODEL is measured as it is. Without, everything is made of MODEL and measured in one run: log8,
+    calibrated, 'calibrated to 8.13 bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
+    'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'.
     """
     from . import _torch  # noqa: F401 - says which extra is missing where torch is
     from . import evaluation as ev

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import _isa, evaluate
 from ._pages import give_back_freed_memory
-from .activations import cut
+from .activations import cut, split
 from .calibration import calibrate
 from .conversion import ConversionReport, choose, convert, progress
 from .evaluate import Comparison
@@ -27,12 +27,13 @@ from .linear import QINSLinear
 from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
 from .models import find_model, load_causal_lm, load_tokenizer, require_transformers
 from .peers import PEERS
+from .planning import plan
 from .recording import Recording, fingerprint
 
 Tensor = torch.Tensor
 
 # What a table of everything has, in its order. "calibrated" is log8 with codes chosen on text that is not compared on.
-CODECS = ("log8", "calibrated", "log8 per row", "log9", "golden", "rational")
+CODECS = ("log8", "calibrated", "calibrated to 8.13 bits", "log8 per row", "log9", "golden", "rational")
 WHOLE_BF16 = "bf16 model"
 
 _PROMPTS = 4
@@ -221,9 +222,11 @@ class Bench:
             return _as_peer(model, name)
         if name == WHOLE_BF16:
             return _Made(model.bfloat16(), 16.0)
-        if name == "calibrated":
-            batches = self.calibration_batches()
-            report = calibrate(model, batches, show_progress=self.settings.show_progress)
+        if name.startswith("calibrated"):
+            text, show = split(self.calibration_batches()), self.settings.show_progress
+            target = None if name == "calibrated" else float(name.split()[2])
+            spending = None if target is None else plan(model, text, target_bits=target, show_progress=show)
+            report = calibrate(model, text, plan=spending, show_progress=show)
             self.evaluation.about["calibration"] = {
                 "tokens": report.tokens, "held_out": report.held_out, "seconds_statistics": report.seconds_statistics,
                 "seconds_rounding": report.seconds_rounding,

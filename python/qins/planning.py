@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def sensitivities(
                 square = g.detach().reshape(-1, g.shape[-1]).double().square().sum(0)
                 totals[name] = totals.get(name, torch.zeros_like(square)) + square
 
-            y.register_hook(add)
+            y.register_hook(add)  # type: ignore[no-untyped-call]
             return y
 
         return look
@@ -187,7 +188,7 @@ def allocate(
     target_bits: float | None = None,
     target_kld: float | None = None,
 ) -> Plan:
-    """Choose an option for each layer: the least error of at most so many bits, or the fewest bits of at most that error.
+    """Choose an option for each layer: the least error of at most so many bits, or the fewest bits of that error.
 
     Raises:
         ValueError: not exactly one target is given, or it cannot be reached.
@@ -201,7 +202,7 @@ def allocate(
     if target_bits is not None and plan.bits > target_bits:
         raise ValueError(f"target_bits: expected at least {plan.bits:.3f} for these layers, got {target_bits:g}")
     steps = [
-        (_gain(a, b) / weights[n], n, b) for n, h in hulls.items() for a, b in zip(h, h[1:], strict=False)
+        (_gain(a, b) / weights[n], n, b) for n, h in hulls.items() for a, b in pairwise(h)
     ]  # fmt: skip
     bits = plan.bits * total
     for _, name, option in sorted(steps, key=lambda s: (-s[0], s[1], s[2].bits)):
@@ -273,7 +274,7 @@ def plan(
         model: a float language model on the CPU, whose output has logits.
         batches: as in `calibrate`.
         target_bits: most bits of a weight, on average over these layers, scales included.
-        target_kld: most estimated mean KL divergence, nats. It is an estimate to second order: measure with `qins eval`.
+        target_kld: most estimated mean KL divergence, nats. Only an estimate: measure with `qins eval`.
         include: fnmatch patterns of module names; None for all linear layers.
         exclude: patterns of module names to leave out of it.
         damping: as in `calibrate`.
