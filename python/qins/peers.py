@@ -36,8 +36,9 @@ def _q8_0(w: Tensor) -> Tensor:
     """llama.cpp's Q8_0: int8 with a float16 scale for every 32 weights."""
     short = -w.shape[1] % 32
     blocks = torch.nn.functional.pad(w, (0, short)).view(w.shape[0], -1, 32)
-    scale = (blocks.abs().amax(2, keepdim=True) / 127).half().float()
-    values = (blocks / scale.clamp_min(1e-30)).round().clamp(-128, 127) * scale
+    scale = blocks.abs().amax(2, keepdim=True) / 127
+    # rounded under the float32 scale, decoded with the float16 one, as llama.cpp does
+    values = (blocks / scale.clamp_min(1e-30)).round() * scale.half().float()
     return values.view(w.shape[0], -1)[:, : w.shape[1]].contiguous()
 
 
