@@ -100,8 +100,18 @@ def fidelity(found: evaluation.Evaluation) -> str:
         noise = [10 ** (-x["weight_snr_db"] / 10) for x in m.layers.values() if "weight_snr_db" in x]
         snr_db = f"{-10 * np.log10(np.mean(noise)):.2f}" if noise else ""
         log_ratio = f"{100 * f.log_ratio:+.2f} ± {100 * f.log_ratio_error:.2f} %"
-        rows.append([m.name, f"{m.bits:.2f}", snr_db, f"{f.kl_mean:.2e} ± {f.kl_mean_error:.0e}", f"{f.kl_p99:.1e}",
-                     *(f"{100 * x:.2f} %" for x in (f.top1, f.top5)), log_ratio, f"{100 * m.forced:.1f} %"])  # fmt: skip
+        rows.append(
+            [
+                m.name,
+                f"{m.bits:.2f}",
+                snr_db,
+                f"{f.kl_mean:.2e} ± {f.kl_mean_error:.0e}",
+                f"{f.kl_p99:.1e}",
+                *(f"{100 * x:.2f} %" for x in (f.top1, f.top5)),
+                log_ratio,
+                f"{100 * m.forced:.1f} %",
+            ]
+        )
     head = ["weights", "bits a weight", "SNR dB", "mean KLD", "p99", "top-1", "top-5", "log perplexity", "forced"]
     return table(head, rows)
 

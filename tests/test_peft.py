@@ -127,6 +127,27 @@ def test_refused(kwargs, message):
         adapted(**kwargs)
 
 
+@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig", "HRAConfig"])
+def test_other_tuners_run_but_do_not_merge(kind):
+    """They would add to a decoded copy of the weight, and what they learnt would be lost without a word."""
+    config = {"target_modules": ["q_proj", "v_proj"]}
+    if kind == "IA3Config":
+        config |= {"feedforward_modules": []}
+    if kind == "OFTConfig":
+        config |= {"oft_block_size": 8}
+    model = make("llama").eval()
+    qins.convert(model)
+    expected = outputs(model)
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(**config))
+    assert outputs(tuned).isfinite().all()
+    codes = {n: b.clone() for n, b in tuned.named_buffers() if n.endswith("codes")}
+    for merge in (tuned.merge_adapter, tuned.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot merge into codes, which only LoRA can"):
+            merge()
+    assert all(torch.equal(b, codes[n]) for n, b in tuned.named_buffers() if n in codes)
+    assert torch.equal(outputs(tuned.unload()), expected)
+
+
 def test_other_models_are_left_alone():
     model = peft.get_peft_model(make("llama"), peft.LoraConfig(r=2, target_modules="all-linear"))
     assert type(layer_of(model)) is peft.tuners.lora.layer.Linear

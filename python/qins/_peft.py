@@ -79,6 +79,51 @@ def lora_layer() -> type[nn.Module]:
     return QINSLoraLinear
 
 
+def _refuse_other_merges() -> None:
+    """Let no tuner but LoRA merge into codes: each would add to a decoded copy of the weight."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    def check(tuner: Any) -> None:
+        for name, module in tuner.model.named_modules():
+            if (
+                isinstance(module, BaseTunerLayer)
+                and isinstance(module.get_base_layer(), QINSLinear)
+                and not isinstance(module, lora_layer())
+            ):
+                raise ValueError(
+                    f"{name}: {type(tuner).__name__} cannot merge into codes, which only LoRA can; "
+                    "use the adapter without merging it"
+                )
+
+    def guarded(original: Any) -> Any:
+        @wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            merging = original.__name__ == "merge_adapter" or (args[0] if args else kwargs.get("merge", True))
+            if merging:
+                check(self)
+            return original(self, *args, **kwargs)
+
+        method._qins = True  # type: ignore[attr-defined]
+        return method
+
+    def putting_back(original: Any) -> Any:
+        @wraps(original)
+        def method(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> Any:
+            if isinstance(new_module, QINSLinear):  # the base layer itself, which PEFT would give its decoded weight
+                setattr(parent, child_name, new_module)
+                return None
+            return original(self, parent, child_name, new_module, child)
+
+        method._qins = True  # type: ignore[attr-defined]
+        return method
+
+    for name, wrap in (("merge_adapter", guarded), ("_unload_and_optionally_merge", guarded),
+                       ("_replace_module", putting_back)):  # fmt: skip
+        original = getattr(BaseTuner, name)
+        if not getattr(original, "_qins", False):
+            setattr(BaseTuner, name, wrap(original))
+
+
 def _register() -> None:
     """Make every LoraConfig use our layer for QINSLinear."""
     from peft.tuners.lora.config import LoraConfig
@@ -97,3 +142,4 @@ def _register() -> None:
 
 
 _register()
+_refuse_other_merges()
