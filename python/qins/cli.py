@@ -232,19 +232,32 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
-    import torch
+    from .chat import Speaker
 
-    from .models import require_transformers
-
-    transformers = require_transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    speaker = Speaker(model, tokens, temperature)
     typer.echo(prompt, nl=False)
-    with torch.inference_mode():
-        loaded.generate(**inputs, max_new_tokens=tokens, streamer=streamer, **sampling)
+    speaker.say(prompt)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a model with a chat template.")],
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+) -> None:
+    """Talk with a model, a line at a time; an empty line or the end of the input ends it."""
+    from .chat import Conversation, Speaker
+
+    conversation = Conversation(Speaker(model, tokens, temperature), system)
+    asking = sys.stdin.isatty()
+    while True:
+        if asking:
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        conversation.answer(line)
 
 
 def main() -> None:
