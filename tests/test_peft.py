@@ -171,7 +171,7 @@ def test_the_order_of_imports_does_not_matter(order):
 
 
 def test_smollm2_end_to_end(tmp_path):
-    """Quantised while loading, saved, loaded, trained with LoRA, saved, loaded, merged."""
+    """Quantised while loading, saved, loaded, trained with LoRA in transformers' Trainer, saved, loaded, merged."""
     transformers = pytest.importorskip("transformers")
     from qins import evaluate
     from qins.models import find_model
@@ -189,15 +189,16 @@ def test_smollm2_end_to_end(tmp_path):
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     tuned = peft.get_peft_model(loaded, config).train()
     ids = tokenizer(evaluate.sample_text(), return_tensors="pt").input_ids[:, :128]
-    optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3)
-    losses = []
-    for _ in range(5):
-        loss = tuned(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(float(loss.detach()))
-    print("losses", [round(x, 3) for x in losses])
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=5, learning_rate=2e-3, per_device_train_batch_size=1,
+        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", lr_scheduler_type="constant",
+        disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    example = {"input_ids": ids[0], "labels": ids[0]}
+    trainer = transformers.Trainer(model=tuned, args=arguments, train_dataset=[example] * 5)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print("losses", losses)
     assert losses[-1] < losses[0] - 0.1
     tuned.eval().save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(qins.load(tmp_path / "codes"), tmp_path / "adapter").eval()
