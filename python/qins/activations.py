@@ -119,16 +119,26 @@ class Statistics:
     """Collects the inputs' second moments of as many layers as there is room for, in the order in which they run.
 
     Layers that are given the very same tensor share their statistics.
+
+    Args:
+        layers: by name.
+        room: bytes; one layer is looked at even if it takes more.
+        mark: called when one of the accepted layers runs.
+        in_order: whether layers are known to run once and in one order, so that nothing comes after one too many.
+
     """
 
-    def __init__(self, layers: Mapping[str, Layer], room: int) -> None:
-        self.room = room
+    def __init__(
+        self, layers: Mapping[str, Layer], room: int, mark: Callable[[], None], in_order: bool = False
+    ) -> None:
+        self.room, self._mark, self._in_order = room, mark, in_order
         self.source: dict[str, str] = {}  # layer: the first layer with the same input
         self.gram: dict[str, Tensor] = {}
         self.held: dict[str, list[Tensor]] = {}
         self.collect_held = False
         self._full = False
-        self._learning = True
+        self._learning, self._probing = True, False
+        self._seen: Tensor | None = None
         self._calls = self._expected = 0
         self._last: tuple[Any, int, str] = (None, 0, "")
         self._hooks = [
@@ -142,6 +152,13 @@ class Statistics:
         for hook in self._hooks:
             hook.remove()
 
+    def probe(self, forward: Callable[[], Any]) -> Tensor | None:
+        """Make a pass that is not counted; return the last input that it would have looked at."""
+        self._probing = True
+        self.run(forward)
+        self._probing = False
+        return self._seen
+
     def run(self, forward: Callable[[], Any]) -> None:
         """One forward pass; it ends early once nothing more is to be seen."""
         self._calls = 0
@@ -154,9 +171,14 @@ class Statistics:
     def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if name not in self.source and not (self._learning and self._accept(name, x)):
+            if self._learning and self._in_order:
+                raise _EnoughError
             return
         self._calls += 1
-        if self.source[name] == name:
+        self._mark()
+        if self._probing:
+            self._seen = x
+        elif self.source[name] == name:
             self._add(name, x.detach().reshape(-1, x.shape[-1]))
         if not self._learning and self._calls == self._expected:
             raise _EnoughError

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from ._pages import give_back_freed_memory, page_out
 from .activations import Layer, Statistics, Text, evaluating, forward_call, paged_out, split
 from .array import EncodedArray, encode
+from .blocks import BlockChain
 from .conversion import (
     Comparison,
     ConversionReport,
@@ -181,12 +183,13 @@ def choose_codes(
     text: Text,
     *,
     damping: float = DAMPING,
-    room: int = 2 << 30,
+    room: int = 512 << 20,
     mapped: bool = False,
     store: Store | None = None,
     advance: Callable[[int], None] = lambda _: None,
     clock: Clock | None = None,
     install: Callable[[str, Choice], None] | None = None,
+    sequential: bool = False,
 ) -> Iterator[tuple[str, Choice]]:
     """Yield each layer's name and codes.
 
@@ -200,7 +203,8 @@ def choose_codes(
         store: where finished layers are kept, and taken from.
         advance: told the weights of each finished layer.
         clock: adds up the time.
-        install: is given each layer's codes before the next round, whose inputs they then affect.
+        install: is given each layer's codes as soon as they are there.
+        sequential: install changes the model before the next round.
 
     """
     clock = clock or Clock()
@@ -220,7 +224,7 @@ def choose_codes(
         if done is not None:
             del left[name]
             yield finish(name, done)
-    for name, feedback, held in rounds(model, left, text, damping, room, mapped, clock):
+    for name, feedback, held in rounds(model, left, text, damping, room, mapped, clock, sequential):
         try:
             choice = _choose_codes(layers[name], feedback, held)
         except ValueError as e:
@@ -241,23 +245,29 @@ def rounds(
     room: int,
     mapped: bool,
     clock: Clock,
+    sequential: bool = False,
 ) -> Iterator[tuple[str, ErrorFeedback | None, Tensor | None]]:
     """Yield every layer's name, ErrorFeedback of its inputs, and those on the tokens held out, (tokens, in_features).
 
-    The model runs over the text as often as the statistics' room asks for. A layer that the text does not reach has
-    neither.
+    The model runs over the text as often as the statistics' room asks for; blocks that are done are passed over where
+    that makes no difference (see `BlockChain`). A layer that the text does not reach has neither.
     """
     left = dict(layers)
+    chain = BlockChain(model, [layer.module for layer in layers.values()], first=sequential)
+    batches = [*text.batches, *text.held]
+    checked = False
     while left:
         begin = time.perf_counter()
-        statistics = Statistics(left, room)
+        statistics = Statistics(left, room, chain.mark, in_order=checked and chain.usable)
         try:
-            with evaluating(model), paged_out(layers.values(), mapped):
-                for batch in text.batches:
-                    statistics.run(forward_call(model, batch))
-                statistics.collect_held = True
-                for batch in text.held:
-                    statistics.run(forward_call(model, batch))
+            with evaluating(model), paged_out(layers.values(), mapped), chain.watched():
+                for i, batch in enumerate(batches):
+                    statistics.collect_held = i >= len(text.batches)
+                    forward = forward_call(model, batch)
+                    statistics.run(partial(chain.run, i, forward, whole=not checked))
+                    if i == 0 and not checked and chain.skips(len(batches) - 1):
+                        checked = True
+                        _check_chain(chain, statistics, forward_call(model, batches[-1]), len(batches) - 1)
         finally:
             statistics.remove()
         clock.statistics += time.perf_counter() - begin
@@ -276,6 +286,15 @@ def rounds(
             return
 
 
+def _check_chain(chain: BlockChain, statistics: Statistics, forward: Callable[[], Any], batch: int) -> None:
+    """See whether a pass over some blocks only gives the layers that are looked at what a whole pass does."""
+    whole, part = (
+        statistics.probe(partial(chain.run, batch, forward, whole=whole, keep=False)) for whole in (True, False)
+    )
+    if whole is None or part is None or not torch.equal(whole, part):
+        chain.forget()
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any] | Text,
@@ -287,7 +306,7 @@ def calibrate(
     held_out: float = 0.125,
     sequential: bool = False,
     plan: Plan | None = None,
-    room: int = 2 << 30,
+    room: int = 512 << 20,
     show_progress: bool | None = None,
 ) -> CalibrationReport:
     """Replace linear layers by QINSLinear with log8 codes that are chosen by the model's own activations; in place.
@@ -342,7 +361,15 @@ def calibrate(
 
     with progress("calibrating", sum(layer.weight.numel() for layer in layers.values()), show_progress) as advance:
         for _ in choose_codes(
-            model, layers, text, damping=damping, room=room, advance=advance, clock=clock, install=install
+            model,
+            layers,
+            text,
+            damping=damping,
+            room=room,
+            advance=advance,
+            clock=clock,
+            install=install,
+            sequential=sequential,
         ):
             pass
     for module, name in chosen.items():
