@@ -19,6 +19,8 @@ from qins.checkpoint import Target, _ShardWriter, quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
 from test_hf import MODELS, make, outputs, same_state  # noqa: E402
+from tokens import save_tokenizer  # noqa: E402
+from tokens import text as words  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -244,28 +246,33 @@ LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16
                              num_attention_heads=2))
 before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the highest resident set from now on
-c.quantize_checkpoint(sys.argv[1], sys.argv[2])
+text = c.Calibration(open(sys.argv[3]).read(), 512) if len(sys.argv) > 3 else None
+c.quantize_checkpoint(sys.argv[1], sys.argv[2], calibration=text)
 print(resident("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory(tmp_path):
-    """400 MB of float32 in one file: the peak is that of a few tensors."""
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_peak_memory(tmp_path, calibrated):
+    """400 MB of float32 in one file: the peak is that of a few tensors; with calibration, of a few of the statistics.
+
+    Those of down_proj are 2048 x 2048, 17 MB in float32.
+    """
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8
+        vocab_size=256, hidden_size=1024, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8
     )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "float")
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    save_tokenizer(tmp_path / "float", 256)
+    (tmp_path / "text.txt").write_text(words(1024))
     size = (tmp_path / "float" / "model.safetensors").stat().st_size
     assert size > 390e6
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(tmp_path / "float"), str(tmp_path / "out")], capture_output=True, text=True
-    )
+    arguments = [str(tmp_path / n) for n in ["float", "out", *["text.txt"] * calibrated]]
+    done = subprocess.run([sys.executable, "-c", _PEAK, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split()[-1])
     print(f"{size / 1e6:.0f} MB of floats converted, {peak / 1e6:.0f} MB more at the peak")
-    assert peak < 120e6
+    assert peak < (380e6 if calibrated else 120e6)
 
 
 def run_cli(*arguments):

@@ -63,7 +63,7 @@ def test_outputs_are_closer(isa, rng):
 
     nearest = error(qins.encode(w, group_size=128))
     weighed = error(qins.encode(w, group_size=128, importance=gram.diagonal()))
-    fed = error(qins.ErrorFeedback(gram).encode(w, group_size=128))
+    fed = error(qins.ErrorFeedback(gram, 0.01).encode(w, group_size=128))
     assert fed < 0.5 * weighed < 0.5 * nearest
 
 

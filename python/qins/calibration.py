@@ -183,7 +183,7 @@ def choose_codes(
     text: Text,
     *,
     damping: float = DAMPING,
-    room: int = 512 << 20,
+    room: int = 128 << 20,
     mapped: bool = False,
     store: Store | None = None,
     advance: Callable[[int], None] = lambda _: None,
@@ -306,7 +306,7 @@ def calibrate(
     held_out: float = 0.125,
     sequential: bool = False,
     plan: Plan | None = None,
-    room: int = 512 << 20,
+    room: int = 128 << 20,
     show_progress: bool | None = None,
 ) -> CalibrationReport:
     """Replace linear layers by QINSLinear with log8 codes that are chosen by the model's own activations; in place.

@@ -12,6 +12,8 @@ from .array import Array, EncodedArray, as_float32, encode
 
 DAMPING = 0.1
 
+_ROWS = 256  # of a matrix that are worked on at a time, where all would double the memory
+
 
 class ErrorFeedback:
     """Encodes weights as log8 so that the layer's outputs, rather than the weights, are as exact as they can be.
@@ -50,21 +52,26 @@ class ErrorFeedback:
         self.importance: Array = h.diagonal().copy()
         order = np.argsort(-self.importance, kind="stable")
         self.order: Array = order.astype(np.uint32)
+        self.factors: Array = np.zeros((cols, cols), np.float32)
         mean = float(self.importance.mean()) if cols else 0.0
         if mean == 0.0:  # inputs that were never anything but zero ask for nothing
-            self.factors: Array = np.zeros((cols, cols), np.float32)
             return
-        h = h[np.ix_(order, order)]
-        h[np.diag_indices(cols)] += damping * mean
+        # from the last column back; matrices of float64 are let go as soon as they have served
+        backward = h[np.ix_(order[::-1], order[::-1])]
+        del h
+        backward[np.diag_indices(cols)] += damping * mean
         try:
-            backward = np.linalg.cholesky(h[::-1, ::-1])
+            backward = np.linalg.cholesky(backward)
         except np.linalg.LinAlgError:
             raise ValueError(
                 f"gram: singular with a damping of {damping:g}; it needs more tokens of more varied text, or more "
                 "damping"
             ) from None
-        factor = backward[::-1, ::-1]  # upper triangular, H = factor factor^T
-        self.factors = np.ascontiguousarray(np.tril((factor / factor.diagonal()).T, -1), np.float32)
+        upper = backward[::-1, ::-1]  # H = upper upper^T
+        for j in range(0, cols, _ROWS):
+            columns = upper[:, j : j + _ROWS]
+            scaled = columns / upper.diagonal()[j : j + _ROWS]
+            self.factors[j : j + _ROWS] = np.tril(scaled.T, j - 1)
 
     def encode(self, weights: Any, *, group_size: int | None = None, mu: float | None = None) -> EncodedArray:
         """Encode an (N, K) floating-point array or CPU tensor; arguments and errors as those of `qins.encode`."""
@@ -82,10 +89,13 @@ def _check_gram(gram: Any) -> Array:
     h = np.asarray(gram, np.float64)
     if h.ndim != 2 or h.shape[0] != h.shape[1]:
         raise ValueError(f"gram: expected a square matrix, got shape {h.shape}")
-    if not np.isfinite(h).all():
+    largest = float(max(h.max(initial=0.0), -h.min(initial=0.0)))
+    if not np.isfinite(largest):
         raise ValueError("gram: expected finite numbers, got NaN or infinite ones")
     if (h.diagonal() < 0).any():
         raise ValueError(f"gram: expected a diagonal that is not negative, got {h.diagonal().min()}")
-    if np.abs(h - h.T).max(initial=0.0) > 1e-4 * np.abs(h).max(initial=0.0):
-        raise ValueError("gram: expected a symmetric matrix, got one that differs from its transpose")
+    for row in range(0, h.shape[0], _ROWS):
+        part, turned = h[row : row + _ROWS], h[:, row : row + _ROWS].T
+        if np.abs(part - turned).max(initial=0.0) > 1e-4 * largest:
+            raise ValueError("gram: expected a symmetric matrix, got one that differs from its transpose")
     return h

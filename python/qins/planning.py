@@ -230,7 +230,7 @@ def plan_layers(
     target_kld: float | None = None,
     *,
     damping: float = DAMPING,
-    room: int = 512 << 20,
+    room: int = 128 << 20,
     mapped: bool = False,
     advance: Callable[[int], None] = lambda _: None,
     clock: Clock | None = None,
@@ -262,7 +262,7 @@ def plan(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = ("lm_head",),
     damping: float = DAMPING,
-    room: int = 512 << 20,
+    room: int = 128 << 20,
     show_progress: bool | None = None,
 ) -> Plan:
     """Choose each layer's group size so that bits go where they matter; `calibrate(..., plan=...)` then follows it.

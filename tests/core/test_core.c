@@ -776,7 +776,8 @@ static void nonfinite(void)
                             .group_scale = g,
                             .group_size = 64};
             for (size_t j = 0; j < qins_isa_count(); j++) {
-                check(qins_encode(qins_isa_at(j), &w, NULL, 2, &e) == 1, "not finite", qins_isa_at(j)->name, (size_t)b, 0);
+                check(qins_encode(qins_isa_at(j), &w, NULL, 2, &e) == 1, "not finite", qins_isa_at(j)->name, (size_t)b,
+                      0);
                 qins_nonfinite found = qins_find_nonfinite(qins_isa_at(j), &w);
                 check(found.count == 2 && found.first == 777, "found", qins_isa_at(j)->name, (size_t)b, 0);
             }
