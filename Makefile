@@ -33,7 +33,7 @@ test-transformers: $(VENV)/installed-dev
 	        $(BIN)/pip install --quiet --disable-pip-version-check --target $$there transformers==$$version numpy==$$numpy; \
 	        touch $$there/installed; \
 	    }; \
-	    PYTHONPATH=$$there $(BIN)/python -m pytest -q -W ignore tests/test_hf.py tests/test_cache.py; \
+	    PYTHONPATH=$$there $(BIN)/python -m pytest -q -W ignore tests/test_hf.py tests/test_cache.py tests/test_chat.py; \
 	done
 
 test-core:

@@ -31,7 +31,9 @@ class Speaker:
     @torch.inference_mode()
     def say(self, prompt: str, *, special_tokens: bool = True) -> str:
         """Print what follows the prompt, and return it."""
-        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens)
+        inputs = self.tokenizer(
+            prompt, return_tensors="pt", add_special_tokens=special_tokens, return_token_type_ids=False
+        )
         out = self.model.generate(**inputs, **self.options, streamer=self.streamer)
         text: str = self.tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         return text
