@@ -295,3 +295,82 @@ def test_command_line(source, tmp_path):
     done = run_cli("quantize", source, tmp_path / "x", "--codec", "log7")
     assert done.returncode == 1
     assert "expected one of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("swapped", "no tensor .* which model.safetensors.index.json says is there"),
+        ("renamed", "named in model.safetensors.index.json, but not there"),
+        ("no index", "expected one model, got .* and no index"),
+        ("integers", "expected one of .*, got torch.int32|weights: expected"),
+        ("header", "model-00002-of-"),
+    ],
+)
+def test_faults_of_the_source(source, tmp_path, fault, message):
+    """Each has its error, and both the source and what was written before are left as they are."""
+    shards = sorted(source.glob("*.safetensors"))
+    if fault == "swapped":
+        shards[0].rename(source / "x")
+        shards[1].rename(shards[0])
+        (source / "x").rename(shards[1])
+    elif fault == "renamed":
+        shards[1].rename(source / "model-2.safetensors")
+    elif fault == "no index":
+        (source / "model.safetensors.index.json").unlink()
+    elif fault == "integers":
+        state = load_file(shards[1])
+        key = next(k for k in state if "proj" in k)
+        state[key] = state[key].to(torch.int32)
+        save_file(state, shards[1], {"format": "pt"})
+    else:
+        content = bytearray(shards[1].read_bytes())
+        content[9] ^= 0x10  # a letter of the header
+        shards[1].write_bytes(content)
+    before = tree(source)
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        quantize_checkpoint(source, tmp_path / "out")
+    assert tree(source) == before
+    left = tree(tmp_path / "out") if (tmp_path / "out").exists() else {}
+    assert "config.json" not in left
+    assert not any(n.endswith(".tmp") for n in left)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and a function that remounts it with other options."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a file system here")
+    yield path, lambda options: subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_full_disk(source, tmp_path, small_disk, monkeypatch):
+    disk, remount = small_disk
+    (disk / "mine.txt").write_text("precious")
+    with pytest.raises(OSError, match="needs .* bytes, the disk has"):
+        quantize_checkpoint(source, disk / "out")
+    # somebody else fills it after it was looked at
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1 << 40}))
+        with pytest.raises(OSError, match="No space left on device"):
+            quantize_checkpoint(source, disk / "out")
+    names = [p.name for p in (disk / "out").iterdir()]
+    assert not any(n.endswith(".tmp") or n == "config.json" for n in names)
+    assert (disk / "mine.txt").read_text() == "precious"
+    remount("size=8m")
+    quantize_checkpoint(source, disk / "out")  # goes on
+    quantize_checkpoint(source, tmp_path / "undisturbed")
+    assert tree(disk / "out") == tree(tmp_path / "undisturbed")
+
+
+def test_read_only_target(source, small_disk):
+    disk, remount = small_disk
+    (disk / "mine.txt").write_text("precious")
+    remount("ro")
+    with pytest.raises(OSError, match="Read-only file system"):
+        quantize_checkpoint(source, disk / "out")
+    assert [p.name for p in disk.iterdir()] == ["mine.txt"]

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,13 @@ class _ShardWriter:
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
         self.file = path.open("wb")
-        self.file.write(len(text).to_bytes(8, "little") + text)
-        self.file.truncate(self.start + at)
+        try:
+            self.file.write(len(text).to_bytes(8, "little") + text)
+            self.file.truncate(self.start + at)
+        except OSError:
+            with suppress(OSError):
+                self.file.close()
+            raise
         self.left = set(self.places)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -243,14 +249,24 @@ def _sync_directory(path: Path) -> None:
             os.close(handle)
 
 
+@contextmanager
+def _atomically(target: Path) -> Iterator[Path]:
+    """Lend a name to write to; it becomes `target` when all went well, and goes otherwise."""
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(target.parent)
+
+
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
+    with _atomically(path) as temporary, temporary.open("w", encoding="utf-8") as f:
         f.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
         f.flush()
         os.fsync(f.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
 
 
 def _prepare(out: Path, fingerprint: str, needed: int) -> None:
@@ -353,20 +369,17 @@ def _convert_shard(
     target: Path,
     advance: Callable[[int], None],
 ) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    writer = _ShardWriter(temporary, planned.shards[file], {"format": "pt"})
-    try:
-        for key, stored in checkpoint.tensors.items():
-            if checkpoint.where(key) == file:
-                _convert_tensor(checkpoint, planned, store, key, writer)
-                advance(stored.bytes)
-        writer.close()
-        temporary.replace(target)
-        _sync_directory(target.parent)
-    except BaseException:
-        writer.file.close()
-        temporary.unlink(missing_ok=True)
-        raise
+    with _atomically(target) as temporary:
+        writer = _ShardWriter(temporary, planned.shards[file], {"format": "pt"})
+        try:
+            for key, stored in checkpoint.tensors.items():
+                if checkpoint.where(key) == file:
+                    _convert_tensor(checkpoint, planned, store, key, writer)
+                    advance(stored.bytes)
+            writer.close()
+        finally:
+            with suppress(OSError):  # of a full disk, once more
+                writer.file.close()
 
 
 def _convert_tensor(checkpoint: Checkpoint, planned: Plan, store: Store | None, key: str, writer: _ShardWriter) -> None:
