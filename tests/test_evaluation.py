@@ -117,7 +117,9 @@ def test_greedy(source, text_file):
 
 
 def test_every_codec_and_peer(source, text_file):
-    names = [*evaluation.CODECS, *PEERS, evaluation.WHOLE_BF16]
+    # a row's scale alone takes half a bit of these small layers' weights
+    codecs = ["calibrated to 8.7 bits" if c == "calibrated to 8.13 bits" else c for c in evaluation.CODECS]
+    names = [*codecs, *PEERS, evaluation.WHOLE_BF16]
     found = evaluation.evaluate_all(str(source), names, settings(text_file))
     kl = {m.name: m.comparison.summary().kl_mean for m in found.measured}
     assert list(kl) == names
@@ -127,6 +129,7 @@ def test_every_codec_and_peer(source, text_file):
     bits = {m.name: m.bits for m in found.measured}
     assert bits["bf16 weights"] == bits["bf16 model"] == bits["golden"] // 1 == 16
     assert bits["Q8_0"] == 8.5
+    assert bits["calibrated to 8.7 bits"] <= 8.7
     assert {m.name for m in found.measured if m.tokens_per_second is None} == set(PEERS)
     assert found.levels["levels"][-1] == pytest.approx(1.0)
     assert sum(found.levels["counts"]) == 64 * 64
@@ -250,10 +253,11 @@ def test_report_in_a_browser(report, tmp_path):
     check.write_text(report.read_text().replace("</body>", script + "</body>"))
     for dark in (True, False):
         run = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom",
-             f"--user-data-dir={tmp_path / str(dark)}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+             "--window-size=400,900", f"--user-data-dir={tmp_path / str(dark)}",
+             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
              check.as_uri()],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         title = re.search(r"<title>(\{.*?\})</title>", run.stdout)
         assert title, run.stderr[-2000:]

@@ -171,7 +171,7 @@ def evaluate(
     """Measure how far a model's answers are from its float original's.
 
     With --against, MODEL is measured as it is. Without, everything is made of MODEL and measured in one run: log8,
-    calibrated, 'calibrated to 8.13 bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
+    calibrated, 'calibrated to N bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
     'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'.
     """
     from . import _torch  # noqa: F401 - says which extra is missing where torch is

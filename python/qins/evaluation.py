@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ Tensor = torch.Tensor
 # What a table of everything has, in its order. "calibrated" is log8 with codes chosen on text that is not compared on.
 CODECS = ("log8", "calibrated", "calibrated to 8.13 bits", "log8 per row", "log9", "golden", "rational")
 WHOLE_BF16 = "bf16 model"
+_TO_BITS = re.compile(r"calibrated to (\d+(?:\.\d+)?) bits")
 
 _PROMPTS = 4
 _PROMPT_TOKENS = 32
@@ -224,7 +226,8 @@ class Bench:
             return _Made(model.bfloat16(), 16.0)
         if name.startswith("calibrated"):
             text, show = split(self.calibration_batches()), self.settings.show_progress
-            target = None if name == "calibrated" else float(name.split()[2])
+            told = _TO_BITS.fullmatch(name)
+            target = float(told[1]) if told else None
             spending = None if target is None else plan(model, text, target_bits=target, show_progress=show)
             report = calibrate(model, text, plan=spending, show_progress=show)
             self.evaluation.about["calibration"] = {
@@ -348,7 +351,7 @@ def evaluate_all(reference: str | None, names: Sequence[str], settings: Settings
     """Make models of the given names (of CODECS, PEERS, WHOLE_BF16) from a float one, and measure each against it."""
     known = [*CODECS, *PEERS, WHOLE_BF16]
     for name in names:
-        if name not in known:
+        if name not in known and not _TO_BITS.fullmatch(name):
             raise ValueError(f"codec: expected one of {', '.join(known)}, got {name!r}")
     bench = Bench(find_model(reference), settings)
     with bench.recording() as recording:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .conversion import ConversionReport, choose
 from .evaluate import greedy, log_probabilities
+from .linear import QINSLinear
 
 Tensor = torch.Tensor
 
@@ -114,7 +115,8 @@ class Recording:
                 if what != "input" or name not in modules:
                     continue
                 module = modules[name]
-                dtype = module.weight.dtype
+                # of a QINSLinear, asking for the weight would decode it
+                dtype = module._dtype if isinstance(module, QINSLinear) else module.weight.dtype
                 expected = f.get_tensor(f"{name}.output").double()
                 got = module(f.get_tensor(key).to(dtype)).double()
                 noise = float((got - expected).square().sum())
