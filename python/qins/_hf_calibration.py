@@ -10,25 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from ._atomic import write_json
 from .activations import Layer, Text, cut, split
-from .calibration import Choice, Store, choose_codes, write_json
+from .calibration import Choice, Store, choose_codes
 from .conversion import progress
 from .linear import QINSLinear
-from .models import load_tokenizer
+from .models import load_tokenizer, read_text
 from .planning import plan_layers
 
 if TYPE_CHECKING:
     from .hf import QinsConfig, QinsHfQuantizer
-
-
-def calibration_text(path: str) -> str:
-    """Read a text file."""
-    try:
-        return Path(path).read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"calibration: expected a text file in UTF-8, got {path}: {e}") from None
 
 
 def tokenized(source: str | Path, text: str, tokens: int) -> Text:
@@ -81,17 +73,15 @@ def calibrate_loaded(quantizer: QinsHfQuantizer, model: Any) -> None:
 
     config = quantizer.quantization_config
     assert isinstance(config.calibration, str)
-    source = calibration_text(config.calibration)
+    source = read_text(config.calibration)
     text = tokenized(model.config._name_or_path, source, config.calibration_tokens)
     layers: dict[str, Layer] = {}
     for name, module in quantizer.chosen(model).items():
         codec, size = config.layer(name, sizes(module)[0])
         layers[name] = Layer(module, codec, size, isinstance(module, conv1d()))
     total = sum(layer.weight.numel() for layer in layers.values())
-    made: dict[str, Choice] = {}
     with progress("calibrating", total, None) as advance:
-        for name, choice in choose_codes(model, layers, text, mapped=True, advance=advance):
-            made[name] = choice
+        made = dict(choose_codes(model, layers, text, mapped=True, advance=advance))
     for name, choice in made.items():
         quantizer.put(model, name, layers[name].module, coded(layers[name], choice))
     config.calibration = Calibration(source, config.calibration_tokens).record(text)
@@ -99,14 +89,16 @@ def calibrate_loaded(quantizer: QinsHfQuantizer, model: Any) -> None:
 
 def coded(layer: Layer, choice: Choice) -> QINSLinear:
     """Return the QINSLinear that takes a layer's place; its buffers count as loaded."""
-    weight, bias = layer.weight, layer.module.bias
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    new = QINSLinear.from_encoded(linear, choice.encoded, layer.codec, layer.group_size)
-    for name in choice.encoded.fields:
-        new._buffers[name] = torch.from_numpy(choice.encoded.fields[name])
-        new._buffers[name]._is_hf_initialized = True  # type: ignore[union-attr]
-    new.bias = bias  # type: ignore[assignment]
+    out_features, in_features = layer.weight.shape
+    new = QINSLinear(
+        in_features, out_features, bias=False, codec=layer.codec, group_size=layer.group_size, device="meta",
+        dtype=layer.weight.dtype,
+    )  # fmt: skip
+    for name, array in choice.encoded.fields.items():
+        buffer = torch.from_numpy(array)
+        buffer.__dict__["_is_hf_initialized"] = True
+        new._buffers[name] = buffer
+    new.register_parameter("bias", layer.module._parameters["bias"])
     new.train(layer.module.training)
     return new
 
@@ -161,8 +153,5 @@ class CheckpointCalibration:
         layers = self._layers(modules)
         total = sum(layer.weight.numel() for layer in layers.values())
         with progress("calibrating", total, self.show_progress) as advance:
-            for name, choice in choose_codes(
-                self.model, layers, self.text, mapped=True, store=self.store, advance=advance
-            ):
-                if layers[name].codec != "log8":
-                    self.store.put(name, choice)
+            for _ in choose_codes(self.model, layers, self.text, mapped=True, store=self.store, advance=advance):
+                pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -53,14 +52,6 @@ class Text:
     def tokens(self) -> tuple[int, int]:
         """Tokens of statistics, and of those held out."""
         return sum(map(_count, self.batches)), sum(map(_count, self.held))
-
-    def fingerprint(self) -> str:
-        """A hash of all token ids."""
-        h = hashlib.sha256()
-        for batch in [*self.batches, *self.held]:
-            for t in _ids(batch):
-                h.update(f"{tuple(t.shape)}".encode() + t.contiguous().numpy().tobytes())
-        return h.hexdigest()
 
 
 def _ids(batch: Any) -> Iterator[Tensor]:

@@ -19,21 +19,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._atomic import atomically, write_json
 from ._pages import give_back_freed_memory, page_out
 from .activations import Layer, Statistics, Text, evaluating, forward_call, paged_out, split
 from .array import EncodedArray, encode
 from .blocks import BlockChain
 from .conversion import (
-    Comparison,
     ConversionReport,
     ConvertedModule,
     Places,
     SkippedModule,
+    WeightComparison,
     check_finite,
     choose,
     keep_hooks,
     places_of,
     progress,
+    sharing_codes,
     tell_transformers,
 )
 from .feedback import DAMPING, ErrorFeedback
@@ -82,18 +84,21 @@ class CalibrationReport(ConversionReport):
         return "\n".join(lines)
 
 
-def _output_error(x: Tensor, weight: Tensor, e: EncodedArray) -> float:
-    """Squared error of x @ W.T over its square, some rows of W at a time."""
-    error = size = 0.0
+def output_errors(x: Tensor, weight: Tensor, e: EncodedArray | None) -> Tensor:
+    """Mean square, over tokens x, of what the codes change each output by, float64 (N,).
+
+    Without codes it is the mean square of the outputs themselves, as if the codes were zeros.
+    """
+    errors = torch.empty(weight.shape[0], dtype=torch.float64)
     rows = max(1, (1 << 22) // max(weight.shape[1], 1))
-    decoded = np.empty((min(rows, weight.shape[0]), weight.shape[1]), np.float32)
+    decoded = torch.zeros(min(rows, weight.shape[0]), weight.shape[1])
     for row in range(0, weight.shape[0], rows):
         w = weight[row : row + rows].float()
         part = decoded[: len(w)]
-        e.decode_block(part, "float32", row, 0)
-        size += float((x @ w.T).square().sum(dtype=torch.float64))
-        error += float((x @ (torch.from_numpy(part) - w).T).square().sum(dtype=torch.float64))
-    return error / size if size > 0.0 else (0.0 if error == 0.0 else float("inf"))
+        if e is not None:
+            e.decode_block(part.numpy(), "float32", row, 0)
+        errors[row : row + rows] = (x @ (part - w).T).square().mean(0, dtype=torch.float64)
+    return errors
 
 
 @dataclass
@@ -115,17 +120,12 @@ def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | N
     if held is None or not len(held):
         return Choice(calibrated)
     nearest = encode(weight, "log8", group_size=layer.group_size)
-    before, after = (_output_error(held, weight, e) for e in (nearest, calibrated))
+    size, before, after = (float(output_errors(held, weight, e).sum()) for e in (None, nearest, calibrated))
+    if size > 0.0:
+        before, after = before / size, after / size
     if after < before:
         return Choice(calibrated, before, after)
     return Choice(nearest, before, before, "nearest: no better on the tokens held out")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is complete under its name or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    temporary.replace(path)
 
 
 class Store:
@@ -148,12 +148,11 @@ class Store:
         """Keep a layer's codes."""
         from safetensors.numpy import save_file
 
-        temporary = self.directory / f"{name}.tmp"
         e = choice.encoded
         about = {"codec": e.codec, "group_size": str(e.group_size or 0), "nearest_error": repr(choice.nearest_error),
                  "error": repr(choice.error), "kept": choice.kept}  # fmt: skip
-        save_file({n: np.asarray(f) for n, f in e.fields.items()}, str(temporary), about)
-        temporary.replace(self.directory / f"{name}.safetensors")
+        with atomically(self.directory / f"{name}.safetensors") as temporary:
+            save_file({n: np.asarray(f) for n, f in e.fields.items()}, str(temporary), about)
 
     def get(self, name: str) -> Choice | None:
         """Return a layer's codes, if they are there."""
@@ -221,6 +220,8 @@ def choose_codes(
         done = store.get(name) if store else None
         if done is None and layer.codec != "log8":
             done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code a value")
+            if store:
+                store.put(name, done)
         if done is not None:
             del left[name]
             yield finish(name, done)
@@ -351,7 +352,7 @@ def calibrate(
         for m, n in chosen.items()
         if first[id(m.weight)] == n
     }
-    comparison, clock = Comparison(), Clock()
+    comparison, clock = WeightComparison(), Clock()
     ready: dict[str, QINSLinear] = {}
 
     def install(name: str, choice: Choice) -> None:
@@ -375,10 +376,7 @@ def calibrate(
     for module, name in chosen.items():
         new = ready[first[id(module.weight)]]
         if first[id(module.weight)] != name:
-            new = QINSLinear.from_encoded(module, None, "log8", new.group_size)
-            new._buffers.update(ready[first[id(module.weight)]]._buffers)
-            reason = "shares the codes of a module with the same weight"
-            report.skipped.append(SkippedModule(name, "Linear", reason))
+            new = sharing_codes(name, module, new, report)
         _put_in_place(new, module, places)
     order = {n: i for i, n in enumerate(layers)}
     report.converted.sort(key=lambda m: order[m.name])
@@ -395,7 +393,7 @@ def _put_in_place(new: QINSLinear, old: nn.Module, places: Places) -> None:
 
 
 def _encoded_layer(
-    name: str, layer: Layer, choice: Choice, comparison: Comparison, report: CalibrationReport
+    name: str, layer: Layer, choice: Choice, comparison: WeightComparison, report: CalibrationReport
 ) -> QINSLinear:
     linear = layer.module
     assert isinstance(linear, nn.Linear)

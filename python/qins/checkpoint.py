@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ._atomic import atomically, write_json
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from .array import SCALARS, array_names, encode, field_shapes
 from .calibration import Store
@@ -222,12 +222,10 @@ class _ShardWriter:
         self.left.discard(name)
 
     def close(self) -> None:
-        """Finish; the file is on the disk when this returns."""
+        """Finish the file."""
         with self.file:
             if self.left:
                 raise ValueError(f"{self.file.name}: not written: {', '.join(sorted(self.left)[:5])}")
-            self.file.flush()
-            os.fsync(self.file.fileno())
 
 
 def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
@@ -238,35 +236,6 @@ def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
     for name, t in checkpoint.tensors.items():
         h.update(f"{name} {t.dtype} {t.shape}".encode())
     return h.hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def _atomically(target: Path) -> Iterator[Path]:
-    """Lend a name to write to; it becomes `target` when all went well, and goes otherwise."""
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        yield temporary
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(target.parent)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with _atomically(path) as temporary, temporary.open("w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _prepare(out: Path, fingerprint: str, needed: int) -> None:
@@ -292,7 +261,7 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
     if free < needed - done:
         raise OSError(f"{out}: needs {needed - done:,} bytes, the disk has {free:,} free")
     if not begun.is_file():
-        _write_json(begun, {"fingerprint": fingerprint})
+        write_json(begun, {"fingerprint": fingerprint})
 
 
 def quantize_checkpoint(
@@ -349,8 +318,6 @@ def quantize_checkpoint(
                 advance(sum(t.bytes for k, t in checkpoint.tensors.items() if checkpoint.where(k) == file))
             else:
                 _convert_shard(checkpoint, planned, store, file, out / name, advance)
-    if store is not None:
-        shutil.rmtree(store.directory)
     _finish(checkpoint, planned, config, out)
     return {
         "layers": len(planned.layers),
@@ -369,7 +336,7 @@ def _convert_shard(
     target: Path,
     advance: Callable[[int], None],
 ) -> None:
-    with _atomically(target) as temporary:
+    with atomically(target) as temporary:
         writer = _ShardWriter(temporary, planned.shards[file], {"format": "pt"})
         try:
             for key, stored in checkpoint.tensors.items():
@@ -409,8 +376,10 @@ def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path
             shutil.copyfile(path, out / path.name)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, targets in planned.shards.items() for t in targets}
-        _write_json(out / "model.safetensors.index.json",
+        write_json(out / "model.safetensors.index.json",
                     {"metadata": {"total_size": planned.nbytes}, "weight_map": weight_map})  # fmt: skip
     config.modules = {module: [codec, group] for module, codec, group, _ in planned.layers.values()}
-    _write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
+    write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
+    if (out / _CALIBRATION).exists():
+        shutil.rmtree(out / _CALIBRATION)
     (out / _PROGRESS).unlink()

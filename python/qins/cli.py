@@ -117,10 +117,10 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to codes on disk, a tensor at a time: any size, without making the model."""
-    from .models import require_transformers
+    from .models import read_text, require_transformers
 
     require_transformers()
-    from ._hf_calibration import Calibration, calibration_text
+    from ._hf_calibration import Calibration
     from .checkpoint import quantize_checkpoint
     from .hf import QinsConfig
 
@@ -128,7 +128,7 @@ def quantize(
     config = QinsConfig(codec, size, include or None, exclude or ())
     calibration = None
     if calibrate is not None:
-        calibration = Calibration(calibration_text(str(calibrate)), calibration_tokens, target_bits, target_kld)
+        calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)
     elif target_bits is not None or target_kld is not None:
         raise ValueError("target-bits, target-kld: expected --calibrate TEXT beside them, got none")
     result = quantize_checkpoint(model, out, config, calibration=calibration)
@@ -176,13 +176,14 @@ def evaluate(
     """
     from . import _torch  # noqa: F401 - says which extra is missing where torch is
     from . import evaluation as ev
+    from .models import read_text
     from .peers import PEERS
 
     settings = ev.Settings(
-        text=None if text is None else text.read_text("utf-8"),
+        text=None if text is None else read_text(text),
         tokens=tokens,
         window=window,
-        calibration=None if calibrate is None else calibrate.read_text("utf-8"),
+        calibration=None if calibrate is None else read_text(calibrate),
         directory=work,
     )
     if against is not None:

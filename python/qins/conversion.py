@@ -96,7 +96,14 @@ class ConversionReport:
         return "\n".join(line.rstrip() for line in lines)
 
 
-class Comparison:
+def snr_db(signal: float, noise: float) -> float:
+    """10 log10 of two sums of squares: infinite without noise."""
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+class WeightComparison:
     """Compares weights with their codes, a few rows at a time.
 
     The working memory is made once: pieces of it made and freed between codes that stay would leave
@@ -122,9 +129,7 @@ class Comparison:
                 decoded.sub_(floats)
                 signal += float(floats.dot(floats))
                 noise += float(decoded.dot(decoded))
-        if noise == 0.0:
-            return math.inf
-        return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+        return snr_db(signal, noise)
 
 
 def _patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str]:
@@ -215,11 +220,11 @@ def convert(
 
 def choose(
     model: nn.Module,
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str],
-    report: ConversionReport,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = ("lm_head",),
+    report: ConversionReport | None = None,
 ) -> dict[nn.Linear, str]:
-    """Return the layers to convert and their names; the report is told of the others."""
+    """Return the layers to convert and their names; the report, if there is one, is told of the others."""
     includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
     chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
@@ -228,7 +233,7 @@ def choose(
         reason = "the model itself; wrap it" if module is model else _reason_to_skip(name, module, includes, excludes)
         if reason is None:
             chosen[module] = name
-        else:
+        elif report is not None:
             report.skipped.append(SkippedModule(name, type(module).__name__, reason))
     return chosen
 
@@ -255,19 +260,24 @@ def _convert(
     show_progress: bool | None,
 ) -> None:
     by_weight: dict[int, QINSLinear] = {}
-    comparison = Comparison()
+    comparison = WeightComparison()
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
         # each layer's floats go before the next layer's codes are made, so nothing here may keep a reference
         while chosen:
             module = next(iter(chosen))
             name, count, key_of_weight = chosen.pop(module), module.weight.numel(), id(module.weight)
             size = resolve_group_size(codec, group_size, module.in_features)
-            new = _encode_module(name, module, codec, size, by_weight.get(key_of_weight), report, comparison)
+            same = by_weight.get(key_of_weight)
+            if same is None:
+                new = _encode_module(name, module, codec, size, report, comparison)
+            else:
+                new = sharing_codes(name, module, same, report)
+            keep_hooks(module, new)
             if any(m.weight is module.weight for m in chosen):
                 by_weight[key_of_weight] = new
             for parent, key in places.pop(module):
                 parent._modules[key] = new
-            del module, new
+            del module, new, same
             advance(count)
 
 
@@ -296,30 +306,28 @@ def tell_transformers(model: nn.Module) -> None:
 
 
 def _encode_module(
-    name: str,
-    module: nn.Linear,
-    codec: str,
-    size: int | None,
-    same: QINSLinear | None,
-    report: ConversionReport,
-    comparison: Comparison,
+    name: str, module: nn.Linear, codec: str, size: int | None, report: ConversionReport, comparison: WeightComparison
 ) -> QINSLinear:
     weight = module.weight
     quality = math.nan
     encoded = None
-    if same is None and weight.device.type != "meta":
+    if weight.device.type != "meta":
         encoded = encode(weight, codec, group_size=size)
         quality = comparison.snr_db(weight, encoded)
     new = QINSLinear.from_encoded(module, encoded, codec, size)
-    if same is not None:
-        new._buffers.update(same._buffers)
-        report.skipped.append(SkippedModule(name, "Linear", "shares the codes of a module with the same weight"))
-    else:
-        after = sum(b.numel() * b.element_size() for b in new._buffers.values() if b is not None)
-        shape = (module.out_features, module.in_features)
-        before = weight.numel() * weight.element_size()
-        report.converted.append(ConvertedModule(name, shape, codec, size, before, after, quality))
-    keep_hooks(module, new)
+    after = sum(b.numel() * b.element_size() for b in new._buffers.values() if b is not None)
+    before = weight.numel() * weight.element_size()
+    report.converted.append(
+        ConvertedModule(name, (module.out_features, module.in_features), codec, size, before, after, quality)
+    )
+    return new
+
+
+def sharing_codes(name: str, module: nn.Linear, same: QINSLinear, report: ConversionReport) -> QINSLinear:
+    """Return a QINSLinear for a module whose weight another one has been encoded from, with its codes."""
+    new = QINSLinear.from_encoded(module, None, same.codec, same.group_size)
+    new._buffers.update(same._buffers)
+    report.skipped.append(SkippedModule(name, "Linear", "shares the codes of a module with the same weight"))
     return new
 
 

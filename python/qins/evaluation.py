@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
-import math
 import re
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _isa, evaluate
+from . import _core, _isa, evaluate
+from ._atomic import write_json
 from ._pages import give_back_freed_memory
 from .activations import cut, split
 from .calibration import calibrate
-from .conversion import ConversionReport, choose, convert, progress
+from .conversion import ConversionReport, choose, convert, progress, snr_db
 from .evaluate import Comparison
 from .linear import QINSLinear
 from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
@@ -158,11 +158,11 @@ def _converted(model: nn.Module, report: ConversionReport) -> _Made:
 def _as_peer(model: nn.Module, name: str) -> _Made:
     peer, snr = PEERS[name], {}
     bits = weights = 0.0
-    for module, layer in choose(model, None, ("lm_head",), ConversionReport()).items():
+    for module, layer in choose(model).items():
         w = module.weight.data
         decoded = peer.decoded(w.float())
         noise, signal = float((decoded - w).double().square().sum()), float(w.double().square().sum())
-        snr[layer] = 10 * math.log10(signal / noise) if noise else math.inf
+        snr[layer] = snr_db(signal, noise)
         bits += peer.bits(w.shape[1]) * w.numel()
         weights += w.numel()
         module.weight.data = decoded.to(w.dtype)
@@ -245,7 +245,7 @@ class Bench:
         return made
 
     def _sample_of_weights(self, model: nn.Module) -> tuple[str, Tensor]:
-        chosen = choose(model, None, ("lm_head",), ConversionReport())
+        chosen = choose(model)
         middle = list(chosen.items())[len(chosen) // 2]
         return middle[1], middle[0].weight.detach().float().clone()
 
@@ -333,7 +333,7 @@ def _over_scale(model: nn.Module, name: str, weight: Tensor) -> dict[str, Any]:
         scale = (scale * multiplier).repeat_interleave(e.group_size, 1)[:, : weight.shape[1]]
     ratio = (weight / scale.clamp_min(1e-30)).clamp(-1.1, 1.1)
     mu = float(e.fields["mu"])
-    levels = [math.expm1(m / 127 * math.log1p(mu)) / mu if mu else m / 127 for m in range(128)]
+    levels = array("f", _core.levels("log8", (mu,))).tolist()
     counts = torch.histc(ratio, 220, -1.1, 1.1)
     return {"layer": name, "mu": mu, "levels": levels, "counts": counts.tolist(), "range": 1.1}
 
@@ -382,5 +382,4 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
 def _keep(bench: Bench, settings: Settings) -> None:
     """Leave what is measured so far beside the recording."""
     if settings.directory is not None:
-        text = json.dumps(bench.evaluation.to_dict(), indent=2)
-        (settings.directory / "measured.json").write_text(text + "\n", "utf-8")
+        write_json(settings.directory / "measured.json", bench.evaluation.to_dict())

@@ -23,11 +23,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ._hf_calibration import calibrate_loaded, calibration_text
+from ._hf_calibration import calibrate_loaded
 from ._pages import page_out
 from .array import check_codec, encode, field_shapes
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .linear import FIELD_DTYPES, QINSLinear, resolve_group_size
+from .models import read_text
 
 _VERSION = int(transformers.__version__.partition(".")[0])
 
@@ -221,7 +222,7 @@ class QinsHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._expect_codes(model)
         elif isinstance(self.quantization_config.calibration, str):
-            calibration_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
+            read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
             self._expect_floats(model)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .array import ARRAYS, FIELD_ROLES, SCALARS, EncodedArray
+from .conversion import snr_db
 from .files import Checkpoint, StoredTensor, open_checkpoint
 from .linear import QINSLinear, default_group_size
 
@@ -325,7 +326,7 @@ def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoi
         signal = float(np.vdot(b.astype(np.float64), b))
         difference = a - b
         noise = float(np.vdot(difference.astype(np.float64), difference))
-        snr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+        snr = snr_db(signal, noise)
         worst = float(np.abs(difference).max(initial=0.0))
         errors.append(LayerError(name, snr, worst, math.sqrt(noise / signal) if signal > 0 else math.inf))
     return errors

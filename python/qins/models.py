@@ -26,6 +26,19 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qins"
 
 
+def read_text(path: str | Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+
+    """
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: expected a text file in UTF-8: {e}") from None
+
+
 def require_transformers() -> Any:
     """Import transformers, or say which extra brings it."""
     try:

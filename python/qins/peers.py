@@ -26,6 +26,11 @@ class Peer:
     bits: Callable[[int], float]
 
 
+def _blocks(w: Tensor, size: int) -> Tensor:
+    """(N, K) to (N, blocks, size); the last block of a row is filled up with zeros."""
+    return torch.nn.functional.pad(w, (0, -w.shape[1] % size)).view(w.shape[0], -1, size)
+
+
 def _int8_row(w: Tensor) -> Tensor:
     """Symmetric int8 with a float32 scale a row, as torchao's, quanto's and bitsandbytes' weight-only int8."""
     scale = w.abs().amax(1, keepdim=True) / 127
@@ -34,8 +39,7 @@ def _int8_row(w: Tensor) -> Tensor:
 
 def _q8_0(w: Tensor) -> Tensor:
     """llama.cpp's Q8_0: int8 with a float16 scale for every 32 weights."""
-    short = -w.shape[1] % 32
-    blocks = torch.nn.functional.pad(w, (0, short)).view(w.shape[0], -1, 32)
+    blocks = _blocks(w, 32)
     scale = blocks.abs().amax(2, keepdim=True) / 127
     # rounded under the float32 scale, decoded with the float16 one, as llama.cpp does
     values = (blocks / scale.clamp_min(1e-30)).round() * scale.half().float()
@@ -44,8 +48,7 @@ def _q8_0(w: Tensor) -> Tensor:
 
 def _hqq(w: Tensor) -> Tensor:
     """Asymmetric uint8 with a float16 scale and zero point for every 64 weights, as HQQ's 8 bits; no optimisation."""
-    short = -w.shape[1] % 64
-    blocks = torch.nn.functional.pad(w, (0, short)).view(w.shape[0], -1, 64)
+    blocks = _blocks(w, 64)
     low, high = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
     scale = ((high - low) / 255).half().float().clamp_min(1e-30)
     zero = (-low / scale).half().float()

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from .activations import Layer, Text, evaluating, forward_call, split
-from .array import EncodedArray
-from .calibration import Clock, rounds
-from .conversion import ConversionReport, check_finite, choose, progress
+from .calibration import Clock, output_errors, rounds
+from .conversion import check_finite, choose, progress
 from .feedback import DAMPING, ErrorFeedback
 
 Tensor = torch.Tensor
@@ -149,21 +147,8 @@ def options(
     for size in sizes:
         e = feedback.encode(weight, group_size=size)
         bits = 8 * e.nbytes / weight.numel()
-        found.append(Option(size, bits, 0.5 * float((sensitivity * _squared_errors(held, weight, e)).sum())))
+        found.append(Option(size, bits, 0.5 * float((sensitivity * output_errors(held, weight, e)).sum())))
     return found
-
-
-def _squared_errors(x: Tensor, weight: Tensor, e: EncodedArray) -> Tensor:
-    """Mean squared error of each output over the tokens, float64 (N,)."""
-    errors = torch.empty(weight.shape[0], dtype=torch.float64)
-    rows = max(1, (1 << 22) // max(weight.shape[1], 1))
-    decoded = np.empty((min(rows, weight.shape[0]), weight.shape[1]), np.float32)
-    for row in range(0, weight.shape[0], rows):
-        part = decoded[: min(rows, weight.shape[0] - row)]
-        e.decode_block(part, "float32", row, 0)
-        difference = torch.from_numpy(part) - weight[row : row + rows].float()
-        errors[row : row + rows] = (x @ difference.T).square().mean(0, dtype=torch.float64)
-    return errors
 
 
 def hull(found: Iterable[Option]) -> list[Option]:
@@ -288,7 +273,7 @@ def plan(
     if (target_bits is None) == (target_kld is None):
         raise ValueError("plan: expected one of target_bits and target_kld")
     text = batches if isinstance(batches, Text) else split(batches)
-    chosen = choose(model, include, exclude, ConversionReport())
+    chosen = choose(model, include, exclude)
     check_finite(chosen)
     layers = {n: Layer(m, "log8", None) for m, n in chosen.items()}
     with progress("planning", sum(m.weight.numel() for m in chosen), show_progress) as advance:

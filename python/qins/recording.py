@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .conversion import ConversionReport, choose
+from ._atomic import atomically, write_json
+from .conversion import choose, snr_db
 from .evaluate import greedy, log_probabilities
 from .linear import QINSLinear
 
@@ -63,7 +64,7 @@ class Recording:
             if json.loads(about.read_text("utf-8")).get("fingerprint") != key:
                 raise FileExistsError(f"{directory}: holds the answers of another model or to another text; remove it")
         else:
-            _write(about, lambda p: p.write_text(json.dumps({"fingerprint": key}) + "\n", "utf-8"))
+            write_json(about, {"fingerprint": key})
 
     def _window(self, i: int) -> Path:
         return self.directory / f"window-{i:05}.npy"
@@ -77,7 +78,8 @@ class Recording:
         """Let the reference model answer; goes on where it was interrupted."""
         for i, ids in enumerate(self.windows):
             if not self._window(i).exists():
-                _save(self._window(i), log_probabilities(model, ids))
+                with atomically(self._window(i)) as temporary, temporary.open("wb") as f:
+                    np.save(f, log_probabilities(model, ids).numpy())
             advance(ids.numel())
         layers = self.directory / "layers.safetensors"
         if not layers.exists():
@@ -85,14 +87,14 @@ class Recording:
 
             with torch.no_grad(), _watched(model) as seen:
                 model(self.windows[0][:, :_LAYER_TOKENS], use_cache=False)
-            _write(layers, lambda path: save_file(seen, str(path)))
+            with atomically(layers) as temporary:
+                save_file(seen, str(temporary))
         answers, speed = [], 0.0
         for prompt in self.prompts:
             tokens, per_second = greedy(model, prompt, self.new_tokens)
             answers.append(tokens.tolist())
             speed = max(speed, per_second)
-        about = {"answers": answers, "tokens_per_second": speed}
-        _write(self.directory / "reference.json", lambda p: p.write_text(json.dumps(about) + "\n", "utf-8"))
+        write_json(self.directory / "reference.json", {"answers": answers, "tokens_per_second": speed})
 
     def log_probabilities(self, i: int) -> Tensor:
         """Return the reference's log probabilities on window i, mapped from the disk."""
@@ -120,8 +122,7 @@ class Recording:
                 expected = f.get_tensor(f"{name}.output").double()
                 got = module(f.get_tensor(key).to(dtype)).double()
                 noise = float((got - expected).square().sum())
-                signal = float(expected.square().sum())
-                snr[name] = float("inf") if noise == 0.0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
+                snr[name] = snr_db(float(expected.square().sum()), noise)
         return snr
 
 
@@ -138,25 +139,10 @@ def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    for module, name in choose(model, None, ("lm_head",), ConversionReport()).items():
+    for module, name in choose(model).items():
         hooks.append(module.register_forward_hook(look(name)))
     try:
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Under its own name only what is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
-
-
-def _save(path: Path, p: Tensor) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as f:
-            np.save(f, p.numpy())
-
-    _write(path, write)
