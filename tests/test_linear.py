@@ -65,8 +65,11 @@ def test_tiles_cover_large_layers(layer):
         q = qins.QINSLinear.from_linear(linear, codec, group_size=group)
         x = torch.randn(40, linear.in_features)
         g = torch.randn(40, linear.out_features)
-        assert relative_rms(ops._multiply(x, fields(q), codec, group), x.double() @ q.weight.double().T) < 2e-4
-        assert relative_rms(ops._multiply_transposed(g, fields(q), codec, group), g.double() @ q.weight.double()) < 1e-5
+        assert relative_rms(ops.multiply_codes(x, fields(q), codec, group), x.double() @ q.weight.double().T) < 2e-4
+        assert (
+            relative_rms(ops.multiply_codes_transposed(g, fields(q), codec, group), g.double() @ q.weight.double())
+            < 1e-5
+        )
 
 
 def fields(q):
@@ -238,7 +241,7 @@ def test_fused_and_tiles_agree(layer, dtype):
             x = torch.randn(rows, 300).to(dtype)
             for fused in (0, 1000):
                 ops.set_fused_rows(fused)
-                y = ops._multiply(x, fields(layer), layer.codec, layer.group_size)
+                y = ops.multiply_codes(x, fields(layer), layer.codec, layer.group_size)
                 limit = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
                 assert relative_rms(y, x.double() @ exact.T) < limit
     finally:
@@ -256,7 +259,7 @@ def test_fused_product_is_accurate_and_independent_of_threads(layer, outlier):
         results = []
         for threads in (1, 2, 3, 8):
             qins.set_num_threads(threads)
-            results.append(ops._multiply(x, fields(big), big.codec, big.group_size))
+            results.append(ops.multiply_codes(x, fields(big), big.codec, big.group_size))
         assert all(torch.equal(r, results[0]) for r in results)
         assert relative_rms(results[0], x.double() @ big.weight.double().T) < 2e-4
 

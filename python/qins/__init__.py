@@ -18,12 +18,15 @@ from .golden import QINSCodec
 
 if TYPE_CHECKING:
     from ._hf_cache import QINSCache
+    from ._hf_config import QinsConfig
     from .cache import QINSKVCache
     from .calibration import CalibrationReport, calibrate
+    from .coded import default_group_size
     from .conversion import ConversionReport, convert
-    from .hf import QinsConfig, load
+    from .experts import QINSExperts
+    from .hf import load
     from .inspection import InspectionReport, inspect, load_seed_checkpoint
-    from .linear import QINSLinear, default_group_size
+    from .linear import QINSEmbedding, QINSLinear
     from .memory import MemoryReport, memory_report
     from .planning import Plan, plan
 
@@ -39,6 +42,8 @@ __all__ = [
     "Plan",
     "QINSCache",
     "QINSCodec",
+    "QINSEmbedding",
+    "QINSExperts",
     "QINSKVCache",
     "QINSLinear",
     "QinsConfig",
@@ -69,7 +74,9 @@ _LAZY = {
     "calibrate": "calibration",
     "ConversionReport": "conversion",
     "convert": "conversion",
-    "default_group_size": "linear",
+    "default_group_size": "coded",
+    "QINSEmbedding": "linear",
+    "QINSExperts": "experts",
     "QINSLinear": "linear",
     "InspectionReport": "inspection",
     "QinsConfig": "hf",

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._atomic import write_json
+from ._hf_embeddings import loaded
+from ._hf_modules import conv1d, sizes
 from .activations import Layer, Text, cut, split
 from .calibration import Choice, Store, choose_codes
 from .conversion import progress
+from .experts import QINSExperts, projections
 from .linear import QINSLinear
 from .models import load_tokenizer, read_text
 from .planning import plan_layers
 
 if TYPE_CHECKING:
-    from .hf import QinsConfig, QinsHfQuantizer
+    from ._hf_config import QinsConfig
+    from .hf import QinsHfQuantizer
 
 
 def tokenized(source: str | Path, text: str, tokens: int) -> Text:
@@ -69,14 +73,17 @@ class Calibration:
 
 def calibrate_loaded(quantizer: QinsHfQuantizer, model: Any) -> None:
     """Replace the modules of a float model that has just been loaded by calibrated ones."""
-    from .hf import conv1d, sizes
-
     config = quantizer.quantization_config
     assert isinstance(config.calibration, str)
     source = read_text(config.calibration)
     text = tokenized(model.config._name_or_path, source, config.calibration_tokens)
     layers: dict[str, Layer] = {}
     for name, module in quantizer.chosen(model).items():
+        if projections(module):  # text reaches an expert too rarely for statistics: these get the nearest codes
+            quantizer.put(
+                model, name, module, loaded(QINSExperts.from_experts(module, *quantizer.experts_codec(name, module)))
+            )
+            continue
         codec, size = config.layer(name, sizes(module)[0])
         layers[name] = Layer(module, codec, size, isinstance(module, conv1d()))
     total = sum(layer.weight.numel() for layer in layers.values())
@@ -94,13 +101,10 @@ def coded(layer: Layer, choice: Choice) -> QINSLinear:
         in_features, out_features, bias=False, codec=layer.codec, group_size=layer.group_size, device="meta",
         dtype=layer.weight.dtype,
     )  # fmt: skip
-    for name, array in choice.encoded.fields.items():
-        buffer = torch.from_numpy(array)
-        buffer.__dict__["_is_hf_initialized"] = True
-        new._buffers[name] = buffer
+    new._take_codes(choice.encoded, "cpu")
     new.register_parameter("bias", layer.module._parameters["bias"])
     new.train(layer.module.training)
-    return new
+    return loaded(new)
 
 
 class CheckpointCalibration:

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import _torch
 from .array import check_alpha
-from .linear import floats_as_bits
+from .coded import floats_as_bits
 from .ops import decode_fields, multiply
 from .rational import DEFAULT_TARGETS, check_finite, decode_array, project, quantise, warn_deprecated
 

@@ -34,6 +34,9 @@ FIELD_ROLES = {
     "scale": "range", "group_scale": "range", "mu": "range", "log_min": "range", "log_max": "range",
     "alpha": "range", "z_min": "range", "z_max": "range",
 }  # fmt: skip
+# The stacks of matrices of a mixture's experts; fields of their codes are named `<stack>_<field>`.
+EXPERT_STACKS = ("gate_up_proj", "up_proj", "down_proj")
+_STACKED_FIELDS = {f"{stack}_{field}": (stack, field) for stack in EXPERT_STACKS for field in FIELD_ROLES}
 _FIELD_DTYPE: dict[str, np.dtype[Any]] = {
     "stored": np.dtype(np.uint8),
     "sign": np.dtype(np.int8),
@@ -91,6 +94,11 @@ def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> 
     shapes["sign_bits"] = (*lead, -(-cols // 8))
     shapes["group_scale"] = (*lead, -(-cols // group_size)) if group_size else ()
     return {name: shapes[name] for name in array_names(codec, group_size)}
+
+
+def split_field(name: str) -> tuple[str, str] | None:
+    """What a buffer's name stands for: ("", field), or (stack, field) of experts; None if it is not of codes."""
+    return ("", name) if name in FIELD_ROLES else _STACKED_FIELDS.get(name)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

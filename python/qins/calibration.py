@@ -24,6 +24,7 @@ from ._pages import give_back_freed_memory, page_out
 from .activations import Layer, Statistics, Text, evaluating, forward_call, paged_out, split
 from .array import EncodedArray, encode
 from .blocks import BlockChain
+from .coded import resolve_group_size
 from .conversion import (
     ConversionReport,
     ConvertedModule,
@@ -32,6 +33,8 @@ from .conversion import (
     WeightComparison,
     check_finite,
     choose,
+    choose_experts,
+    encode_experts,
     keep_hooks,
     places_of,
     progress,
@@ -39,7 +42,7 @@ from .conversion import (
     tell_transformers,
 )
 from .feedback import DAMPING, ErrorFeedback
-from .linear import QINSLinear, resolve_group_size
+from .linear import QINSLinear
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -315,7 +318,8 @@ def calibrate(
     The model runs over the batches while the second moments of each layer's inputs are added up, a few layers at a
     time if they need more than `room`; then each weight is rounded with error feedback (see `qins.ErrorFeedback`). A
     layer whose outputs would be no better for it, on batches held out of the statistics, gets the nearest codes, as
-    from `convert`. The result does not depend on anything but the arguments and the number of threads.
+    from `convert`. So do experts that are kept as stacks of matrices. The result does not depend on anything but the
+    arguments and the number of threads.
 
     Args:
         model: any nn.Module whose forward takes a batch; in float, on the CPU.
@@ -343,7 +347,8 @@ def calibrate(
     if plan is not None:
         for module in [m for m, n in chosen.items() if n in plan.left]:
             report.skipped.append(SkippedModule(chosen.pop(module), "Linear", "left by the plan"))
-    check_finite(chosen)
+    experts = choose_experts(model, include, exclude, report)
+    check_finite(chosen, experts)
     places = places_of(model, chosen)
     first: dict[int, str] = {id(m.weight): n for m, n in reversed(chosen.items())}
     planned = plan.group_sizes if plan is not None else {}
@@ -380,6 +385,8 @@ def calibrate(
         _put_in_place(new, module, places)
     order = {n: i for i, n in enumerate(layers)}
     report.converted.sort(key=lambda m: order[m.name])
+    for name, stacked in experts.items():
+        model.set_submodule(name, encode_experts(name, stacked, "log8", group_size, report))
     report.seconds_statistics, report.seconds_rounding = clock.statistics, clock.rounding
     give_back_freed_memory()
     tell_transformers(model)

@@ -15,12 +15,14 @@ import torch
 
 from ._atomic import atomically, write_json
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
+from ._hf_config import QinsConfig
+from ._hf_modules import pending_layers
 from .array import SCALARS, array_names, encode, field_shapes
 from .calibration import Store
+from .coded import FIELD_DTYPES
 from .conversion import progress
 from .files import Checkpoint, StoredTensor, open_checkpoint
-from .hf import QinsConfig, QinsHfQuantizer, pending_layers
-from .linear import FIELD_DTYPES
+from .hf import QinsHfQuantizer
 
 _PROGRESS = "qins-progress.json"
 _CALIBRATION = "qins-calibration"

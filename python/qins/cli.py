@@ -121,8 +121,8 @@ def quantize(
 
     require_transformers()
     from ._hf_calibration import Calibration
+    from ._hf_config import QinsConfig
     from .checkpoint import quantize_checkpoint
-    from .hf import QinsConfig
 
     size: int | str | None = "default" if group_size is None else group_size or None
     config = QinsConfig(codec, size, include or None, exclude or ())

@@ -25,8 +25,8 @@ from torch import nn
 from . import rational
 from .array import encode
 from .cache import QINSKVCache
+from .coded import floats_as_bits
 from .golden import QINSCodec
-from .linear import floats_as_bits
 from .ops import decode_fields, multiply
 
 _NAMES = ("stored", "sign", "log_min", "log_max")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +14,9 @@ from torch import nn
 
 from ._pages import give_back_freed_memory
 from .array import EncodedArray, encode
-from .linear import QINSLinear, resolve_group_size
+from .coded import resolve_group_size
+from .experts import QINSExperts, projections, stack_sizes
+from .linear import QINSLinear
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class ConvertedModule:
     """One converted layer. Bytes are of the weight alone; the bias is the same before and after."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # of a stack of experts with their number first
     codec: str
     group_size: int | None
     bytes_before: int
@@ -76,7 +78,7 @@ class ConversionReport:
         for m in self.converted:
             codec = f"{m.codec}/{m.group_size}" if m.group_size else m.codec
             rows.append(
-                (m.name, f"{m.shape[0]}x{m.shape[1]}", codec, f"{m.bytes_before:,}", f"{m.bytes_after:,}",
+                (m.name, "x".join(map(str, m.shape)), codec, f"{m.bytes_before:,}", f"{m.bytes_after:,}",
                  f"{m.snr_db:.2f}")
             )  # fmt: skip
         rows.append(
@@ -115,6 +117,15 @@ class WeightComparison:
 
     def snr_db(self, weight: torch.Tensor, e: EncodedArray) -> float:
         """Signal to noise ratio of the codes of a matrix: infinite if they are exact."""
+        return snr_db(*self._squares(weight, e))
+
+    def stack_snr_db(self, weights: torch.Tensor, encoded: Callable[[int], EncodedArray]) -> float:
+        """Signal to noise ratio of a stack of matrices, from the codes of each."""
+        squares = [self._squares(w, encoded(i)) for i, w in enumerate(weights)]
+        return snr_db(sum(s for s, _ in squares), sum(n for _, n in squares))
+
+    def _squares(self, weight: torch.Tensor, e: EncodedArray) -> tuple[float, float]:
+        """Sums of squares of a matrix and of its codes' errors."""
         weight = weight.detach()
         signal = noise = 0.0
         elements = self._floats.numel()
@@ -129,7 +140,7 @@ class WeightComparison:
                 decoded.sub_(floats)
                 signal += float(floats.dot(floats))
                 noise += float(decoded.dot(decoded))
-        return snr_db(signal, noise)
+        return signal, noise
 
 
 def _patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str]:
@@ -163,11 +174,18 @@ def progress(description: str, total: int, show: bool | None) -> Iterator[Callab
         yield lambda n: bar.advance(task, n)
 
 
-def _reason_to_skip(name: str, module: nn.Linear, include: list[str], exclude: list[str]) -> str | None:
+def _not_asked_for(name: str, include: list[str], exclude: list[str]) -> str | None:
     if _matches(name, exclude):
         return "excluded"
     if include and not _matches(name, include):
         return "not included"
+    return None
+
+
+def _reason_to_skip(name: str, module: nn.Linear, include: list[str], exclude: list[str]) -> str | None:
+    reason = _not_asked_for(name, include, exclude)
+    if reason is not None:
+        return reason
     if type(module) is not nn.Linear:
         return "a subclass of nn.Linear, which may compute something else"
     if "weight" not in module._parameters:
@@ -187,6 +205,8 @@ def convert(
     show_progress: bool | None = None,
 ) -> ConversionReport:
     """Replace every module whose class is exactly nn.Linear, at any depth, by a QINSLinear; in place.
+
+    Experts that transformers 5 keeps as stacks of matrices become QINSExperts.
 
     A module that appears in several places is converted once and shared as before, and modules that
     share one weight share its codes. The layers are converted one after the other, and each one's floats
@@ -211,8 +231,11 @@ def convert(
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
     report = ConversionReport()
     chosen = choose(model, include, exclude, report)
-    check_finite(chosen)
+    experts = choose_experts(model, include, exclude, report)
+    check_finite(chosen, experts)
     _convert(chosen, places_of(model, chosen), codec, group_size, report, show_progress)
+    for name, module in experts.items():
+        model.set_submodule(name, encode_experts(name, module, codec, group_size, report))
     give_back_freed_memory()
     tell_transformers(model)
     return report
@@ -236,6 +259,50 @@ def choose(
         elif report is not None:
             report.skipped.append(SkippedModule(name, type(module).__name__, reason))
     return chosen
+
+
+def choose_experts(
+    model: nn.Module, include: str | Iterable[str] | None, exclude: str | Iterable[str], report: ConversionReport
+) -> dict[str, nn.Module]:
+    """Return the modules of experts to convert, by name; the report is told of the others."""
+    includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
+    chosen: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not projections(module) or isinstance(module, QINSExperts):
+            continue
+        reason = "the model itself; wrap it" if module is model else _not_asked_for(name, includes, excludes)
+        if reason is None:
+            chosen[name] = module
+        else:
+            report.skipped.append(SkippedModule(name, type(module).__name__, reason))
+    return chosen
+
+
+def encode_experts(
+    name: str, module: nn.Module, codec: str, group_size: int | str | None, report: ConversionReport
+) -> QINSExperts:
+    """Encode a module of experts.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+
+    """
+    sizes = {s: resolve_group_size(codec, group_size, stack_sizes(module, s)[2]) for s in projections(module)}
+    try:
+        new = QINSExperts.from_experts(module, codec, sizes)
+    except ValueError as e:
+        raise ValueError(f"{name}.{e}") from None
+    comparison = WeightComparison()
+    for stack, shape in new.shapes.items():
+        before: torch.Tensor = module._parameters[stack]  # type: ignore[assignment]
+        matrices = before.transpose(1, 2) if module.is_transposed else before
+        quality = comparison.stack_snr_db(matrices, lambda i, stack=stack: new.encoded(stack, i))  # type: ignore[misc]
+        after = sum(f.nbytes for f in new.fields(stack))
+        report.converted.append(
+            ConvertedModule(f"{name}.{stack}", shape, codec, sizes[stack], before.nbytes, after, quality)
+        )
+    keep_hooks(module, new)
+    return new
 
 
 Places = dict[nn.Module, list[tuple[nn.Module, str]]]
@@ -281,10 +348,12 @@ def _convert(
             advance(count)
 
 
-def check_finite(chosen: dict[nn.Linear, str]) -> None:
+def check_finite(chosen: dict[nn.Linear, str], experts: Mapping[str, nn.Module] | None = None) -> None:
     """Raise for the first module with a NaN or an infinity, before any module is changed."""
-    for module, name in chosen.items():
-        weight = module.weight.detach()
+    weights = [(name, module.weight.detach()) for module, name in chosen.items()]
+    for name, stacked in (experts or {}).items():
+        weights += [(f"{name}.{s}", stacked._parameters[s].detach()) for s in projections(stacked)]  # type: ignore[union-attr]
+    for name, weight in weights:
         if weight.device.type == "meta" or weight.numel() == 0:
             continue
         # encoding to float32 overflows where float64 does not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import re
 import tempfile
 import time
@@ -145,7 +146,7 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
 
 def _bits(report: ConversionReport) -> float:
     """Bits of a weight of the converted layers."""
-    weights = sum(m.shape[0] * m.shape[1] for m in report.converted)
+    weights = sum(math.prod(m.shape) for m in report.converted)
     return 8 * report.bytes_after / weights
 
 

@@ -7,6 +7,7 @@ module is imported, which `import qins` sees to (see _autoload.py).
 from __future__ import annotations
 
 import logging
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,156 +22,35 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._hf_calibration import calibrate_loaded
+from ._hf_config import QinsConfig
+from ._hf_embeddings import encode_embeddings, expect_tied, share_codes, tied_output
+from ._hf_modules import (
+    PendingExperts,
+    PendingLinear,
+    check_layer,
+    coded_modules,
+    conv1d,
+    empty_module,
+    matrices,
+    pending_experts,
+    pending_layers,
+    sizes,
+)
 from ._pages import page_out
-from .array import check_codec, encode, field_shapes
+from .coded import CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
-from .linear import FIELD_DTYPES, QINSLinear, resolve_group_size
+from .experts import QINSExperts, projections, stack_sizes
+from .linear import QINSEmbedding, QINSLinear
 from .models import read_text
 
 _VERSION = int(transformers.__version__.partition(".")[0])
 
 logger = logging.getLogger("qins")
 
-FORMAT_VERSION = 1
-
 # Routers of experts are small and decide where every token goes; transformers 4 has them as linear layers.
 _ROUTERS = ("*.gate", "*.router", "*.shared_expert_gate")
-
-
-class QinsConfig(QuantizationConfigMixin):
-    """How to quantise a model: `AutoModel.from_pretrained(name, quantization_config=QinsConfig())`.
-
-    Args:
-        codec: "log8", "log9", "golden" or "rational".
-        group_size: inputs that share a group scale (log8); "default" for what `qins.default_group_size` says of each
-            layer, None for one scale a row.
-        include: fnmatch patterns of module names to quantise; None for all linear layers.
-        exclude: patterns of module names to leave alone, besides the output embedding and routers of experts.
-        modules_to_not_convert: names or endings of names, as in other quantization configs; added to `exclude`.
-        overrides: pattern to a dict with "codec" and "group_size"; the first pattern that matches a module counts.
-        calibration: text file that log8's codes are chosen with in view (see `qins.calibrate`), when a float model is
-            loaded; in a saved checkpoint a dict that says what was used.
-        calibration_tokens: of that text, at most.
-        min_quantized: least share of the bytes of all parameters, 0 to 1, that must become codes; less is an error.
-        format_version: of a saved checkpoint.
-        modules: of a saved checkpoint: name of each quantised module to its codec and group_size.
-
-    Raises:
-        ValueError, TypeError: an argument is unknown or out of range.
-
-    """
-
-    def __init__(
-        self,
-        codec: str = "log8",
-        group_size: int | str | None = "default",
-        include: list[str] | None = None,
-        exclude: list[str] | tuple[str, ...] = (),
-        modules_to_not_convert: list[str] | None = None,
-        overrides: dict[str, dict[str, Any]] | None = None,
-        calibration: str | dict[str, Any] | None = None,
-        calibration_tokens: int = 8192,
-        min_quantized: float = 0.0,
-        format_version: int = FORMAT_VERSION,
-        modules: dict[str, list[Any]] | None = None,
-        **unknown: Any,
-    ) -> None:
-        method = unknown.pop("quant_method", "qins")
-        if method != "qins":
-            raise ValueError(f"quant_method: expected 'qins', got {method!r}")
-        if unknown:
-            raise TypeError(f"QinsConfig: unknown arguments {', '.join(sorted(unknown))}")
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version: this qins reads version {FORMAT_VERSION}, the checkpoint has {format_version!r}; "
-                "another version of qins wrote it"
-            )
-        resolve_group_size(codec, group_size, 1)
-        for pattern, values in (overrides or {}).items():
-            other = sorted(set(values) - {"codec", "group_size"})
-            if other:
-                raise ValueError(f"overrides[{pattern!r}]: expected codec and group_size, got {', '.join(other)}")
-            resolve_group_size(values.get("codec", codec), values.get("group_size", "default"), 1)
-        if not 0.0 <= float(min_quantized) <= 1.0:
-            raise ValueError(f"min_quantized: expected a share from 0 to 1, got {min_quantized!r}")
-        self.quant_method = "qins"  # type: ignore[assignment]
-        self.codec, self.group_size = codec, group_size
-        self.include = None if include is None else _strings("include", include)
-        self.exclude = _strings("exclude", exclude)
-        self.modules_to_not_convert = _strings("modules_to_not_convert", modules_to_not_convert or [])
-        self.overrides = dict(overrides or {})
-        if not (calibration is None or isinstance(calibration, (str, dict))):
-            raise TypeError(f"calibration: expected the name of a text file, got {calibration!r}")
-        self.calibration, self.calibration_tokens = calibration, calibration_tokens
-        self.min_quantized = float(min_quantized)
-        self.format_version = format_version
-        self.modules = modules
-        for name, (module_codec, _) in (modules or {}).items():
-            try:
-                check_codec(module_codec)
-            except ValueError as e:
-                raise ValueError(f"modules[{name!r}]: {e}") from None
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Everything: transformers 4 asks for it and has no default."""
-        return self.to_dict()
-
-    def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
-        """Codec and group size of a module."""
-        for pattern, values in self.overrides.items():
-            if fnmatchcase(name, pattern):
-                codec = values.get("codec", self.codec)
-                return codec, resolve_group_size(codec, values.get("group_size", "default"), in_features)
-        return self.codec, resolve_group_size(self.codec, self.group_size, in_features)
-
-
-def _strings(argument: str, values: Any) -> list[str]:
-    listed = [values] if isinstance(values, str) else list(values)
-    if not all(isinstance(v, str) for v in listed):
-        raise TypeError(f"{argument}: expected strings, got {values!r}")
-    return listed
-
-
-class _PendingLinear(QINSLinear):
-    """A QINSLinear that still waits for its float weight, for the loader to find a key to match.
-
-    The weight is a parameter on the meta device, of the shape that the checkpoint has.
-    """
-
-    transposed: bool  # the checkpoint's weight is (in_features, out_features), as Conv1D's
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The parameter that stands for the weight to come."""
-        return self._parameters["weight"]  # type: ignore[return-value]
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        # transformers fills what the checkpoint lacks; the quantizer then says what that was
-        self._parameters["weight"] = value
-
-    def accept(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode the weight; from now on this is a QINSLinear."""
-        fields = encode(weight.T if self.transposed else weight, self.codec, group_size=self.group_size).fields
-        del self._parameters["weight"]
-        self.__class__ = QINSLinear  # type: ignore[assignment]
-        return {n: torch.from_numpy(f) for n, f in fields.items()}
-
-
-def pending_layers(model: nn.Module) -> dict[str, _PendingLinear]:
-    """The layers of a model, by name, that wait for a weight to encode."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, _PendingLinear)}
-
-
-def conv1d() -> type[nn.Module]:
-    """Transformers' linear layer with the weight transposed, as GPT-2 has it."""
-    from transformers.pytorch_utils import Conv1D
-
-    conv: type[nn.Module] = Conv1D
-    return conv
 
 
 class QinsHfQuantizer(HfQuantizer):
@@ -185,6 +65,7 @@ class QinsHfQuantizer(HfQuantizer):
         self.report = ConversionReport()
         self._dtype: torch.dtype | None = None
         self._missing_biases: list[str] = []
+        self._shared: dict[str, str] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -221,7 +102,9 @@ class QinsHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             self._expect_codes(model)
-        elif isinstance(self.quantization_config.calibration, str):
+            return
+        expect_tied(model, self.quantization_config)
+        if isinstance(self.quantization_config.calibration, str):
             read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
             self._expect_floats(model)
@@ -232,22 +115,40 @@ class QinsHfQuantizer(HfQuantizer):
         if modules is None:
             raise ValueError("quantization_config: expected the list of quantised modules of a saved checkpoint")
         prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
-        found = 0
-        for name, module in list(model.named_modules()):
+        left = set(modules)
+        shared: dict[str, str] = {}
+
+        def entry(name: str) -> list[Any] | None:
             # a headless model, or one with a new head, has the same modules with or without the prefix
-            entry = next((modules[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), None)
-            if entry is None or not isinstance(module, (nn.Linear, conv1d())):
+            known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), None)
+            left.discard(known or "")
+            return modules[known] if known else None
+
+        for name, module in list(model.named_modules()):
+            stacks = {stack: entry(f"{name}.{stack}") for stack in projections(module)}
+            if stacks and None not in stacks.values():
+                about: dict[str, list[Any]] = stacks  # type: ignore[assignment]
+                codec = next(iter(about.values()))[0]
+                self.put(model, name, module, QINSExperts(module, codec, {s: a[1] for s, a in about.items()}))
                 continue
-            in_features, out_features = sizes(module)
-            weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            new = QINSLinear(
-                in_features, out_features, bias=module.bias is not None, codec=entry[0], group_size=entry[1],
-                device="meta", dtype=weight.dtype,
-            )  # fmt: skip
+            told = entry(name)
+            if told is None or not isinstance(module, (nn.Linear, conv1d(), nn.Embedding)):
+                continue
+            new = empty_module(module, *told[:2])
             self.put(model, name, module, new)
-            found += 1
+            if len(told) > 2:
+                shared[name] = told[2]
+        experts = sorted(n for n in left if ".experts." in n)
+        if experts:
+            raise ValueError(
+                f"the checkpoint has codes of {_some(experts)}, which {type(model).__name__} has not in transformers "
+                f"{transformers.__version__}: versions 4 and 5 keep experts in different modules; quantise the float "
+                "model again with this version"
+            )
+        self._shared = share_codes(model, shared)
+        found = len(modules) - len(left)
         # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
-        coded = {part for n, m in model.named_modules() if isinstance(m, QINSLinear) for part in n.split(".")}
+        coded = {part for n, _ in coded_modules(model) for part in n.split(".")}
         plan = getattr(model, "dtype_plan", None)
         if plan:
             model.dtype_plan = {k: v for k, v in plan.items() if k not in coded}
@@ -256,11 +157,15 @@ class QinsHfQuantizer(HfQuantizer):
             raise ValueError(f"no module of {type(model).__name__} is among those of the checkpoint, such as {first}")
 
     def chosen(self, model: Any) -> dict[str, nn.Module]:
-        """Return the modules that are to be quantised, by name; the report is told of the others."""
+        """Return the linear layers and experts to quantise, by name; the report is told of the others.
+
+        Embeddings, and an output embedding that is tied to one, have their turn when everything is loaded.
+        """
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        later = tied_output(model) if self.quantization_config.lm_head else None
         found: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
-            if not isinstance(module, (nn.Linear, conv1d())):
+            if name == later or not (isinstance(module, (nn.Linear, conv1d())) or projections(module)):
                 continue
             reason = self._reason_to_skip(name, module, output)
             if reason is None:
@@ -273,20 +178,24 @@ class QinsHfQuantizer(HfQuantizer):
 
     def _expect_floats(self, model: Any) -> None:
         """Replace the modules that are to be quantised while their weights arrive."""
-        config = self.quantization_config
         for name, module in self.chosen(model).items():
-            in_features, out_features = sizes(module)
+            if projections(module):
+                self.put(model, name, module, PendingExperts(module, *self.experts_codec(name, module)))
+                continue
+            codec, size = self.quantization_config.layer(name, sizes(module)[0])
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            codec, size = config.layer(name, in_features)
-            new = _PendingLinear(
-                in_features, out_features, bias=module.bias is not None, codec=codec, group_size=size, device="meta",
-                dtype=weight.dtype,
-            )  # fmt: skip
+            new = empty_module(module, codec, size, PendingLinear)
+            assert isinstance(new, PendingLinear)
             new.transposed = not isinstance(module, nn.Linear)
             new._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
             self.put(model, name, module, new)
 
-    def put(self, model: Any, name: str, old: nn.Module, new: QINSLinear) -> None:
+    def experts_codec(self, name: str, module: nn.Module) -> tuple[str, dict[str, int | None]]:
+        """Codec and group sizes of a module of experts; overrides match its name."""
+        about = {s: self.quantization_config.layer(name, stack_sizes(module, s)[2]) for s in projections(module)}
+        return next(iter(about.values()))[0], {s: size for s, (_, size) in about.items()}
+
+    def put(self, model: Any, name: str, old: nn.Module, new: nn.Module) -> None:
         """Replace a module."""
         new.train(old.training)
         new.__dict__["_is_hf_initialized"] = True  # there is no float weight to initialise
@@ -294,9 +203,9 @@ class QinsHfQuantizer(HfQuantizer):
 
     def _reason_to_skip(self, name: str, module: nn.Module, output: nn.Module | None) -> str | None:
         config = self.quantization_config
-        if module is output:
+        if module is output and not config.lm_head:
             return "the output embedding"
-        if type(module) not in (nn.Linear, conv1d()):
+        if type(module) not in (nn.Linear, conv1d()) and not projections(module):
             return "a subclass, which may compute something else"
         if any(name == n or name.endswith("." + n) or name.startswith(n + ".") for n in config.modules_to_not_convert):
             return "in modules_to_not_convert"
@@ -312,8 +221,11 @@ class QinsHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a key of the checkpoint is a weight that is to be encoded."""
-        module, _, tensor = param_name.rpartition(".")
-        return tensor == "weight" and isinstance(_submodule(model, module), _PendingLinear)
+        path, _, tensor = param_name.rpartition(".")
+        module = _submodule(model, path)
+        if isinstance(module, PendingExperts):
+            return tensor in module.waiting
+        return tensor == "weight" and isinstance(module, PendingLinear)
 
     def get_quantize_ops(self) -> Any:
         """The operation that transformers 5 runs on such a weight."""
@@ -338,6 +250,20 @@ class QinsHfQuantizer(HfQuantizer):
 
         return QinsQuantize()
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Let transformers 5 encode experts one by one, instead of putting their floats together first."""
+        from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+        from ._hf_experts import EncodeExperts
+
+        super_ = getattr(super(), "update_weight_conversions", None)
+        conversions: list[Any] = super_(weight_conversions, model) if super_ else weight_conversions
+        if not self.pre_quantized and not isinstance(self.quantization_config.calibration, str):
+            for c in conversions:
+                if isinstance(c, WeightConverter) and type(c.operations[0]) is MergeModulelist:
+                    c.operations = [EncodeExperts(c.operations)]
+        return conversions
+
     def create_quantized_param(self, model: Any, param_value: torch.Tensor, param_name: str, *args: Any) -> None:
         """Encode a weight: what transformers 4 calls."""
         for name, value in self.encode_weight(model, param_name, param_value).items():
@@ -352,12 +278,12 @@ class QinsHfQuantizer(HfQuantizer):
         for key in missing_keys:
             path, _, field = key.rpartition(".")
             module = _submodule(model, path)
-            if not isinstance(module, QINSLinear):
+            if not isinstance(module, CodedWeight):
                 kept.append(key)
             elif field == "bias":
                 self._missing_biases.append(path)
                 kept.append(key)
-            elif field == "weight" or not isinstance(module, _PendingLinear):
+            elif field == "weight" or not isinstance(module, PendingLinear):
                 lost.append(key)
         if lost:
             what = "codes" if self.pre_quantized else "weight"
@@ -366,10 +292,10 @@ class QinsHfQuantizer(HfQuantizer):
 
     def encode_weight(self, model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode the weight of this key; return buffers by key."""
-        path = name.rpartition(".")[0]
-        module: _PendingLinear = model.get_submodule(path)
+        path, _, tensor = name.rpartition(".")
+        module: PendingLinear | PendingExperts = model.get_submodule(path)
         try:
-            codes = module.accept(value)
+            codes = module.accept(tensor, value) if isinstance(module, PendingExperts) else module.accept(value)
             page_out(value)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
@@ -380,16 +306,21 @@ class QinsHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
             calibrate_loaded(self, model)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, QINSLinear)}
-        pending = pending_layers(model)
+        pending = [*pending_layers(model), *(f"{n}.{s}" for n, m in pending_experts(model).items() for s in m.waiting)]
         if pending:
-            raise RuntimeError(f"the checkpoint has no weight for {_some(list(pending))}")
+            raise RuntimeError(f"the checkpoint has no weight for {_some(pending)}")
+        if self.pre_quantized:
+            for name, source in self._shared.items():
+                model.get_submodule(name)._buffers.update(model.get_submodule(source)._buffers)
+        else:
+            encode_embeddings(self, model)
+        layers = dict(coded_modules(model))
         lost = [f"{n}.{b}" for n, m in layers.items() for b in m._names if not _is_loaded(m._buffers[b])]
         if lost:
             raise RuntimeError(f"the checkpoint has no codes, or codes of another shape, for {_some(lost)}")
         for name, layer in layers.items():
-            _check_layer(name, layer)
-            bias = layer._parameters["bias"]
+            check_layer(name, layer)
+            bias = layer._parameters.get("bias")
             if bias is not None and (name in self._missing_biases or not _is_loaded(bias)):
                 nn.init.zeros_(bias)
         if _VERSION < 5:
@@ -402,11 +333,16 @@ class QinsHfQuantizer(HfQuantizer):
 
     def _keep_names_on_saving(self, model: Any) -> None:
         """Drop conversions that would take codes for the weights that they split or join."""
-        conversions = getattr(model, "_weight_conversions", None)
-        if conversions:
-            from transformers.core_model_loading import WeightConverter
+        if _VERSION < 5:
+            return
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
 
-            model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:  # a model that was not loaded is saved by the names of its class
+            conversions = get_model_conversion_mapping(model, add_legacy=False)
+            conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
+        model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
 
     def audit(self, model: Any) -> ConversionReport:
         """List what is quantised and what is not; raise if it is less than min_quantized asks for."""
@@ -414,16 +350,20 @@ class QinsHfQuantizer(HfQuantizer):
         report = ConversionReport(skipped=list(self.report.skipped))
         config.modules = {}
         coded = floats = 0
-        for name, module in model.named_modules():
-            if isinstance(module, QINSLinear):
-                shape = (module.out_features, module.in_features)
-                size = sum(b.nbytes for b in module._buffers.values() if b is not None)
+        owners: dict[int, str] = {}
+        for name, module in coded_modules(model):
+            for part, shape, group_size, fields in matrices(name, module):
+                owner = owners.setdefault(id(fields[0]), part)
+                config.modules[part] = [module.codec, group_size]
+                if module._non_persistent_buffers_set:
+                    config.modules[part].append(owner)
+                    continue
+                size = sum(f.nbytes for f in fields)
+                weights = math.prod(shape)
                 report.converted.append(
-                    ConvertedModule(name, shape, module.codec, module.group_size, shape[0] * shape[1] * 4, size,
-                                    float("nan"))
-                )  # fmt: skip
-                config.modules[name] = [module.codec, module.group_size]
-                coded += shape[0] * shape[1]
+                    ConvertedModule(part, shape, module.codec, group_size, weights * 4, size, float("nan"))
+                )
+                coded += weights
         seen: set[int] = set()
         for name, p in model.named_parameters():
             if id(p) not in seen:
@@ -443,13 +383,23 @@ class QinsHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace codes by the floats that they stand for."""
+        if isinstance(dtype, str):  # a copied config has the name
+            dtype = getattr(torch, dtype)
         for name, module in list(model.named_modules()):
-            if isinstance(module, QINSLinear):
+            new: nn.Module
+            if isinstance(module, QINSExperts):
+                new = module.to_float(dtype)
+            elif isinstance(module, QINSLinear):
                 with torch.device("meta"):
-                    linear = nn.Linear(module.in_features, module.out_features, bias=False)
-                linear.weight = nn.Parameter(module.weight.to(dtype or module._dtype))
-                linear.bias = module.bias
-                model.set_submodule(name, linear.train(module.training))
+                    new = nn.Linear(module.in_features, module.out_features, bias=False)
+                new.weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
+                new.bias = module.bias
+            elif isinstance(module, QINSEmbedding):
+                weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
+                new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, _weight=weight)
+            else:
+                continue
+            model.set_submodule(name, new.train(module.training))
         return model
 
 
@@ -458,14 +408,6 @@ def _is_loaded(tensor: torch.Tensor | None) -> bool:
     if tensor is None or tensor.is_meta:
         return False
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """in_features and out_features of a linear layer or a Conv1D."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[0], weight.shape[1]
 
 
 def _submodule(model: Any, path: str) -> nn.Module | None:
@@ -480,25 +422,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_layer(name: str, layer: QINSLinear) -> None:
-    """Check shapes, dtypes, and what is small: reading all codes would touch every page of a mapped file."""
-    shapes = field_shapes(layer.codec, (layer.out_features, layer.in_features), layer.group_size)
-    for n in layer._names:
-        buffer = layer.get_buffer(n)
-        expected = shapes.get(n, ())
-        if buffer.shape != expected:
-            raise ValueError(f"{name}.{n}: expected shape {tuple(expected)}, got {tuple(buffer.shape)}")
-        dtype = FIELD_DTYPES.get(n, torch.float32)
-        if buffer.dtype != dtype:
-            raise ValueError(f"{name}.{n}: expected {dtype}, got {buffer.dtype}")
-        if dtype == torch.float32 and not bool(torch.isfinite(buffer).all()):
-            raise ValueError(f"{name}.{n}: expected finite numbers, got NaN or infinity; the file is damaged")
-
-
 def attach(model: Any) -> None:
     """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
     quantizer = QinsHfQuantizer(QinsConfig(), pre_quantized=True)
     quantizer.audit(model)
+    quantizer._keep_names_on_saving(model)
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = True

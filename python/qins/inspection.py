@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .array import ARRAYS, FIELD_ROLES, SCALARS, EncodedArray
+from .array import ARRAYS, EXPERT_STACKS, FIELD_ROLES, SCALARS, EncodedArray, split_field
+from .coded import default_group_size
 from .conversion import snr_db
 from .files import Checkpoint, StoredTensor, open_checkpoint
-from .linear import QINSLinear, default_group_size
+from .linear import QINSLinear
 
 # What the bytes of a field are counted as: the seed calls codes "stored".
 _KINDS = {name: "stored" if role == "codes" else role for name, role in FIELD_ROLES.items()}
@@ -43,6 +44,11 @@ class EncodedLayer:
     group_size: int | None
     fields: dict[str, str]
     bytes: int
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is the experts of a mixture, one matrix each."""
+        return self.name.rpartition(".")[2] in EXPERT_STACKS and len(self.shape) == 3
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,10 @@ def encoded_layers(checkpoint: Checkpoint, problems: list[str]) -> list[EncodedL
     by_layer: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for key, tensor in checkpoint.tensors.items():
         prefix, _, last = key.rpartition(".")
-        if last in _KINDS:
-            by_layer[prefix][last] = tensor
+        found = split_field(last)
+        if found is not None:
+            stack, name = found
+            by_layer[f"{prefix}.{stack}" if stack else prefix][name] = tensor
     layers = []
     for name, parts in by_layer.items():
         codec = next((c for c, names in ARRAYS.items() if set(names) <= set(parts)), None)
@@ -225,21 +233,31 @@ def _layer(
     return EncodedLayer(name, codec, codes.shape, group, fields, sum(parts[n].bytes for n in fields))
 
 
-def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> EncodedArray:
-    """Load the codes of a layer, every field checked.
+def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> list[EncodedArray]:
+    """Load the codes of a layer, every field checked: one matrix, or those of its experts.
 
     Raises:
         ValueError, TypeError: a field is not what its codec has; the message names the file and the layer.
 
     """
     tensors = {n: checkpoint.load(key) for n, key in layer.fields.items()}
+    experts = layer.shape[0] if layer.is_stack else 1
     for n in SCALARS[layer.codec]:
-        if tensors[n].numel() != 1:
-            raise ValueError(f"{checkpoint.path}: {layer.name}.{n}: expected one number, got {tuple(tensors[n].shape)}")
-        tensors[n] = tensors[n].reshape(()).float()
+        if tensors[n].numel() != experts:
+            told = "one number" if experts == 1 else f"{experts} numbers"
+            raise ValueError(f"{checkpoint.path}: {layer.name}.{n}: expected {told}, got {tuple(tensors[n].shape)}")
+        tensors[n] = tensors[n].reshape((experts,) if layer.is_stack else ()).float()
+    fields = {n: t.detach().numpy() for n, t in tensors.items()}
     try:
-        fields = {n: t.detach().numpy() for n, t in tensors.items()}
-        return EncodedArray.from_fields(layer.codec, fields, layer.group_size)
+        if not layer.is_stack:
+            return [EncodedArray.from_fields(layer.codec, fields, layer.group_size)]
+        short = [n for n, f in fields.items() if len(f) != experts]
+        if short:
+            raise ValueError(f"{short[0]}: expected {experts} experts, got {len(fields[short[0]])}")
+        return [
+            EncodedArray.from_fields(layer.codec, {n: np.asarray(f[i]) for n, f in fields.items()}, layer.group_size)
+            for i in range(experts)
+        ]
     except (ValueError, TypeError) as e:
         raise type(e)(f"{checkpoint.path}: {layer.name}: {e}") from None
 
@@ -309,7 +327,9 @@ class _Weights:
 
     def load(self, name: str) -> np.ndarray[Any, Any]:
         if name in self.layers:
-            return load_layer(self.checkpoint, self.layers[name]).decode()
+            layer = self.layers[name]
+            decoded = [e.decode() for e in load_layer(self.checkpoint, layer)]
+            return np.stack(decoded) if layer.is_stack else decoded[0]
         return self.checkpoint.load(f"{name}.weight").float().numpy()
 
 
@@ -362,7 +382,7 @@ def load_seed_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
         if layer.shape != (module.out_features, module.in_features):
             want = (module.out_features, module.in_features)
             raise ValueError(f"{file}: {layer.name}: expected codes of shape {want}, got {layer.shape}")
-        encoded = load_layer(checkpoint, layer)
+        (encoded,) = load_layer(checkpoint, layer)
         kept = {n: np.array(f) for n, f in encoded.fields.items()}
         encoded = EncodedArray(layer.codec, layer.shape, kept, layer.group_size)
         new[layer.name] = QINSLinear.from_encoded(module, encoded, layer.codec, layer.group_size)

@@ -1,64 +1,18 @@
-"""QINSLinear: nn.Linear whose weight is codes."""
+"""QINSLinear and QINSEmbedding: torch's modules of these names whose weight is codes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from .array import SCALARS, EncodedArray, check_codec, check_group_size, encode, field_shapes
-from .ops import decode_fields, field_names, multiply
-
-# One more byte for 128 codes: 1 dB better than one scale a row at no loss of speed, and still 3.96
-# times smaller than float32 (docs/formats.md has the figures). The others are for rows that 128 would
-# leave a short group of, which takes a byte, too.
-_DEFAULT_GROUP_SIZES = (128, 192, 256)
+from .array import EncodedArray, encode
+from .coded import CodedWeight, resolve_group_size
+from .ops import embedding, multiply
 
 
-def default_group_size(in_features: int) -> int:
-    """Inputs that share a group scale in a log8 layer: 128, or 192 or 256 where these divide a row and 128 does not."""
-    return next((size for size in _DEFAULT_GROUP_SIZES if in_features % size == 0), _DEFAULT_GROUP_SIZES[0])
-
-
-FIELD_DTYPES = {
-    "stored": torch.uint8,
-    "sign": torch.int8,
-    "sign_bits": torch.uint8,
-    "codes": torch.uint8,
-    "scale": torch.float32,
-    "group_scale": torch.uint8,
-    "w_encoded": torch.uint8,
-}
-
-
-def resolve_group_size(codec: str, group_size: int | str | None, in_features: int) -> int | None:
-    """Check a group_size argument; "default" stands for `default_group_size` in a log8 layer."""
-    check_codec(codec)
-    if isinstance(group_size, str):
-        if group_size != "default":
-            raise ValueError(f"group_size: expected a positive integer, None or 'default', got {group_size!r}")
-        return default_group_size(in_features) if codec == "log8" else None
-    return check_group_size(codec, group_size)
-
-
-@contextmanager
-def floats_as_bits(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Show float32 buffers as integers meanwhile: a cast in `_apply` then leaves their bits alone."""
-    kept = [n for n in names if module._buffers[n].dtype == torch.float32]  # type: ignore[union-attr]
-    for name in kept:
-        module._buffers[name] = module._buffers[name].view(torch.int32)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for name in kept:
-            module._buffers[name] = module._buffers[name].view(torch.float32)  # type: ignore[union-attr]
-
-
-class QINSLinear(nn.Linear):
+class QINSLinear(CodedWeight, nn.Linear):
     """A linear layer that keeps its weight as 8-bit logarithmic codes and computes y = x @ W.T + bias.
 
     The codes are buffers named as docs/formats.md names the fields (for `golden`: stored, sign, log_min,
@@ -77,9 +31,6 @@ class QINSLinear(nn.Linear):
 
     """
 
-    codec: str
-    group_size: int | None
-
     def __init__(
         self,
         in_features: int,
@@ -94,29 +45,11 @@ class QINSLinear(nn.Linear):
         """Make a layer of zeros, for `load_state_dict` to fill; `from_linear` encodes an existing layer."""
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features, self.out_features = in_features, out_features
-        self.codec, self.group_size = codec, resolve_group_size(codec, group_size, in_features)
-        self._names = field_names(codec, self.group_size)
-        self._dtype = dtype or torch.get_default_dtype()
-        shape = (out_features, in_features)
-        if torch.device(device or torch.get_default_device()).type == "meta":
-            for name, s in field_shapes(codec, shape, self.group_size).items():
-                self.register_buffer(name, torch.empty(s, dtype=FIELD_DTYPES[name], device="meta"))
-            for name in SCALARS[codec]:
-                self.register_buffer(name, torch.empty((), dtype=torch.float32, device="meta"))
-        else:
-            self._set_codes(encode(np.zeros((1, 1), np.float32), codec), shape, device)
+        self._make_codes((out_features, in_features), codec, group_size, device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self._dtype, device=device))
         else:
             self.register_parameter("bias", None)
-
-    def _set_codes(self, zero: EncodedArray, shape: tuple[int, int], device: Any) -> None:
-        """Fill the buffers with the codes that `zero`, one encoded zero, repeats over the matrix."""
-        for name, s in field_shapes(self.codec, shape, self.group_size).items():
-            value = 0 if name in ("sign_bits", "group_scale") else zero.fields[name].item()
-            self.register_buffer(name, torch.full(s, value, dtype=FIELD_DTYPES[name], device=device))
-        for name in SCALARS[self.codec]:
-            self.register_buffer(name, torch.tensor(zero.fields[name].item(), dtype=torch.float32, device=device))
 
     @classmethod
     def from_linear(
@@ -152,36 +85,10 @@ class QINSLinear(nn.Linear):
             device="meta", dtype=weight.dtype,
         )  # fmt: skip
         if encoded is not None:
-            for name in field_names(codec, group_size):
-                new._buffers[name] = torch.from_numpy(encoded.fields[name]).to(weight.device)
+            new._take_codes(encoded, weight.device)
         new.bias = linear.bias
         new.train(linear.training)
         return new
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The decoded weight, (out_features, in_features), made anew at each access; changing it changes nothing."""
-        return decode_fields(self.codec, dict(self._buffers), self.group_size, self._dtype)  # type: ignore[arg-type]
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        raise AttributeError("weight of a QINSLinear is decoded from its codes; QINSLinear.from_linear makes new codes")
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's; refuses `weight`, which is decoded from the codes."""
-        if name == "weight":
-            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
-        super().register_parameter(name, param)
-
-    def reset_parameters(self) -> None:
-        """Refuse: there is no float weight to initialise."""
-        raise RuntimeError("a QINSLinear cannot be re-initialised; initialise an nn.Linear and encode it")
-
-    @property
-    def encoded(self) -> EncodedArray:
-        """The codes as an EncodedArray over the same memory (CPU only), every field checked."""
-        fields = {n: self._buffers[n].detach().numpy() for n in self._names}  # type: ignore[union-attr]
-        return EncodedArray.from_fields(self.codec, fields, self.group_size)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ W.T + bias in the input's dtype; input is (..., in_features)."""
@@ -194,30 +101,79 @@ class QINSLinear(nn.Linear):
         y = multiply(input, fields, self.codec, self.group_size)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QINSLinear:
-        """As nn.Module's, except that float32 codes keep their bits."""
-        with floats_as_bits(self, self._names):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # keep the format's dtypes: copy_ would otherwise convert, say, a float `stored` silently
-        for name in self._names:
-            value, own = state_dict.get(prefix + name), self._buffers[name]
-            if isinstance(value, torch.Tensor) and own is not None and value.dtype != own.dtype:
-                raise TypeError(f"{prefix}{name}: expected dtype {own.dtype}, got {value.dtype}")
-        if prefix + "weight" in state_dict and prefix + self._names[0] not in state_dict:
-            raise RuntimeError(
-                f"{prefix}weight: expected codes ({', '.join(self._names)}), got a float "
-                "weight; load it into an nn.Linear and use QINSLinear.from_linear"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         """in_features, out_features, bias, codec and group_size."""
-        group = f", group_size={self.group_size}" if self.group_size else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"codec={self.codec}{group}"
+            f"{self._codec_repr()}"
         )
+
+
+class QINSEmbedding(CodedWeight, nn.Embedding):
+    """An embedding that keeps its matrix as 8-bit logarithmic codes and decodes the rows that are asked for.
+
+    The codes are frozen: there is no gradient. `max_norm` and sparse gradients do not apply.
+
+    Args:
+        num_embeddings: rows of the matrix.
+        embedding_dim: its columns.
+        padding_idx: as nn.Embedding's; kept for whoever reads it.
+        codec: "log8", "log9", "golden" or "rational".
+        group_size: columns that share a group scale (log8); None for one scale a row; "default" for what
+            `qins.default_group_size` says of embedding_dim.
+        device: of the buffers.
+        dtype: of the result.
+
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        codec: str = "log8",
+        group_size: int | str | None = "default",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a matrix of zeros, for `load_state_dict` to fill; `from_embedding` encodes an existing one."""
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._make_codes((num_embeddings, embedding_dim), codec, group_size, device, dtype)
+
+    @classmethod
+    def from_embedding(
+        cls, source: nn.Embedding, codec: str = "log8", *, group_size: int | str | None = "default"
+    ) -> QINSEmbedding:
+        """Encode an embedding's matrix.
+
+        Raises:
+            TypeError: `source` is not an nn.Embedding.
+            ValueError: it has max_norm, which changes weights in forward, or a weight is NaN or infinite.
+
+        """
+        if not isinstance(source, nn.Embedding) or isinstance(source, QINSEmbedding):
+            raise TypeError(f"source: expected an nn.Embedding, got {type(source).__name__}")
+        if source.max_norm is not None:
+            raise ValueError(f"source: expected max_norm None, got {source.max_norm}")
+        weight = source.weight
+        meta = weight.device.type == "meta"
+        new = cls(
+            source.num_embeddings, source.embedding_dim, source.padding_idx, codec=codec, group_size=group_size,
+            device="meta", dtype=weight.dtype,
+        )  # fmt: skip
+        if not meta:
+            new._take_codes(encode(weight, codec, group_size=new.group_size), weight.device)
+        return new.train(source.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows of these numbers: (...) integers to (..., embedding_dim)."""
+        fields: list[torch.Tensor] = [self._buffers[n] for n in self._names]  # type: ignore[misc]
+        y: torch.Tensor = embedding(input, fields, self.codec, self.group_size or 0, self._dtype)
+        return y
+
+    def extra_repr(self) -> str:
+        """num_embeddings, embedding_dim, codec and group_size."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._codec_repr()}"

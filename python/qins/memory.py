@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .array import FIELD_ROLES
+from .array import FIELD_ROLES, split_field
 
 # Buffers that hold codes, by the names that our layers and the seed's give them. Each is 8 bits a weight.
-_CODES = {name for name, role in FIELD_ROLES.items() if role == "codes"}
+
+
+def _role(name: str) -> str:
+    field = split_field(name)
+    return FIELD_ROLES[field[1]] if field else "other"
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def _storage_key(t: torch.Tensor) -> tuple[str, int]:
 
 
 def _weights_of_codes(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.numel() for name, t in tensors.items() if name in _CODES)
+    return sum(t.numel() for name, t in tensors.items() if _role(name) == "codes")
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
@@ -211,7 +215,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
         for name, kind, t in tensors:
             full = f"{path}.{name}" if path else name
             first = name.split(".")[0]
-            role = "codes" if first in _CODES else FIELD_ROLES.get(first, "other") if weights else "other"
+            role = _role(first) if weights or _role(first) == "codes" else "other"
             size = t.numel() * t.element_size()
             key, resident, shares = _storage_key(t), 0, None
             if t.device.type != "meta" and size:

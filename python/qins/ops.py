@@ -161,7 +161,8 @@ def _rows(t: Tensor, rows: int) -> Tensor:
     return t.reshape(rows, t.shape[-1] if t.dim() else 1)
 
 
-def _multiply(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    """X @ W.T, without dispatcher or gradient."""
     # On the way to the kernels every step is the cheapest there is: a small layer takes ten microseconds.
     codes, second = fields[0], fields[1]
     rows, cols = codes.shape
@@ -213,7 +214,8 @@ def _multiply_tiles(x: Tensor, fields: Sequence[Tensor], codec: str, group_size:
     return out.reshape(*x.shape[:-1], blocks.rows)
 
 
-def _multiply_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+def multiply_codes_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    """G @ W, without dispatcher or gradient."""
     if g.device.type != "cpu":
         return g @ _decode_on_device(codec, group_size, fields, g.dtype)
     blocks = _Blocks(codec, group_size, fields)
@@ -229,7 +231,7 @@ def _multiply_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_
 @torch.library.custom_op("qins::linear", mutates_args=())
 def linear(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """X @ W.T; x (..., in_features) in float32, bfloat16, float16 or float64, the result in x's dtype."""
-    return _multiply(x, fields, codec, group_size or None)
+    return multiply_codes(x, fields, codec, group_size or None)
 
 
 @linear.register_fake
@@ -240,7 +242,7 @@ def _linear_shape(x: Tensor, fields: list[Tensor], codec: str, group_size: int) 
 @torch.library.custom_op("qins::linear_backward", mutates_args=())
 def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """G @ W; g (..., out_features), the result in g's dtype."""
-    return _multiply_transposed(g, fields, codec, group_size or None)
+    return multiply_codes_transposed(g, fields, codec, group_size or None)
 
 
 @linear_backward.register_fake
@@ -267,6 +269,20 @@ linear.register_autograd(_backward, setup_context=_save_for_backward)
 linear_backward.register_autograd(_double_backward, setup_context=_save_for_backward)
 
 
+@torch.library.custom_op("qins::embedding", mutates_args=())
+def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Decode rows of a matrix: ids (...) to (..., columns)."""
+    names = field_names(codec, group_size or None)
+    flat = ids.reshape(-1)
+    rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
+    return decode_fields(codec, rows, group_size or None, dtype).reshape(*ids.shape, fields[0].shape[1])
+
+
+@embedding.register_fake
+def _embedding_shape(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    return fields[0].new_empty(*ids.shape, fields[0].shape[1], dtype=dtype)
+
+
 def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
     """`linear` by the shortest way: past the dispatcher when nothing but the result is wanted."""
     if (
@@ -275,6 +291,6 @@ def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
     ):
-        return _multiply(x, fields, codec, group_size)
+        return multiply_codes(x, fields, codec, group_size)
     y: Tensor = linear(x, fields, codec, group_size or 0)
     return y

@@ -118,7 +118,7 @@ class Recording:
                     continue
                 module = modules[name]
                 # of a QINSLinear, asking for the weight would decode it
-                dtype = module._dtype if isinstance(module, QINSLinear) else module.weight.dtype
+                dtype = module.weight_dtype if isinstance(module, QINSLinear) else module.weight.dtype
                 expected = f.get_tensor(f"{name}.output").double()
                 got = module(f.get_tensor(key).to(dtype)).double()
                 noise = float((got - expected).square().sum())

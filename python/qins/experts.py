@@ -1,0 +1,259 @@
+"""QINSExperts: the experts of a mixture as stacks of codes; only those that tokens are sent to are read.
+
+transformers 5 keeps the experts of a layer in parameters of three dimensions (`gate_up_proj` or `up_proj`, and
+`down_proj`), in classes that share one calling convention: hidden states, the experts chosen for each token, and their
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .array import EXPERT_STACKS, EncodedArray, encode, field_shapes
+from .coded import FIELD_DTYPES, check_field_dtypes, floats_as_bits
+from .ops import decode_fields, field_names, multiply_codes, multiply_codes_transposed
+
+Tensor = torch.Tensor
+
+
+def projections(module: nn.Module) -> tuple[str, ...]:
+    """Names of the stacks of matrices of a module of experts that can be codes; none of any other module."""
+    if not (hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "num_experts")):
+        return ()
+    stacks = [n for n in EXPERT_STACKS if getattr(module._parameters.get(n), "ndim", 0) == 3]
+    if len(stacks) != 2 or getattr(module, "_is_expert_parallel", False):
+        return ()
+    return tuple(stacks)
+
+
+def stack_sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """(experts, out_features, in_features) of one of a module's projections."""
+    e, a, b = module._parameters[name].shape  # type: ignore[union-attr]
+    return (e, b, a) if module.is_transposed else (e, a, b)
+
+
+def _runs(experts: Tensor, count: int) -> Iterator[tuple[int, slice]]:
+    """Each expert's rows; numbers beyond the last expert stand for rows that are masked out."""
+    numbers, counts = torch.unique_consecutive(experts, return_counts=True)
+    begin = 0
+    for e, n in zip(numbers.tolist(), counts.tolist(), strict=True):
+        if 0 <= e < count:
+            yield e, slice(begin, begin + n)
+        begin += n
+
+
+def _by_expert(
+    x: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int, multiply: Callable[..., Tensor],
+    columns: int,
+) -> Tensor:  # fmt: skip
+    out = x.new_zeros(x.shape[0], columns)
+    for e, rows in _runs(experts, fields[0].shape[0]):
+        out[rows] = multiply(x[rows], [f[e] for f in fields], codec, group_size or None)
+    return out
+
+
+@torch.library.custom_op("qins::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    """Multiply each row of x, (S, K), by the transposed matrix of its expert; (S, N).
+
+    `experts`, (S,), says which expert and is sorted. Rows of a number that no expert has become zeros. `fields` have
+    the experts as their first dimension.
+    """
+    return _by_expert(x, experts, fields, codec, group_size, multiply_codes, fields[0].shape[1])
+
+
+@grouped_linear.register_fake
+def _grouped_linear_shape(x: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    return x.new_empty(x.shape[0], fields[0].shape[1])
+
+
+@torch.library.custom_op("qins::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(g: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    """Multiply each row of g, (S, N), by the matrix of its expert; (S, K)."""
+    return _by_expert(g, experts, fields, codec, group_size, multiply_codes_transposed, fields[0].shape[2])
+
+
+@grouped_linear_backward.register_fake
+def _grouped_backward_shape(g: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    return g.new_empty(g.shape[0], fields[0].shape[2])
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, experts, fields, ctx.codec, ctx.group_size = inputs
+    ctx.save_for_backward(experts, *fields)
+
+
+def _differentiated(op: Callable[..., Tensor]) -> Callable[..., Any]:
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        experts, *fields = ctx.saved_tensors
+        return op(g.contiguous(), experts, fields, ctx.codec, ctx.group_size), None, [None] * len(fields), None, None
+
+    return backward
+
+
+grouped_linear.register_autograd(_differentiated(grouped_linear_backward), setup_context=_save)
+grouped_linear_backward.register_autograd(_differentiated(grouped_linear), setup_context=_save)
+
+
+class QINSExperts(nn.Module):
+    """Experts that keep their matrices as 8-bit logarithmic codes, in the place of a module of transformers.
+
+    Each expert's matrix of each projection is encoded by itself. The codes are buffers named `<projection>_<field>`,
+    with the experts as their first dimension; matrices are (out_features, in_features), whichever way round the
+    original has them. Biases stay parameters.
+
+    Args:
+        original: the module to stand for; what it has besides its stacks of matrices is taken over, not copied.
+        codec: "log8", "log9", "golden" or "rational".
+        group_sizes: of each projection.
+
+    """
+
+    def __init__(self, original: nn.Module, codec: str, group_sizes: Mapping[str, int | None]) -> None:
+        """Make a module without codes, on the meta device; `encode` or `load_state_dict(assign=True)` brings them."""
+        super().__init__()
+        stacks = projections(original)
+        self.__dict__.update({k: v for k, v in vars(original).items() if k not in self.__dict__})
+        self._parameters.update({k: v for k, v in original._parameters.items() if k not in stacks})
+        self._modules.update(original._modules)
+        self.original = type(original)
+        self.training = original.training
+        self.codec, self.group_sizes = codec, dict(group_sizes)
+        self._dtype: torch.dtype = original._parameters[stacks[0]].dtype  # type: ignore[union-attr]
+        self._names: list[str] = []
+        self.shapes = {stack: stack_sizes(original, stack) for stack in stacks}
+        for stack, shape in self.shapes.items():
+            shapes = field_shapes(codec, shape, self.group_sizes[stack])
+            for field in field_names(codec, self.group_sizes[stack]):
+                dtype = FIELD_DTYPES.get(field, torch.float32)
+                empty = torch.empty(shapes.get(field, shape[:1]), dtype=dtype, device="meta")
+                self.register_buffer(f"{stack}_{field}", empty)
+                self._names.append(f"{stack}_{field}")
+
+    @classmethod
+    def from_experts(cls, original: nn.Module, codec: str, group_sizes: Mapping[str, int | None]) -> QINSExperts:
+        """Encode a module's experts.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names projection and expert.
+
+        """
+        new = cls(original, codec, group_sizes)
+        for stack in new.shapes:
+            new._buffers.update(new.encode(stack, original._parameters[stack].detach()))  # type: ignore[union-attr]
+        return new
+
+    def encode(self, stack: str, matrices: Tensor | Iterator[Tensor]) -> dict[str, Tensor]:
+        """Encode the matrices of a projection, as the original has them, one by one; return the buffers by name."""
+        experts, out_features, in_features = self.shapes[stack]
+        group_size = self.group_sizes[stack]
+        fields = field_names(self.codec, group_size)
+        buffers = {f"{stack}_{n}": torch.empty_like(self.get_buffer(f"{stack}_{n}"), device="cpu") for n in fields}
+        count = 0
+        for matrix in matrices:
+            w = matrix.T if self.is_transposed else matrix
+            if count == experts or w.shape != (out_features, in_features):
+                expected = f"{experts} matrices {(out_features, in_features)}"
+                raise ValueError(f"{stack}: expected {expected}, got {tuple(w.shape)} at {count}")
+            try:
+                encoded = encode(w, self.codec, group_size=group_size)
+            except ValueError as e:
+                raise ValueError(f"{stack}[{count}]: {e}") from None
+            for n in fields:
+                buffers[f"{stack}_{n}"][count] = torch.from_numpy(np.asarray(encoded.fields[n]))
+            count += 1
+            del matrix, w, encoded  # before the next one is made
+        if count != experts:
+            raise ValueError(f"{stack}: expected {experts} matrices, got {count}")
+        return buffers
+
+    def fields(self, stack: str) -> list[Tensor]:
+        """The codes of a projection, experts first, in the operators' order."""
+        names = field_names(self.codec, self.group_sizes[stack])
+        return [self._buffers[f"{stack}_{n}"] for n in names]  # type: ignore[misc]
+
+    def encoded(self, stack: str, expert: int) -> EncodedArray:
+        """One expert's matrix as an EncodedArray over the same memory (CPU only), every field checked."""
+        group_size = self.group_sizes[stack]
+        names = field_names(self.codec, group_size)
+        arrays = {n: f[expert].numpy() for n, f in zip(names, self.fields(stack), strict=True)}
+        return EncodedArray.from_fields(self.codec, arrays, group_size)
+
+    def weight(self, stack: str) -> Tensor:
+        """The decoded matrices of a projection, (experts, out_features, in_features)."""
+        group_size = self.group_sizes[stack]
+        names = field_names(self.codec, group_size)
+        return torch.stack([
+            decode_fields(self.codec, dict(zip(names, fields, strict=True)), group_size, self._dtype)
+            for fields in zip(*self.fields(stack), strict=True)
+        ])  # fmt: skip
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        y: Tensor = self.original._apply_gate(self, gate_up)  # type: ignore[attr-defined]
+        return y
+
+    def _project(self, stack: str, x: Tensor, experts: Tensor) -> Tensor:
+        y: Tensor = grouped_linear(x, experts, self.fields(stack), self.codec, self.group_sizes[stack] or 0)
+        if self.has_bias:
+            bias: Tensor = self._parameters[f"{stack}_bias"]  # type: ignore[assignment]
+            y = y + bias[experts.clamp(max=self.shapes[stack][0] - 1)].to(y.dtype)
+        return y
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs.
+
+        Args:
+            hidden_states: (tokens, hidden).
+            top_k_index: (tokens, k), the experts chosen; a number beyond the last expert chooses none.
+            top_k_weights: (tokens, k).
+
+        """
+        tokens, k = top_k_index.shape
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        first, second = self.shapes
+        y = self._project(first, hidden_states[order // k], experts)
+        y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)  # type: ignore[operator]
+        y = self._project(second, y, experts)
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)  # type: ignore[operator]
+        y = y * top_k_weights.reshape(-1)[order, None]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a module of the original class with the decoded matrices."""
+        new = self.original.__new__(self.original)
+        nn.Module.__init__(new)
+        ours = {"original", "codec", "group_sizes", "shapes", "_dtype", "_names"}
+        new.__dict__.update({k: v for k, v in vars(self).items() if k not in new.__dict__ and k not in ours})
+        new.training = self.training
+        new._modules.update(self._modules)
+        for stack in self.shapes:
+            w = self.weight(stack).to(dtype or self._dtype)
+            w = w.transpose(1, 2).contiguous() if self.is_transposed else w
+            new.register_parameter(stack, nn.Parameter(w))
+        for name, p in self._parameters.items():
+            new.register_parameter(name, p)
+        return new
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QINSExperts:
+        """As nn.Module's, except that float32 codes keep their bits."""
+        with floats_as_bits(self, self._names):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_field_dtypes(self, self._names, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Projections, codec and group sizes."""
+        sizes = ", ".join(f"{n}={'x'.join(map(str, s))}" for n, s in self.shapes.items())
+        groups = ", ".join(f"{n}: {g}" for n, g in self.group_sizes.items() if g)
+        return f"{sizes}, codec={self.codec}" + (f", group_sizes={{{groups}}}" if groups else "")
