@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OTHER_TRANSFORMERS := 4.57.6 5.0.0
+OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,hf moe embedding checkpoint cache chat)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
 .PHONY: demo test test-python test-transformers test-core test-sdist test-slow lint bench measurements clean
@@ -33,7 +34,7 @@ test-transformers: $(VENV)/installed-dev
 	        $(BIN)/pip install --quiet --disable-pip-version-check --target $$there transformers==$$version numpy==$$numpy; \
 	        touch $$there/installed; \
 	    }; \
-	    PYTHONPATH=$$there $(BIN)/python -m pytest -q -W ignore tests/test_hf.py tests/test_cache.py tests/test_chat.py; \
+	    PYTHONPATH=$$there $(BIN)/python -m pytest -q -W ignore $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
 test-core:

@@ -15,10 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qins
-from qins.checkpoint import Target, _ShardWriter, quantize_checkpoint
+from qins.checkpoint import quantize_checkpoint
+from qins.files import fingerprint
+from qins.shards import ShardWriter, Target
 
 transformers = pytest.importorskip("transformers")
 from test_hf import MODELS, make, outputs, same_state  # noqa: E402
+from test_moe import MODELS as MOE  # noqa: E402
+from test_moe import V5  # noqa: E402
+from test_moe import make as moe  # noqa: E402
 from tokens import save_tokenizer  # noqa: E402
 from tokens import text as words  # noqa: E402
 
@@ -27,6 +32,15 @@ pytestmark = pytest.mark.once
 
 def tree(path):
     return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+def same_files(one, other, name):
+    """Byte for byte the file that save_pretrained writes."""
+    if name == "bert" and transformers.__version__.startswith("5.0"):  # which saves its norms as gamma and beta
+        return
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    configs = [json.loads((d / "config.json").read_text()) for d in (one, other)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -41,11 +55,134 @@ def test_as_in_process(tmp_path, name, codec):
     assert same_state(loaded, quantised)
     assert torch.equal(outputs(loaded), outputs(type(model).from_pretrained(tmp_path / "out")))
     quantised.save_pretrained(tmp_path / "process")
-    # byte for byte the file that save_pretrained writes
-    files = [tmp_path / d / "model.safetensors" for d in ("out", "process")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("out", "process")]
-    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    same_files(tmp_path / "out", tmp_path / "process", name)
+
+
+def same_as_in_process(tmp_path, model, config):
+    model.save_pretrained(tmp_path / "float")
+    result = quantize_checkpoint(tmp_path / "float", tmp_path / "out", qins.QinsConfig(**config))
+    quantised = type(model).from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig(**config))
+    quantised.save_pretrained(tmp_path / "process")
+    same_files(tmp_path / "out", tmp_path / "process", model.config.model_type)
+    assert same_state(qins.load(tmp_path / "out"), quantised)
+    return result
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers, or leaves them as floats")
+@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("codec", ["log8", "golden"])
+def test_experts(tmp_path, name, codec):
+    """Experts that a checkpoint has one by one, or stacked, or stacked and turned."""
+    result = same_as_in_process(tmp_path, moe(name), {"codec": codec})
+    assert result["layers"] == {"mixtral": 2 * 6, "qwen2_moe": 2 * 9, "gpt_oss": 2 * 6}[name]
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers, or leaves them as floats")
+def test_experts_over_several_files(tmp_path):
+    model = moe("mixtral")
+    model.save_pretrained(tmp_path / "float", max_shard_size="40KB")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out")
+    expected = type(model).from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig())
+    assert same_state(qins.load(tmp_path / "out"), expected)
+    # a missing expert
+    shard = next(p for p in (tmp_path / "float").glob("*.safetensors") if any("w1" in k for k in load_file(p)))
+    index = tmp_path / "float" / "model.safetensors.index.json"
+    told, state = json.loads(index.read_text()), load_file(shard)
+    key = next(k for k in state if "w1" in k)
+    del state[key], told["weight_map"][key]
+    save_file(state, shard, {"format": "pt"})
+    index.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: expected 49,152 weights, got 43,008 in 7 tensors"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "short")
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has the names that the checkpoint has")
+def test_weights_that_are_split_while_loading(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, use_swiglu_ffn=True
+    )
+    model = transformers.Dinov2Model(config)
+    for key, p in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(p, std=0.02)
+    result = same_as_in_process(tmp_path, model, {})
+    assert result["layers"] == sum(type(m) is nn.Linear for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert", "t5", "modernbert"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_embeddings(tmp_path, name, embeddings):
+    if name == "t5" and not V5:
+        pytest.skip("needs transformers 5, and says so")
+    same_as_in_process(tmp_path, make(name), {"lm_head": True, "embeddings": embeddings})
+
+
+def test_a_tied_weight_that_is_stored_twice(tmp_path):
+    model = make("llama tied")
+    model.save_pretrained(tmp_path / "float")
+    state = load_file(tmp_path / "float" / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    config = qins.QinsConfig(lm_head=True, embeddings=True)
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", config)
+    assert not any("lm_head" in k for k in load_file(tmp_path / "out" / "model.safetensors"))
+    assert isinstance(qins.load(tmp_path / "out").lm_head, qins.QINSLinear)
+    state["lm_head.weight"][3, 3] += 1
+    save_file(state, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="ties it"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "other", qins.QinsConfig(lm_head=True))
+
+
+@pytest.mark.parametrize("how", ["on disk", "while loading", "in place"])
+def test_checksums(tmp_path, how):
+    model = make("llama")
+    model.save_pretrained(tmp_path / "float")
+    out = tmp_path / "out"
+    if how == "on disk":
+        quantize_checkpoint(tmp_path / "float", out)
+    elif how == "while loading":
+        config = qins.QinsConfig()
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config).save_pretrained(
+            out
+        )
+    else:
+        qins.convert(model)
+        model.save_pretrained(out)
+    state = load_file(out / "model.safetensors")
+    report = qins.inspect(out)
+    assert report.verified == len(state)
+    assert not report.problems
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert told["source"] == (None if how == "in place" else fingerprint([tmp_path / "float" / "model.safetensors"]))
+    # one bit of one code, and one of a norm: the file is sound, and only the checksums tell
+    for key in ("model.layers.1.mlp.up_proj.codes", "model.norm.weight"):
+        damaged = {k: t.clone() for k, t in state.items()}
+        damaged[key].view(torch.uint8)[3] ^= 16
+        save_file(damaged, out / "model.safetensors", {"format": "pt"})
+        problems = qins.inspect(out).problems
+        assert len(problems) == 1
+        assert f"model.safetensors: {key}: expected checksum" in problems[0]
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    # of a model that has changed they are new
+    changed = qins.load(out)
+    changed.model.norm.weight.data += 1
+    changed.save_pretrained(tmp_path / "changed")
+    assert not qins.inspect(tmp_path / "changed").problems
+    assert (
+        json.loads((tmp_path / "changed" / "config.json").read_text())["quantization_config"]["source"]
+        == told["source"]
+    )
+
+
+def test_fingerprint(tmp_path):
+    for name, content in (("a", b"x" * 3_000_000), ("b", b""), ("c", b"123")):
+        (tmp_path / name).write_bytes(content)
+    paths = [tmp_path / n for n in "abc"]
+    one = fingerprint(paths)
+    assert fingerprint(reversed(paths)) == one
+    (tmp_path / "a").write_bytes(b"x" * 2_999_999 + b"y")
+    assert fingerprint(paths) != one
 
 
 @pytest.fixture
@@ -172,11 +309,11 @@ def test_faults_leave_no_half_written_shard(source, tmp_path, fault):
 
 _SLOW = """
 import sys, time, qins.checkpoint as c
-original = c._ShardWriter.write
-def slowly(self, name, tensor):
+original = c.ShardWriter.write
+def slowly(self, name, tensor, part=None):
     time.sleep(0.004)
-    original(self, name, tensor)
-c._ShardWriter.write = slowly
+    original(self, name, tensor, part)
+c.ShardWriter.write = slowly
 print("ready", flush=True)
 c.quantize_checkpoint(sys.argv[1], sys.argv[2])
 """
@@ -223,14 +360,14 @@ def test_layout_is_the_librarys(tmp_path):
     }  # fmt: skip
     save_file(tensors, tmp_path / "a", {"format": "pt"})
     targets = [Target(n, str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()]
-    writer = _ShardWriter(tmp_path / "b", targets, {"format": "pt"})
+    writer = ShardWriter(tmp_path / "b", targets, {"format": "pt"})
     for name in reversed(tensors):
         writer.write(name, tensors[name])
     with pytest.raises(ValueError, match="expected"):
         writer.write("a", torch.zeros(4))
     writer.close()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    incomplete = _ShardWriter(tmp_path / "c", targets, {"format": "pt"})
+    incomplete = ShardWriter(tmp_path / "c", targets, {"format": "pt"})
     with pytest.raises(ValueError, match="not written"):
         incomplete.close()
 
@@ -282,12 +419,12 @@ def run_cli(*arguments):
 
 
 def test_command_line(source, tmp_path):
-    done = run_cli("quantize", source, tmp_path / "out", "--exclude", "*.k_proj", "--json")
+    done = run_cli("quantize", source, tmp_path / "out", "--exclude", "*.k_proj", "--lm-head", "--embeddings", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["layers"] == 12
+    assert result["layers"] == 12 + 2
     assert result["bytes_after"] < result["bytes_before"]
-    assert {s["name"] for s in result["skipped"]} >= {"lm_head", "model.layers.0.self_attn.k_proj"}
+    assert {s["name"] for s in result["skipped"]} >= {"model.layers.0.self_attn.k_proj"}
     done = run_cli("quantize", source, tmp_path / "out")
     assert done.returncode == 1
     assert "not empty" in done.stderr.replace("\n", " ")

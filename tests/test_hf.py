@@ -66,9 +66,20 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
+def qwen2_vl():
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = COMMON | {"num_key_value_heads": 2, "rope_parameters": rope, "rope_scaling": rope}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=150, video_token_id=151, vision_start_token_id=152,
+        vision_end_token_id=153,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
 MODELS = {
     "llama": llama, "llama tied": lambda: llama(True), "phi3": phi3, "qwen2": qwen2, "gpt2": gpt2, "bert": bert,
-    "modernbert": modernbert, "t5": t5,
+    "modernbert": modernbert, "t5": t5, "qwen2_vl": qwen2_vl,
 }  # fmt: skip
 
 

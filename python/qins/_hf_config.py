@@ -32,6 +32,8 @@ class QinsConfig(QuantizationConfigMixin):
         embeddings: quantise the input embedding, too.
         min_quantized: least share of the bytes of all parameters, 0 to 1, that must become codes; less is an error.
         format_version: of a saved checkpoint.
+        checksums: of a saved checkpoint: CRC-32 of each tensor's bytes, in hexadecimal; `qins inspect` compares them.
+        source: of a saved checkpoint: what `qins.files.fingerprint` says of the files it was made of.
         modules: of a saved checkpoint: name of each quantised module, or stack of experts, to its codec and
             group_size, and to the module whose codes it shares if it does.
 
@@ -55,6 +57,8 @@ class QinsConfig(QuantizationConfigMixin):
         min_quantized: float = 0.0,
         format_version: int = FORMAT_VERSION,
         modules: dict[str, list[Any]] | None = None,
+        checksums: dict[str, str] | None = None,
+        source: str | None = None,
         **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", "qins")
@@ -87,7 +91,7 @@ class QinsConfig(QuantizationConfigMixin):
         self.lm_head, self.embeddings = bool(lm_head), bool(embeddings)
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
-        self.modules = modules
+        self.modules, self.checksums, self.source = modules, checksums, source
         for name, about in (modules or {}).items():
             try:
                 check_codec(about[0])

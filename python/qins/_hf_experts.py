@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from ._hf_modules import PendingExperts
 from ._pages import give_back_freed_memory, page_out
+
+
+def _run(operations: list[ConversionOps], tensors: dict[str, Any], patterns: dict[str, Any]) -> dict[str, Any]:
+    for operation in operations:
+        tensors = operation.convert(tensors, **patterns)
+    return tensors
+
+
+def one_by_one(
+    operations: list[ConversionOps],
+    parts: dict[str, list[Any]],
+    load: Callable[[Any], torch.Tensor],
+    patterns: dict[str, Any],
+) -> Iterator[torch.Tensor] | None:
+    """Run operations that stack experts' tensors and join or turn the stacks on one expert at a time.
+
+    Args:
+        operations: a converter's.
+        parts: by pattern what stands for each expert's tensor.
+        load: gives the tensor, whose pages are let go afterwards.
+        patterns: what the operations want to know.
+
+    Returns:
+        the matrix that each expert gets; None if the operations are not of this kind.
+
+    """
+    counts = {len(p) for p in parts.values()}
+    merge, targets = operations[0], patterns["target_patterns"]
+    if type(merge) is not MergeModulelist or merge.dim != 0 or len(counts) != 1:
+        return None
+
+    def of_one(merged: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The rest of the operations, on stacks of one; merging these would only copy them."""
+        (stack,) = _run(operations[1:], merged, patterns).values()
+        matrix: torch.Tensor = (stack[0] if isinstance(stack, list) else stack)[0]
+        return matrix
+
+    def matrices() -> Iterator[torch.Tensor]:
+        for i in range(counts.pop()):
+            tensors = {pattern: load(p[i]) for pattern, p in parts.items()}
+            yield of_one({targets[0] if len(parts) == 1 else p: t[None] for p, t in tensors.items()})
+            for t in tensors.values():
+                page_out(t)
+
+    return matrices()
 
 
 class EncodeExperts(ConversionOps):
@@ -23,34 +68,18 @@ class EncodeExperts(ConversionOps):
         """Keep the operations."""
         self.operations = operations
 
-    def _run(self, tensors: dict[str, Any], patterns: dict[str, Any]) -> dict[str, Any]:
-        for operation in self.operations:
-            tensors = operation.convert(tensors, **patterns)
-        return tensors
-
-    def _one(self, tensors: dict[str, Any], patterns: dict[str, Any]) -> torch.Tensor:
-        (merged,) = self._run(tensors, patterns).values()
-        stack: torch.Tensor = merged[0] if isinstance(merged, list) else merged
-        return stack[0]
-
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the codes by full name, or what the operations return."""
         name, model = kwargs["full_layer_name"], kwargs["model"]
         path, _, stack = name.rpartition(".")
         module = model.get_submodule(path)
-        counts = {len(tensors) if isinstance(tensors, list) else 0 for tensors in input_dict.values()}
-        if not isinstance(module, PendingExperts) or stack not in module.waiting or len(counts) != 1 or 0 in counts:
-            return self._run(input_dict, kwargs)
-
-        def matrices() -> Iterator[torch.Tensor]:
-            for i in range(counts.pop()):
-                yield self._one({k: tensors[i][None] for k, tensors in input_dict.items()}, kwargs)
-                for tensors in input_dict.values():
-                    page_out(tensors[i])
-                    tensors[i] = None
-
+        matrices = None
+        if isinstance(module, PendingExperts) and stack in module.waiting:
+            matrices = one_by_one(self.operations, input_dict, lambda t: t, kwargs)
+        if matrices is None:
+            return _run(self.operations, input_dict, kwargs)
         try:
-            codes = module.accept(stack, matrices())
+            codes = module.accept(stack, matrices)
         except ValueError as e:
             raise ValueError(f"{path}.{e}") from None
         give_back_freed_memory()  # the floats' pieces, which lie between codes that stay

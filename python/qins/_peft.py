@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .array import encode
+from .coded import CodedWeight
 from .linear import QINSLinear
 
 # These take part of the weight out of the base layer, or rescale it: what is left would have to be encoded anew, and
@@ -87,12 +88,13 @@ def _refuse_other_merges() -> None:
         for name, module in tuner.model.named_modules():
             if (
                 isinstance(module, BaseTunerLayer)
-                and isinstance(module.get_base_layer(), QINSLinear)
+                and isinstance(module.get_base_layer(), CodedWeight)
                 and not isinstance(module, lora_layer())
             ):
                 raise ValueError(
-                    f"{name}: {type(tuner).__name__} cannot merge into codes, which only LoRA can; "
-                    "use the adapter without merging it"
+                    f"{name}: {type(tuner).__name__} cannot merge into the codes of a "
+                    f"{type(module.get_base_layer()).__name__}; only LoRA can, into a QINSLinear; use the adapter "
+                    "without merging it"
                 )
 
     def guarded(original: Any) -> Any:
@@ -109,7 +111,7 @@ def _refuse_other_merges() -> None:
     def putting_back(original: Any) -> Any:
         @wraps(original)
         def method(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> Any:
-            if isinstance(new_module, QINSLinear):  # the base layer itself, which PEFT would give its decoded weight
+            if isinstance(new_module, CodedWeight):  # the base layer itself, which PEFT would give its decoded weight
                 setattr(parent, child_name, new_module)
                 return None
             return original(self, parent, child_name, new_module, child)

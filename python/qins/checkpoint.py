@@ -7,75 +7,26 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ._atomic import atomically, write_json
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from ._hf_config import QinsConfig
-from ._hf_modules import pending_layers
-from .array import SCALARS, array_names, encode, field_shapes
+from .array import encode
 from .calibration import Store
-from .coded import FIELD_DTYPES
+from .checkpoint_plan import Item, Output, Plan, architecture, converted, plan
 from .conversion import progress
-from .files import Checkpoint, StoredTensor, open_checkpoint
-from .hf import QinsHfQuantizer
+from .files import Checkpoint, checksum, open_checkpoint
+from .files import fingerprint as files_fingerprint
+from .shards import ShardWriter
 
 _PROGRESS = "qins-progress.json"
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_DTYPE_CODES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8",
-    "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
-}  # fmt: skip
-# The order in which safetensors lays tensors out: by dtype, widest first, then by name.
-_DTYPE_ORDER = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor that the new checkpoint will have."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        size = {"64": 8, "32": 4, "16": 2}.get(self.dtype[-2:], 1)
-        for s in self.shape:
-            size *= s
-        return size
-
-
-@dataclass
-class Plan:
-    """What `quantize_checkpoint` will do, shard by shard.
-
-    Attributes:
-        layers: checkpoint key of each weight that is encoded, to (module, codec, group_size, transposed).
-        shards: source file to the tensors of the file that is made of it.
-        names: source file to the name of that file.
-
-    """
-
-    layers: dict[str, tuple[str, str, int | None, bool]] = field(default_factory=dict)
-    shards: dict[Path, list[Target]] = field(default_factory=dict)
-    names: dict[Path, str] = field(default_factory=dict)
-
-    @property
-    def modules(self) -> dict[str, tuple[str, int | None, bool]]:
-        """Module to (codec, group_size, transposed)."""
-        return {module: (codec, size, turned) for module, codec, size, turned in self.layers.values()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all new tensors."""
-        return sum(t.nbytes for targets in self.shards.values() for t in targets)
 
 
 def find_source(name: str | Path) -> Path:
@@ -96,138 +47,8 @@ def find_source(name: str | Path) -> Path:
         raise FileNotFoundError(f"{name}: neither a directory nor a model that the hub gives: {e}") from None
 
 
-def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuantizer]:
-    """Decide what becomes of every tensor, from config.json and the headers of the files.
-
-    Raises:
-        ValueError: transformers does not know the architecture, or its loader rearranges these weights.
-
-    """
-    quantizer = QinsHfQuantizer(config, pre_quantized=False)
-    model = _meta_model(checkpoint)
-    quantizer._process_model_before_weight_loading(model)
-    prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
-    result, missing = Plan(), []
-    for module, layer in pending_layers(model).items():
-        # a checkpoint of the model without its head has the same names without the prefix, and the other way round
-        keys = [f"{n}.weight" for n in (module, prefix + module, module.removeprefix(prefix))]
-        key = next((k for k in keys if k in checkpoint.tensors), None)
-        if key is None:
-            missing.append(module)
-            continue
-        stored = checkpoint.tensors[key]
-        shape = (layer.in_features, layer.out_features) if layer.transposed else (layer.out_features, layer.in_features)
-        if stored.shape != shape:
-            raise ValueError(f"{checkpoint.path}: {key}: expected shape {shape}, got {stored.shape}")
-        result.layers[key] = (module, layer.codec, layer.group_size, layer.transposed)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(
-            f"{checkpoint.path}: no weight for {', '.join(missing[:3])}{more}; where transformers rearranges weights "
-            "while loading, use from_pretrained(..., quantization_config=qins.QinsConfig()) and save_pretrained"
-        )
-    files = list(checkpoint.files)
-    for i, file in enumerate(files):
-        single = len(files) == 1
-        result.names[file] = "model.safetensors" if single else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        targets: list[Target] = []
-        for key, tensor in checkpoint.tensors.items():
-            if checkpoint.where(key) == file:
-                targets += _targets(key, tensor, result.layers.get(key))
-        result.shards[file] = targets
-    return result, quantizer
-
-
 def _directory(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-
-
-def _architecture(checkpoint: Checkpoint) -> Any:
-    """Transformers' class of the model."""
-    import transformers
-
-    name = (checkpoint.config.get("architectures") or [""])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise ValueError(f"{checkpoint.path}: architecture {name!r} is not one that this transformers has")
-    return cls
-
-
-def _meta_model(checkpoint: Checkpoint) -> Any:
-    import transformers
-
-    if not checkpoint.config:
-        raise ValueError(f"{checkpoint.path}: expected a directory with a config.json, got none")
-    if "quantization_config" in checkpoint.config:
-        raise ValueError(f"{checkpoint.path}: is quantised already: {checkpoint.config['quantization_config']}")
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    cls = _architecture(checkpoint)
-    with torch.device("meta"):
-        return cls(config)
-
-
-def _targets(key: str, tensor: StoredTensor, layer: tuple[str, str, int | None, bool] | None) -> list[Target]:
-    if layer is None:
-        if tensor.dtype not in _DTYPE_CODES:
-            raise ValueError(f"{key}: expected a dtype that safetensors and torch share, got {tensor.dtype}")
-        return [Target(key, tensor.dtype, tensor.shape)]
-    _, codec, group_size, transposed = layer
-    shape = tensor.shape[::-1] if transposed else tensor.shape
-    stem = key.removesuffix("weight")
-    shapes = field_shapes(codec, shape, group_size)
-    arrays = [Target(stem + n, str(FIELD_DTYPES[n])[6:], shapes[n]) for n in array_names(codec, group_size)]
-    return [*arrays, *(Target(stem + n, "float32", ()) for n in SCALARS[codec])]
-
-
-class _ShardWriter:
-    """Writes one safetensors file whose tensors come in any order, each at its place, never all in memory.
-
-    The library's own writer takes a dictionary of all tensors of a file. The layout is the library's, byte for byte
-    (tests compare them), and the library reads the result back.
-    """
-
-    def __init__(self, path: Path, targets: list[Target], metadata: dict[str, str]) -> None:
-        ordered = sorted(targets, key=lambda t: (_DTYPE_ORDER.index(_DTYPE_CODES[t.dtype]), t.name))
-        header: dict[str, Any] = {"__metadata__": metadata}
-        self.places: dict[str, tuple[int, Target]] = {}
-        at = 0
-        for t in ordered:
-            header[t.name] = {
-                "dtype": _DTYPE_CODES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes],
-            }  # fmt: skip
-            self.places[t.name] = (at, t)
-            at += t.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self.start = 8 + len(text)
-        self.file = path.open("wb")
-        try:
-            self.file.write(len(text).to_bytes(8, "little") + text)
-            self.file.truncate(self.start + at)
-        except OSError:
-            with suppress(OSError):
-                self.file.close()
-            raise
-        self.left = set(self.places)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor."""
-        at, target = self.places[name]
-        if tuple(tensor.shape) != target.shape or str(tensor.dtype)[6:] != target.dtype:
-            raise ValueError(
-                f"{name}: expected {target.dtype} {target.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        self.file.seek(self.start + at)
-        flat = tensor.detach().contiguous().reshape(-1)
-        if flat.numel():
-            self.file.write(flat.view(torch.uint8).numpy().data)
-        self.left.discard(name)
-
-    def close(self) -> None:
-        """Finish the file."""
-        with self.file:
-            if self.left:
-                raise ValueError(f"{self.file.name}: not written: {', '.join(sorted(self.left)[:5])}")
 
 
 def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
@@ -309,20 +130,24 @@ def quantize_checkpoint(
     store, spending = None, None
     if calibration is not None and data is not None:
         store = Store(out / _CALIBRATION, fingerprint)
-        work = CheckpointCalibration(_directory(checkpoint), _architecture(checkpoint), data, store, show_progress)
+        work = CheckpointCalibration(_directory(checkpoint), architecture(checkpoint), data, store, show_progress)
         if calibration.has_target:
             spending = work.plan(planned.modules, calibration, config)
             planned, quantizer = plan(checkpoint, config)
         work.encode(planned.modules)
+    checksums: dict[str, str] = {}
     with progress(f"encoding to {config.codec}", total, show_progress) as advance:
         for file, name in planned.names.items():
             if (out / name).exists():
-                advance(sum(t.bytes for k, t in checkpoint.tensors.items() if checkpoint.where(k) == file))
+                made = open_checkpoint(out / name)
+                checksums |= {k: checksum(made.load(k)) for k in made.tensors}
+                advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
             else:
-                _convert_shard(checkpoint, planned, store, file, out / name, advance)
+                checksums |= _convert_shard(checkpoint, planned, store, file, out / name, advance)
+    config.checksums, config.source = dict(sorted(checksums.items())), files_fingerprint(checkpoint.files)
     _finish(checkpoint, planned, config, out)
     return {
-        "layers": len(planned.layers),
+        "layers": len(planned.encoded),
         "bytes_before": total,
         "bytes_after": planned.nbytes,
         "files": [planned.names[f] for f in planned.names],
@@ -337,37 +162,49 @@ def _convert_shard(
     file: Path,
     target: Path,
     advance: Callable[[int], None],
-) -> None:
+) -> dict[str, str]:
+    """Write a file; return its tensors' checksums."""
     with atomically(target) as temporary:
-        writer = _ShardWriter(temporary, planned.shards[file], {"format": "pt"})
+        items = planned.items[file]
+        targets = [t for item in items for output in item.outputs for t in output.targets]
+        writer = ShardWriter(temporary, targets, {"format": "pt"})
         try:
-            for key, stored in checkpoint.tensors.items():
-                if checkpoint.where(key) == file:
-                    _convert_tensor(checkpoint, planned, store, key, writer)
-                    advance(stored.bytes)
+            for item in items:
+                _convert_item(checkpoint, planned, store, item, writer)
+                advance(sum(checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
         finally:
             with suppress(OSError):  # of a full disk, once more
                 writer.file.close()
+    return writer.checksums
 
 
-def _convert_tensor(checkpoint: Checkpoint, planned: Plan, store: Store | None, key: str, writer: _ShardWriter) -> None:
-    layer = planned.layers.get(key)
-    if layer is None:
-        writer.write(key, checkpoint.load(key))
-        return
-    module, codec, group_size, transposed = layer
-    chosen = store.get(module) if store is not None else None
-    if chosen is not None:
-        fields = chosen.encoded.fields
-    else:
-        tensor = checkpoint.load(key)
-        try:
-            fields = encode(tensor.T if transposed else tensor, codec, group_size=group_size).fields
-        except ValueError as e:
-            raise ValueError(f"{checkpoint.where(key)}: {key}: {e}") from None
-    for n, array in fields.items():
-        writer.write(key.removesuffix("weight") + n, torch.from_numpy(array))
+def _convert_item(checkpoint: Checkpoint, planned: Plan, store: Store | None, item: Item, writer: ShardWriter) -> None:
+    chosen = {o.name: store.get(o.module) if store is not None and o.codec else None for o in item.outputs}
+    made: dict[str, Any] = {}
+    if any(c is None for c in chosen.values()):
+        made = converted(item, planned.model, checkpoint.load)
+    for output in item.outputs:
+        choice = chosen[output.name]
+        if choice is not None:
+            for n, array in choice.encoded.fields.items():
+                writer.write(output.stem + n, torch.from_numpy(array))
+        elif not output.codec:
+            writer.write(output.stem, made[output.name])
+        else:
+            try:
+                _encode(output, made[output.name], writer)
+            except ValueError as e:
+                raise ValueError(f"{checkpoint.where(item.all_keys[0])}: {output.name}: {e}") from None
+
+
+def _encode(output: Output, floats: Any, writer: ShardWriter) -> None:
+    """Encode a matrix, or a stack of them one by one, and write the codes."""
+    for i, w in enumerate(floats if output.is_stack else [floats]):
+        part = i if output.is_stack else None
+        encoded = encode(w.T if output.transposed else w, output.codec, group_size=output.group_size)
+        for n, array in encoded.fields.items():
+            writer.write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
 
 
 def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path) -> None:
@@ -377,10 +214,17 @@ def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
             shutil.copyfile(path, out / path.name)
     if len(planned.names) > 1:
-        weight_map = {t.name: planned.names[f] for f, targets in planned.shards.items() for t in targets}
+        weight_map = {
+            t.name: planned.names[f]
+            for f, items in planned.items.items()
+            for item in items
+            for output in item.outputs
+            for t in output.targets
+        }
         write_json(out / "model.safetensors.index.json",
                     {"metadata": {"total_size": planned.nbytes}, "weight_map": weight_map})  # fmt: skip
-    config.modules = {module: [codec, group] for module, codec, group, _ in planned.layers.values()}
+    config.modules = {o.module: [o.codec, o.group_size] for o in planned.encoded}
+    config.modules |= {m: list(about) for m, about in planned.shared.items()}
     write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)

@@ -104,6 +104,8 @@ def quantize(
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantise; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave; may be repeated.")] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantise the output embedding, too.")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantise the input embedding, too.")] = False,
     calibrate: Annotated[
         Path | None, typer.Option(help="Text like what the model will read: log8's codes are chosen with it in view.")
     ] = None,
@@ -125,7 +127,7 @@ def quantize(
     from .checkpoint import quantize_checkpoint
 
     size: int | str | None = "default" if group_size is None else group_size or None
-    config = QinsConfig(codec, size, include or None, exclude or ())
+    config = QinsConfig(codec, size, include or None, exclude or (), lm_head=lm_head, embeddings=embeddings)
     calibration = None
     if calibrate is not None:
         calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)

@@ -5,10 +5,12 @@ Nothing here runs code from a file, and nothing is read into memory but what is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickletools
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,26 @@ class Checkpoint:
         with safe_open(self._where[name], framework="pt") as f:
             tensor: torch.Tensor = f.get_tensor(name)
         return tensor
+
+
+def checksum(tensor: torch.Tensor, before: str | None = None) -> str:
+    """CRC-32 of a tensor's bytes, in hexadecimal; `before` is that of the bytes in front of them."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
+
+
+def fingerprint(files: Iterable[str | Path]) -> str:
+    """SHA-256 of files' sizes, first and last mebibytes, which hold the headers, in the order of their names."""
+    h = hashlib.sha256()
+    for path in sorted(map(Path, files), key=lambda p: p.name):
+        size = path.stat().st_size
+        h.update(size.to_bytes(8, "little"))
+        with path.open("rb") as f:
+            h.update(f.read(1 << 20))
+            f.seek(max(size - (1 << 20), 0))
+            h.update(f.read(1 << 20))
+    return h.hexdigest()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

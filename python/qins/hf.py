@@ -38,10 +38,12 @@ from ._hf_modules import (
     pending_layers,
     sizes,
 )
+from ._hf_names import saved_names
 from ._pages import page_out
 from .coded import CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .experts import QINSExperts, projections, stack_sizes
+from .files import checksum, fingerprint, open_checkpoint
 from .linear import QINSEmbedding, QINSLinear
 from .models import read_text
 
@@ -103,6 +105,10 @@ class QinsHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._expect_codes(model)
             return
+        files = kwargs.get("checkpoint_files")
+        if not files and Path(model.config._name_or_path).is_dir():  # transformers 4 does not say which
+            files = open_checkpoint(model.config._name_or_path).files
+        self.quantization_config.source = fingerprint(files) if files else None
         expect_tied(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
             read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
@@ -380,6 +386,16 @@ class QinsHfQuantizer(HfQuantizer):
         if share < config.min_quantized:
             raise RuntimeError(f"{text}, less than min_quantized = {config.min_quantized:g}; left: {_some(left)}")
         return report
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
+        """What transformers calls first when it saves: the checksums are of what is saved."""
+        state: dict[tuple[int, Any], tuple[str, torch.Tensor]] = {}
+        for name, tensor in model.state_dict().items():  # of those that share memory the first is saved
+            key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor), name)
+            state.setdefault(key, (name, tensor))
+        names = saved_names(model, (name for name, _ in state.values()))
+        self.quantization_config.checksums = dict(sorted((names[n], checksum(t)) for n, t in state.values()))
+        return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace codes by the floats that they stand for."""

@@ -17,7 +17,7 @@ from torch import nn
 from .array import ARRAYS, EXPERT_STACKS, FIELD_ROLES, SCALARS, EncodedArray, split_field
 from .coded import default_group_size
 from .conversion import snr_db
-from .files import Checkpoint, StoredTensor, open_checkpoint
+from .files import Checkpoint, StoredTensor, checksum, open_checkpoint
 from .linear import QINSLinear
 
 # What the bytes of a field are counted as: the seed calls codes "stored".
@@ -74,6 +74,7 @@ class InspectionReport:
         float32_bytes: of the same model with all its weights in float32.
         problems: sentences on what is wrong.
         errors: of each layer, against another checkpoint.
+        verified: how many tensors have the checksum that the checkpoint says.
 
     """
 
@@ -88,6 +89,7 @@ class InspectionReport:
     float32_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     errors: list[LayerError] = field(default_factory=list)
+    verified: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -133,6 +135,7 @@ class InspectionReport:
             "bytes_by_dtype": self.bytes_by_dtype,
             "layers": [vars(layer) | {"shape": list(layer.shape)} for layer in self.layers],
             "errors": [vars(e) for e in self.errors],
+            "verified": self.verified,
             "problems": self.problems,
         }
 
@@ -169,6 +172,8 @@ class InspectionReport:
             lines.append(
                 f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times less than float32"
             )
+        if self.verified:
+            lines.append(f"checksums  of {self.verified} tensors are right")
         lines += [f"PROBLEM: {p}" for p in self.problems]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -297,6 +302,7 @@ def inspect(path: str | Path, against: str | Path | None = None) -> InspectionRe
     for layer in layers:
         if checkpoint.format != "gguf":
             _check_layer(checkpoint, layer, problems)
+    report.verified = _verify(checkpoint, problems)
     if against is not None:
         report.errors = _compare(checkpoint, layers, open_checkpoint(against))
     return report
@@ -307,6 +313,21 @@ def _check_layer(checkpoint: Checkpoint, layer: EncodedLayer, problems: list[str
         load_layer(checkpoint, layer)
     except (ValueError, TypeError) as e:
         problems.append(str(e))
+
+
+def _verify(checkpoint: Checkpoint, problems: list[str]) -> int:
+    """Compare tensors with the checksums that the checkpoint has; return how many are right."""
+    quantization = checkpoint.config.get("quantization_config")
+    known = quantization.get("checksums") if isinstance(quantization, dict) else None
+    right = 0
+    for name, expected in known.items() if isinstance(known, dict) else ():
+        if name in checkpoint.tensors:
+            got = checksum(checkpoint.load(name))
+            right += got == expected
+            if got != expected:
+                where = checkpoint.where(name).name
+                problems.append(f"{where}: {name}: expected checksum {expected}, got {got}: the file is damaged")
+    return right
 
 
 class _Weights:

@@ -1,0 +1,78 @@
+"""How transformers names and joins the tensors of a checkpoint while it loads and saves a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+
+_VERSION = int(transformers.__version__.partition(".")[0])
+
+
+class Names:
+    """How transformers names and joins the tensors of a checkpoint of this model, while loading and saving."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.state = model, model.state_dict()
+        self.prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
+        self.renamings: list[Any] = []
+        self.converters: list[Any] = []
+        self.used: list[Any] = []  # renamings that some key needed
+        if _VERSION >= 5:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter
+
+            for c in get_model_conversion_mapping(model):
+                (self.converters if isinstance(c, WeightConverter) else self.renamings).append(c)
+
+    def loaded(self, key: str) -> tuple[str, str | None]:
+        """The model's name for a key, and the pattern of the converter that takes it."""
+        if _VERSION >= 5:
+            from transformers.core_model_loading import rename_source_key
+
+            name, pattern = rename_source_key(
+                key, self.renamings, self.converters, self.model.base_model_prefix, self.state
+            )
+            if name in self.state or pattern is not None:
+                renamed = key
+                for renaming in self.renamings:
+                    before, renamed = renamed, renaming.rename_source_key(renamed)[0]
+                    if renamed != before and renaming not in self.used:
+                        self.used.append(renaming)
+                return name, pattern
+        else:
+            for pattern, replacement in (getattr(self.model, "_checkpoint_conversion_mapping", None) or {}).items():
+                key = re.sub(pattern, replacement, key)
+        # a checkpoint of the model without its head has the same names without the prefix, and the other way round
+        names = (key, self.prefix + key, key.removeprefix(self.prefix))
+        return next((n for n in names if n in self.state), key), None
+
+    def saved(self, name: str) -> str:
+        """The name under which transformers saves a tensor of the model."""
+        for renaming in reversed([r for r in self.renamings if r in self.used]):
+            name = renaming.reverse_transform().rename_source_key(name)[0]
+        return name
+
+
+def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The names under which `save_pretrained` saves a model's tensors."""
+    if _VERSION >= 5:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tokens = {n: torch.empty(0) for n in names}
+        by_token = {id(t): n for n, t in revert_weight_conversion(model, dict(tokens)).items()}
+        return {n: by_token.get(id(t), n) for n, t in tokens.items()}
+    # what save_pretrained of transformers 4 does
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    saved = {}
+    for name in names:
+        saved[name] = name
+        for replacement, pattern in mapping.items():
+            renamed, count = re.subn(pattern, re.sub(r"\(.*\)", "", replacement.lstrip("^")), name)
+            if count:
+                saved[name] = renamed
+                break
+    return saved
