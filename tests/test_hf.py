@@ -364,6 +364,23 @@ def test_loading_codes_copies_nothing(tiny):
         assert mapped[0][-1].endswith("model.safetensors")
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offload(tiny, where, buffers):
+    """accelerate's hooks bring weights, and codes if told to, when a module runs."""
+    accelerate = pytest.importorskip("accelerate")
+    _, path = tiny
+    config = qins.QinsConfig(lm_head=True, embeddings=True)
+    quantised = load(path / "float", quantization_config=config)
+    expected = outputs(quantised)
+    more = {"execution_device": torch.device("cpu"), "offload_buffers": buffers}
+    if where == "cpu":
+        accelerate.cpu_offload(quantised, **more)
+    else:
+        accelerate.disk_offload(quantised, path / "offload", **more)
+    assert torch.equal(outputs(quantised), expected)
+
+
 _PEAK = """
 import sys, torch, qins, transformers
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -369,3 +369,22 @@ def test_command_line(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "c.pt" in done.stderr
+
+
+@pytest.mark.parametrize("codec", ["log8", "golden", "log9", "rational"])
+def test_histograms(tmp_path, codec):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64))
+    model[0].weight.data = torch.rand(64, 256) * 2 - 1  # every magnitude equally often
+    qins.convert(model, codec)
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    report = qins.inspect(tmp_path / "m.safetensors", histograms=True)
+    (counts,) = report.histograms.values()
+    assert len(counts) == 32
+    assert sum(counts) == 64 * 256
+    # levels are further apart the further they are from zero, so more weights go to each
+    assert sum(counts[16:]) > sum(counts[:16])
+    assert "codes, from zero up" in str(report)
+    assert any(bar in str(report) for bar in "▇█")
+    assert json.loads(report.to_json())["histograms"] == report.histograms
+    assert not qins.inspect(tmp_path / "m.safetensors").histograms

@@ -142,9 +142,23 @@ def test_other_tuners_run_but_do_not_merge(kind):
     assert outputs(tuned).isfinite().all()
     codes = {n: b.clone() for n, b in tuned.named_buffers() if n.endswith("codes")}
     for merge in (tuned.merge_adapter, tuned.merge_and_unload):
-        with pytest.raises(ValueError, match="cannot merge into codes, which only LoRA can"):
+        with pytest.raises(ValueError, match="cannot merge into the codes of a QINSLinear; only LoRA can"):
             merge()
     assert all(torch.equal(b, codes[n]) for n, b in tuned.named_buffers() if n in codes)
+    assert torch.equal(outputs(tuned.unload()), expected)
+
+
+def test_an_adapter_of_embeddings_runs_but_does_not_merge(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    load = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained
+    model = load(tmp_path, quantization_config=qins.QinsConfig(embeddings=True))
+    expected = outputs(model)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    assert torch.equal(outputs(tuned), expected)  # an untrained adapter changes nothing
+    tuned(torch.arange(3, 23)[None]).logits.square().mean().backward()
+    assert tuned.base_model.model.model.embed_tokens.lora_embedding_A["default"].grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="cannot merge into the codes of a QINSEmbedding"):
+        tuned.merge_and_unload()
     assert torch.equal(outputs(tuned.unload()), expected)
 
 

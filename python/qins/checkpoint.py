@@ -136,7 +136,7 @@ def quantize_checkpoint(
             planned, quantizer = plan(checkpoint, config)
         work.encode(planned.modules)
     checksums: dict[str, str] = {}
-    with progress(f"encoding to {config.codec}", total, show_progress) as advance:
+    with progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True) as advance:
         for file, name in planned.names.items():
             if (out / name).exists():
                 made = open_checkpoint(out / name)

@@ -82,13 +82,14 @@ def inspect(
     against: Annotated[
         Path | None, typer.Option(help="Another checkpoint of the model: prints the error of every layer.")
     ] = None,
+    histogram: Annotated[bool, typer.Option("--histogram", help="Draw how often each layer uses its codes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
     from . import _torch  # noqa: F401 - says which extra is missing where torch is
     from .inspection import inspect as look
 
-    report = look(path, against)
+    report = look(path, against, histograms=histogram)
     typer.echo(report.to_json() if as_json else str(report))
     if report.problems:
         raise typer.Exit(1)

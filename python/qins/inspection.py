@@ -24,6 +24,9 @@ from .linear import QINSLinear
 _KINDS = {name: "stored" if role == "codes" else role for name, role in FIELD_ROLES.items()}
 
 
+_HISTOGRAM_CODES = 1 << 20
+
+
 @dataclass(frozen=True)
 class EncodedLayer:
     """The codes of one layer in a file.
@@ -75,6 +78,8 @@ class InspectionReport:
         problems: sentences on what is wrong.
         errors: of each layer, against another checkpoint.
         verified: how many tensors have the checksum that the checkpoint says.
+        histograms: of each layer, if asked for: at most a million weights by magnitude, in 32 equal ranges of its codes
+            from zero up.
 
     """
 
@@ -90,6 +95,7 @@ class InspectionReport:
     problems: list[str] = field(default_factory=list)
     errors: list[LayerError] = field(default_factory=list)
     verified: int = 0
+    histograms: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def file_bytes(self) -> int:
@@ -136,6 +142,7 @@ class InspectionReport:
             "layers": [vars(layer) | {"shape": list(layer.shape)} for layer in self.layers],
             "errors": [vars(e) for e in self.errors],
             "verified": self.verified,
+            "histograms": self.histograms,
             "problems": self.problems,
         }
 
@@ -145,21 +152,26 @@ class InspectionReport:
 
     def __str__(self) -> str:
         errors = {e.name: e for e in self.errors}
-        rows = [("layer", "codec", "shape", "bytes", "SNR dB", "max error")]
+        levels = "codes, from zero up" if self.histograms else ""
+        rows = [("layer", "codec", "shape", "bytes", "SNR dB", "max error", levels)]
         for layer in self.layers:
             codec = f"{layer.codec}/{layer.group_size}" if layer.group_size else layer.codec
             e = errors.pop(layer.name, None)
             snr, worst = (f"{e.snr_db:.2f}", f"{e.max_error:.2e}") if e else ("", "")
-            rows.append((layer.name, codec, "x".join(map(str, layer.shape)), f"{layer.bytes:,}", snr, worst))
+            shape = "x".join(map(str, layer.shape))
+            bars = _bars(self.histograms.get(layer.name, []))
+            rows.append((layer.name, codec, shape, f"{layer.bytes:,}", snr, worst, bars))
         for e in errors.values():
-            rows.append((e.name, "float", "", "", f"{e.snr_db:.2f}", f"{e.max_error:.2e}"))
+            rows.append((e.name, "float", "", "", f"{e.snr_db:.2f}", f"{e.max_error:.2e}", ""))
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines = [f"{self.path}: {self.format}, {len(self.files)} files, {self.tensors} tensors"]
         if len(rows) > 1:
-            lines += [
-                "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-                for r in rows
-            ]
+            left = (0, 1, 2, 6)
+            for r in rows:
+                cells = (
+                    c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
+                )
+                lines.append("  ".join(cells))
             lines.insert(2, "  ".join("-" * w for w in widths))
         lines.append("by kind    " + ", ".join(f"{k} {v:,}" for k, v in self.bytes_by_kind.items()))
         lines.append("by dtype   " + ", ".join(f"{k} {v:,}" for k, v in self.bytes_by_dtype.items()))
@@ -176,6 +188,22 @@ class InspectionReport:
             lines.append(f"checksums  of {self.verified} tensors are right")
         lines += [f"PROBLEM: {p}" for p in self.problems]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _bars(counts: list[int]) -> str:
+    """A histogram as a line of bars."""
+    most = max(counts, default=0)
+    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * n // most)] for n in counts) if most else ""
+
+
+def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
+    codes = checkpoint.load(layer.fields[ARRAYS[layer.codec][0]]).numpy().reshape(-1)
+    step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that it goes through all columns
+    # one bit of sign and seven of magnitude, or eight of magnitude, of which 255 is the smallest
+    signed = layer.codec in ("log8", "rational")
+    levels = codes[::step] & 0x7F if signed else (255 - codes[::step]) >> 1
+    counts: list[int] = np.bincount(levels >> 2, minlength=32).tolist()
+    return counts
 
 
 def _group_size(cols: int, groups: int, config: Mapping[str, Any]) -> int:
@@ -267,12 +295,13 @@ def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> list[EncodedArray
         raise type(e)(f"{checkpoint.path}: {layer.name}: {e}") from None
 
 
-def inspect(path: str | Path, against: str | Path | None = None) -> InspectionReport:
+def inspect(path: str | Path, against: str | Path | None = None, *, histograms: bool = False) -> InspectionReport:
     """Say what a saved model holds.
 
     Args:
         path: a safetensors, torch or GGUF file, or a directory with one model.
         against: another checkpoint; each layer of both is then compared, codes or floats on either side.
+        histograms: count how often each level is used.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, damaged, hostile, or `against` has no layer in common.
@@ -299,10 +328,12 @@ def inspect(path: str | Path, against: str | Path | None = None) -> InspectionRe
         report.float32_bytes += 4 * t.elements if kind in ("stored", "other") else 0
     report.bytes_by_kind, report.bytes_by_dtype = kinds, dict(dtypes)
     report.tensor_bytes = sum(kinds.values())
-    for layer in layers:
-        if checkpoint.format != "gguf":
+    if checkpoint.format != "gguf":
+        for layer in layers:
             _check_layer(checkpoint, layer, problems)
-    report.verified = _verify(checkpoint, problems)
+            if histograms:
+                report.histograms[layer.name] = _histogram(checkpoint, layer)
+        report.verified = _verify(checkpoint, problems)
     if against is not None:
         report.errors = _compare(checkpoint, layers, open_checkpoint(against))
     return report
