@@ -9,12 +9,12 @@ OTHER_TRANSFORMERS := 4.57.6 5.0.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,hf moe embedding checkpoint cache chat)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
-.PHONY: demo test test-python test-transformers test-core test-sdist test-slow lint bench measurements clean
+.PHONY: demo test test-python test-transformers test-core test-sdist test-wheel test-slow lint bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
 
-test: test-core test-python test-transformers test-sdist
+test: test-core test-python test-transformers test-sdist test-wheel
 
 # the Python suite under each instruction set that runs here, the best one first
 test-python: $(VENV)/installed-dev
@@ -42,6 +42,9 @@ test-core:
 
 test-sdist: $(VENV)/installed-dev
 	BIN=$(abspath $(BIN)) tests/sdist.sh
+
+test-wheel: $(VENV)/installed-dev
+	BIN=$(abspath $(BIN)) tests/wheel.sh
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests

@@ -185,6 +185,62 @@ def test_fingerprint(tmp_path):
     assert fingerprint(paths) != one
 
 
+def write_gguf(path, model, kind):
+    """A Llama model as llama.cpp's converter writes it: its names, and query and key with the halves interleaved."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, w in model.state_dict().items():
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in key:
+                w = w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        stem = names.get_name(key.removesuffix(".weight"))
+        quantised = kind if w.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(w.numpy(), quantised)
+        writer.add_tensor(f"{stem}.weight", data, raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_gguf(tmp_path, kind):
+    gguf = pytest.importorskip("gguf")
+    model = make("llama")
+    write_gguf(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[kind])
+    quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+    loaded = qins.load(tmp_path / "out")
+    assert isinstance(loaded, transformers.LlamaForCausalLM)
+    # the same as of the float model that transformers makes of the file
+    original = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    original.hf_quantizer = None
+    if hasattr(original.config, "quantization_config"):
+        del original.config.quantization_config
+    least = {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 2e-2}[kind]
+    error = float((outputs(original) - outputs(model)).norm() / outputs(model).norm())
+    assert error <= least + 1e-6
+    original.save_pretrained(tmp_path / "float")
+    expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig())
+    assert same_state(loaded, expected)
+    assert qins.inspect(tmp_path / "out").verified
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:-4000])
+    with pytest.raises(ValueError, match=r"cut\.gguf: not a readable GGUF file"):
+        quantize_checkpoint(tmp_path / "cut.gguf", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
 @pytest.fixture
 def source(tmp_path):
     """A sharded checkpoint with a tokenizer's file beside it."""

@@ -22,6 +22,7 @@ from .checkpoint_plan import Item, Output, Plan, architecture, converted, plan
 from .conversion import progress
 from .files import Checkpoint, checksum, open_checkpoint
 from .files import fingerprint as files_fingerprint
+from .gguf_source import GgufCheckpoint, open_gguf
 from .shards import ShardWriter
 
 _PROGRESS = "qins-progress.json"
@@ -102,7 +103,7 @@ def quantize_checkpoint(
     A conversion that was interrupted goes on where it stopped: files that are complete are not made again.
 
     Args:
-        source: directory or hub name of a checkpoint in safetensors or torch files.
+        source: directory or hub name of a checkpoint in safetensors or torch files, or a GGUF file.
         out: directory to write; it must not exist, be empty, or hold the beginning of this conversion.
         config: how to quantise; None for the defaults.
         calibration: text that log8's codes are chosen with in view, and what bits to spend; None for the nearest codes.
@@ -118,7 +119,9 @@ def quantize_checkpoint(
     config = config or QinsConfig()
     checkpoint, out = open_checkpoint(find_source(source)), Path(out)
     if checkpoint.format == "gguf":
-        raise ValueError(f"{source}: expected safetensors or torch files, got GGUF")
+        if calibration is not None:
+            raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
+        checkpoint = open_gguf(checkpoint)
     planned, quantizer = plan(checkpoint, config)
     data = None
     if calibration is not None:
@@ -209,8 +212,9 @@ def _encode(output: Output, floats: Any, writer: ShardWriter) -> None:
 
 def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path) -> None:
     """Write the index and the configuration; from then on the directory is a model."""
-    source = _directory(checkpoint)
-    for path in sorted(source.iterdir()):
+    if isinstance(checkpoint, GgufCheckpoint):  # what lies beside it may belong to other models
+        checkpoint.save_tokenizer(out)
+    for path in sorted(_directory(checkpoint).iterdir()) if checkpoint.format != "gguf" else ():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
             shutil.copyfile(path, out / path.name)
     if len(planned.names) > 1:

@@ -301,7 +301,9 @@ def _meta_model(checkpoint: Checkpoint) -> Any:
         raise ValueError(f"{checkpoint.path}: expected a directory with a config.json, got none")
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"{checkpoint.path}: is quantised already: {checkpoint.config['quantization_config']}")
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    config = getattr(checkpoint, "transformers_config", None)  # of a GGUF file
+    if config is None:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path)
     cls = architecture(checkpoint)
     with torch.device("meta"):
         return cls(config)

@@ -97,7 +97,7 @@ def inspect(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Directory or hub name of a float checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a float checkpoint, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
     codec: Annotated[str, typer.Option(help="log8, log9, golden or rational.")] = "log8",
     group_size: Annotated[
