@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | bench | measurements    Each makes .venv and installs what it needs.
+# make demo | test | test-slow | lint | docs | bench | measurements    Each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ OTHER_TRANSFORMERS := 4.57.6 5.0.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,hf moe embedding checkpoint cache chat)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
-.PHONY: demo test test-python test-transformers test-core test-sdist test-wheel test-slow lint bench measurements clean
+.PHONY: demo test test-python test-transformers test-core test-sdist test-wheel test-slow lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -55,6 +55,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c
 
+# the site, in build/docs
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet
+
 bench: $(VENV)/installed-dev
 	$(BIN)/qins bench
 	$(BIN)/python benchmarks/codec.py
@@ -73,6 +77,12 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP_REST) -r requirements-dev.txt
+	touch $@
+
+# apart from the others: it needs neither torch nor the extension
+$(VENV)/installed-docs: requirements-docs.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-docs.txt
 	touch $@
 
 clean:

@@ -250,7 +250,7 @@ def page(tokens: int) -> str:
 Written by `make measurements` (`benchmarks/measurements.py`) on {about["cpu"]}, {about["threads"]} threads,
 {", ".join(about["isas"])}; torch {torch.__version__.partition("+")[0]}. Sizes come from the tensors and the files
 themselves; speeds and some last digits differ between machines. Speed of products:
-[benchmarks](../benchmarks/README.md).
+`benchmarks/README.md`.
 
 ## The 34x that was 1.48x
 
