@@ -1,33 +1,42 @@
 #!/usr/bin/env bash
-# Builds and runs the core's test program every way that this machine allows, and says which it does not.
+# Builds and runs the core's test program every way that this machine allows, as many ways at a time as it has
+# processors, and says which it does not.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 digests=$here/digests.txt
 not_run=()
+jobs=() # process ids, in the order in which their output is shown
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# run TITLE COMPILER [FLAGS...] -- [EMULATOR...]: build, then run under the emulator if any
-run() {
+# one TITLE COMPILER [FLAGS...] -- [EMULATOR...]: build, then run under the emulator if any
+one() {
     local title=$1 compiler=$2 flags=()
     shift 2
     while [ "$1" != -- ]; do flags+=("$1"); shift; done
     shift
     echo "== core: $title"
-    local fork=()
+    local fork=() program
     [ $# -eq 0 ] || fork=(--no-fork) # qemu-user 7.2 cannot start threads after a fork
-    "$here/build.sh" "$work/test_core" "$compiler" "${flags[@]}"
-    "$@" "$work/test_core" "$digests" "${fork[@]}" 2>"$work/stderr" || { cat "$work/stderr"; return 1; }
+    program=$(mktemp -d "$work/XXXXXX")/test_core
+    "$here/build.sh" "$program" "$compiler" "${flags[@]}"
+    "$@" "$program" "$digests" "${fork[@]}" 2>"$program.stderr" || { cat "$program.stderr"; return 1; }
+}
+
+# run ...: as one, in the background once fewer than all processors are at work
+run() {
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
+    one "$@" >"$work/${#jobs[@]}.log" 2>&1 &
+    jobs+=($!)
 }
 
 sanitize=(-g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
-run "gcc" gcc --
-run "gcc, ASan and UBSan" gcc "${sanitize[@]}" --
+run "gcc, ASan and UBSan" gcc "${sanitize[@]}" -fno-var-tracking-assignments --
 if have clang; then
-    run "clang" clang --
     run "clang, ASan and UBSan" clang "${sanitize[@]}" --
+    run "clang" clang --
 else
     not_run+=("clang (not installed)")
 fi
@@ -43,4 +52,11 @@ if have qemu-aarch64 && have aarch64-linux-gnu-gcc; then
 else
     not_run+=("AArch64 under qemu-aarch64")
 fi
+run "gcc" gcc --
+failed=0
+for i in "${!jobs[@]}"; do
+    wait "${jobs[$i]}" || failed=1
+    cat "$work/$i.log"
+done
 for what in "${not_run[@]}"; do echo "NOT RUN: core on $what"; done
+exit $failed
