@@ -1,4 +1,4 @@
-"""Giving memory back to the system before its time."""
+"""Telling the system which pages are done with, and which come next."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ def page_out(tensor: torch.Tensor) -> None:
 
     MADV_PAGEOUT loses nothing: whoever still reads the tensor gets the pages back from the file.
     """
+    _advise(tensor, 21)
+
+
+def page_in(tensor: torch.Tensor) -> None:
+    """Read a weight that is in a mapped file; returns when it is in memory, where the kernel knows MADV_POPULATE_READ."""
+    _advise(tensor, 22)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
     if sys.platform != "linux" or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
@@ -21,7 +30,7 @@ def page_out(tensor: torch.Tensor) -> None:
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
     if length > 0:
         madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), 21)  # an older kernel refuses, and nothing is lost
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)  # an older kernel refuses: nothing is lost
 
 
 def give_back_freed_memory() -> None:

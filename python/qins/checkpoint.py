@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from ._atomic import atomically, write_json
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from ._hf_config import QinsConfig
+from ._pages import page_in
 from .array import encode
 from .calibration import Store
 from .checkpoint_plan import Item, Output, Plan, architecture, converted, plan
@@ -172,9 +176,12 @@ def _convert_shard(
         targets = [t for item in items for output in item.outputs for t in output.targets]
         writer = ShardWriter(temporary, targets, {"format": "pt"})
         try:
-            for item in items:
-                _convert_item(checkpoint, planned, store, item, writer)
-                advance(sum(checkpoint.tensors[k].bytes for k in item.all_keys))
+            with _in_background(writer.write) as write, _in_background(_read) as read:
+                for item, following in zip_longest(items, items[1:]):
+                    if following is not None:
+                        read(checkpoint, following)
+                    _convert_item(checkpoint, planned, store, item, write)
+                    advance(sum(checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
         finally:
             with suppress(OSError):  # of a full disk, once more
@@ -182,7 +189,33 @@ def _convert_shard(
     return writer.checksums
 
 
-def _convert_item(checkpoint: Checkpoint, planned: Plan, store: Store | None, item: Item, writer: ShardWriter) -> None:
+@contextmanager
+def _in_background(call: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """Lend a function that lets another thread make calls, in order, while this one goes on; at most 8 are waiting."""
+    waiting: deque[Future[None]] = deque()
+
+    def later(*args: Any) -> None:
+        if len(waiting) == 8:
+            waiting.popleft().result()
+        waiting.append(pool.submit(call, *args))
+
+    with ThreadPoolExecutor(1) as pool:
+        yield later
+        for made in waiting:
+            made.result()
+
+
+def _read(checkpoint: Checkpoint, item: Item) -> None:
+    """Have the disk read what comes next while the tensor before is encoded."""
+    if not isinstance(checkpoint, GgufCheckpoint):
+        for key in item.all_keys[:2]:
+            page_in(checkpoint.load(key))
+
+
+Write = Callable[..., None]
+
+
+def _convert_item(checkpoint: Checkpoint, planned: Plan, store: Store | None, item: Item, write: Write) -> None:
     chosen = {o.name: store.get(o.module) if store is not None and o.codec else None for o in item.outputs}
     made: dict[str, Any] = {}
     if any(c is None for c in chosen.values()):
@@ -191,23 +224,23 @@ def _convert_item(checkpoint: Checkpoint, planned: Plan, store: Store | None, it
         choice = chosen[output.name]
         if choice is not None:
             for n, array in choice.encoded.fields.items():
-                writer.write(output.stem + n, torch.from_numpy(array))
+                write(output.stem + n, torch.from_numpy(array))
         elif not output.codec:
-            writer.write(output.stem, made[output.name])
+            write(output.stem, made[output.name])
         else:
             try:
-                _encode(output, made[output.name], writer)
+                _encode(output, made[output.name], write)
             except ValueError as e:
                 raise ValueError(f"{checkpoint.where(item.all_keys[0])}: {output.name}: {e}") from None
 
 
-def _encode(output: Output, floats: Any, writer: ShardWriter) -> None:
+def _encode(output: Output, floats: Any, write: Write) -> None:
     """Encode a matrix, or a stack of them one by one, and write the codes."""
     for i, w in enumerate(floats if output.is_stack else [floats]):
         part = i if output.is_stack else None
         encoded = encode(w.T if output.transposed else w, output.codec, group_size=output.group_size)
         for n, array in encoded.fields.items():
-            writer.write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
+            write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
 
 
 def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path) -> None:
