@@ -20,6 +20,7 @@ from qins.files import fingerprint
 from qins.shards import ShardWriter, Target
 
 transformers = pytest.importorskip("transformers")
+from peak import peak_memory  # noqa: E402
 from test_hf import MODELS, make, outputs, same_state  # noqa: E402
 from test_moe import MODELS as MOE  # noqa: E402
 from test_moe import V5  # noqa: E402
@@ -428,20 +429,17 @@ def test_layout_is_the_librarys(tmp_path):
         incomplete.close()
 
 
-_PEAK = """
-import sys, qins.checkpoint as c
+_WARM_UP = """
+import qins.checkpoint as c
 from transformers import LlamaConfig, LlamaForCausalLM
-
-def resident(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
 
 LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                              num_attention_heads=2))
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the highest resident set from now on
+"""
+_CONVERSION = """
 text = c.Calibration(open(sys.argv[3]).read(), 512) if len(sys.argv) > 3 else None
 c.quantize_checkpoint(sys.argv[1], sys.argv[2], calibration=text)
-print(resident("VmHWM") - before)
+tensors = []
 """
 
 
@@ -461,10 +459,8 @@ def test_peak_memory(tmp_path, calibrated):
     size = (tmp_path / "float" / "model.safetensors").stat().st_size
     assert size > 390e6
     arguments = [str(tmp_path / n) for n in ["float", "out", *["text.txt"] * calibrated]]
-    done = subprocess.run([sys.executable, "-c", _PEAK, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.split()[-1])
-    print(f"{size / 1e6:.0f} MB of floats converted, {peak / 1e6:.0f} MB more at the peak")
+    peak, _ = peak_memory(_WARM_UP, _CONVERSION, *arguments)
+    print(f"{size / 1e6:.0f} MB of floats converted")
     assert peak < (380e6 if calibrated else 120e6)
 
 

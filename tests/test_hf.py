@@ -19,6 +19,7 @@ from torch import nn
 import qins
 
 transformers = pytest.importorskip("transformers")
+from peak import peak_while_loading  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -381,24 +382,6 @@ def test_offload(tiny, where, buffers):
     assert torch.equal(outputs(quantised), expected)
 
 
-_PEAK = """
-import sys, torch, qins, transformers
-from transformers import LlamaConfig, LlamaForCausalLM
-
-def resident(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-
-small = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-qins.convert(LlamaForCausalLM(LlamaConfig(**small)))
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the highest resident set from now on
-model = LlamaForCausalLM.from_pretrained(sys.argv[1], quantization_config=qins.QinsConfig())
-peak = resident("VmHWM") - before
-tensors = [*model.parameters(), *model.buffers()]
-print(peak, sum(t.nbytes for t in tensors))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_while_loading(tmp_path):
     """400 MB of float32 in one file: the peak is the codes and other tensors, the largest tensor, and 60 MiB."""
@@ -406,8 +389,7 @@ def test_peak_memory_while_loading(tmp_path):
         vocab_size=256, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, held = map(int, done.stdout.split())
-    print(f"{held / 1e6:.0f} MB of codes and other tensors, {peak / 1e6:.0f} MB at the peak")
+    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    peak, held = peak_while_loading("LlamaForCausalLM", small, tmp_path)
     assert peak < held + 1024 * 4096 * 4 + (60 << 20)

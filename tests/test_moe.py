@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import nn
 import qins
 
 transformers = pytest.importorskip("transformers")
+from peak import peak_while_loading  # noqa: E402
 from test_hf import COMMON, close, outputs, same_state  # noqa: E402
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
@@ -240,25 +240,6 @@ def test_what_is_quantised(tmp_path):
     assert same_state(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out"), model)
 
 
-_PEAK = """
-import sys, torch, qins, transformers
-from transformers import MixtralConfig, MixtralForCausalLM
-
-def resident(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-
-small = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-             num_key_value_heads=2, num_local_experts=2)
-qins.convert(MixtralForCausalLM(MixtralConfig(**small)))
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the highest resident set from now on
-model = MixtralForCausalLM.from_pretrained(sys.argv[1], quantization_config=qins.QinsConfig())
-peak = resident("VmHWM") - before
-tensors = [*model.parameters(), *model.buffers()]
-print(peak, sum(t.nbytes for t in tensors))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 1),
@@ -267,8 +248,7 @@ print(peak, sum(t.nbytes for t in tensors))
 def test_peak_memory_while_loading(tmp_path):
     """400 MB of float32 experts: the peak is codes and other tensors, one expert's largest matrix, and 60 MiB."""
     mixtral(hidden_size=1024, intermediate_size=2048, num_local_experts=8).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, held = map(int, done.stdout.split())
-    print(f"{held / 1e6:.0f} MB of codes and other tensors, {peak / 1e6:.0f} MB at the peak")
+    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}  # fmt: skip
+    peak, held = peak_while_loading("MixtralForCausalLM", small, tmp_path)
     assert peak < held + 1024 * 4096 * 4 + (60 << 20)

@@ -8,15 +8,14 @@ import transformers
 from torch import nn
 
 from ._pages import page_out
-from .coded import CodedWeight
-from .experts import QINSExperts
+from .coded import Coded, CodedWeight
 from .linear import QINSEmbedding, QINSLinear
 
 if TYPE_CHECKING:
     from ._hf_config import QinsConfig
     from .hf import QinsHfQuantizer
 
-Coded = TypeVar("Coded", bound=CodedWeight | QINSExperts)
+AnyCoded = TypeVar("AnyCoded", bound=Coded)
 
 _VERSION = int(transformers.__version__.partition(".")[0])
 
@@ -89,14 +88,14 @@ def encode_embeddings(quantizer: QinsHfQuantizer, model: Any) -> None:
     page_out(weight.data)
 
 
-def _sharing(codes: CodedWeight, module: Coded) -> Coded:
+def _sharing(codes: CodedWeight, module: AnyCoded) -> AnyCoded:
     """Let a module have another one's codes, which are saved once."""
     module._buffers.update(codes._buffers)
     module._non_persistent_buffers_set.update(module._names)
     return module
 
 
-def loaded(module: Coded) -> Coded:
+def loaded(module: AnyCoded) -> AnyCoded:
     """Mark a module's codes as transformers 5 marks what came from a checkpoint."""
     for name in module._names:
         module.get_buffer(name).__dict__["_is_hf_initialized"] = True

@@ -11,6 +11,9 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 from ._hf_modules import PendingExperts
 from ._pages import give_back_freed_memory, page_out
 
+# Bytes of a matrix above which it is given back to the system at once: that takes a small part of encoding it.
+_WORTH_GIVING_BACK = 4 << 20
+
 
 def _run(operations: list[ConversionOps], tensors: dict[str, Any], patterns: dict[str, Any]) -> dict[str, Any]:
     for operation in operations:
@@ -53,6 +56,8 @@ def one_by_one(
             yield of_one({targets[0] if len(parts) == 1 else p: t[None] for p, t in tensors.items()})
             for t in tensors.values():
                 page_out(t)
+            if sum(t.nbytes for t in tensors.values()) >= _WORTH_GIVING_BACK:
+                give_back_freed_memory()  # the matrix, which may lie between codes that stay
 
     return matrices()
 
@@ -82,7 +87,6 @@ class EncodeExperts(ConversionOps):
             codes = module.accept(stack, matrices)
         except ValueError as e:
             raise ValueError(f"{path}.{e}") from None
-        give_back_freed_memory()  # the floats' pieces, which lie between codes that stay
         if kwargs.get("missing_keys") is not None:
             kwargs["missing_keys"].discard(name)
         return {f"{path}.{n}": t for n, t in codes.items()}

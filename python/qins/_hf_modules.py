@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .array import encode, field_shapes
-from .coded import FIELD_DTYPES, CodedWeight
+from .coded import FIELD_DTYPES, Coded
 from .experts import QINSExperts
 from .linear import QINSEmbedding, QINSLinear
 from .ops import field_names
@@ -91,20 +91,9 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def coded_modules(model: nn.Module) -> Iterator[tuple[str, CodedWeight | QINSExperts]]:
+def coded_modules(model: nn.Module) -> Iterator[tuple[str, Coded]]:
     """The modules that hold codes, by name."""
-    yield from ((n, m) for n, m in model.named_modules() if isinstance(m, (CodedWeight, QINSExperts)))
-
-
-def matrices(
-    name: str, module: CodedWeight | QINSExperts
-) -> Iterator[tuple[str, tuple[int, ...], int | None, list[torch.Tensor]]]:
-    """What a module holds: name, shape, group_size and fields of a matrix, or of each stack of them."""
-    if isinstance(module, QINSExperts):
-        for stack, shape in module.shapes.items():
-            yield f"{name}.{stack}", shape, module.group_sizes[stack], module.fields(stack)
-    else:
-        yield name, module._shape, module.group_size, [module.get_buffer(n) for n in module._names]
+    yield from ((n, m) for n, m in model.named_modules() if isinstance(m, Coded))
 
 
 def empty_module(
@@ -121,9 +110,9 @@ def empty_module(
     return new
 
 
-def check_layer(name: str, layer: CodedWeight | QINSExperts) -> None:
+def check_layer(name: str, layer: Coded) -> None:
     """Check shapes, dtypes, and what is small: reading all codes would touch every page of a mapped file."""
-    for part, shape, group_size, buffers in matrices(name, layer):
+    for part, shape, group_size, buffers in layer.matrices(name):
         shapes = field_shapes(layer.codec, shape, group_size)
         for n, buffer in zip(field_names(layer.codec, group_size), buffers, strict=True):
             expected = shapes.get(n, shape[:-2])

@@ -18,7 +18,7 @@ def page_out(tensor: torch.Tensor) -> None:
 
 
 def page_in(tensor: torch.Tensor) -> None:
-    """Read a weight that is in a mapped file; returns when it is in memory, where the kernel knows MADV_POPULATE_READ."""
+    """Read a weight that is in a mapped file, where the kernel knows MADV_POPULATE_READ."""
     _advise(tensor, 22)
 
 

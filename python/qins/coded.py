@@ -58,31 +58,58 @@ def floats_as_bits(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
             module._buffers[name] = module._buffers[name].view(torch.float32)  # type: ignore[union-attr]
 
 
-def check_field_dtypes(module: nn.Module, names: Iterable[str], state_dict: dict[str, Any], prefix: str) -> None:
-    """Raise where a state dict has other dtypes than the module's buffers: copy_ would convert them silently."""
-    for name in names:
-        value, own = state_dict.get(prefix + name), module._buffers[name]
-        if isinstance(value, torch.Tensor) and own is not None and value.dtype != own.dtype:
-            raise TypeError(f"{prefix}{name}: expected dtype {own.dtype}, got {value.dtype}")
+# Name, shape, group size and fields of a matrix, or of a stack of them.
+Matrix = tuple[str, tuple[int, ...], int | None, list[torch.Tensor]]
 
 
-class CodedWeight(nn.Module):
-    """A module whose `weight`, a matrix, is kept as codes.
-
-    The codes are buffers named as docs/formats.md names the fields (for `golden`: stored, sign, log_min, log_max).
-    Scales and ranges stay float32 through every `.to(dtype)`.
+class Coded(nn.Module):
+    """A module that holds codes in buffers, whose float32 ones keep their bits through every cast.
 
     Attributes:
         codec: "log8", "log9", "golden" or "rational".
-        group_size: columns that share a group scale (log8), or None.
 
     """
 
     codec: str
-    group_size: int | None
     _names: tuple[str, ...]
-    _shape: tuple[int, int]
     _dtype: torch.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What the codes are decoded to."""
+        return self._dtype
+
+    def matrices(self, name: str) -> Iterator[Matrix]:
+        """What the module of this name holds."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Coded:
+        """As nn.Module's, except that float32 codes keep their bits."""
+        with floats_as_bits(self, self._names):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._names:  # copy_ would convert other dtypes silently
+            value, own = state_dict.get(prefix + name), self._buffers[name]
+            if isinstance(value, torch.Tensor) and own is not None and value.dtype != own.dtype:
+                raise TypeError(f"{prefix}{name}: expected dtype {own.dtype}, got {value.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CodedWeight(Coded):
+    """A module whose `weight`, a matrix, is kept as codes.
+
+    The codes are buffers named as docs/formats.md names the fields (for `golden`: stored, sign, log_min, log_max).
+
+    Attributes:
+        group_size: columns that share a group scale (log8), or None.
+
+    """
+
+    group_size: int | None
+    _shape: tuple[int, int]
 
     def _make_codes(
         self, shape: tuple[int, int], codec: str, group_size: int | str | None, device: Any, dtype: torch.dtype | None
@@ -118,10 +145,9 @@ class CodedWeight(nn.Module):
         name = type(self).__name__
         raise AttributeError(f"weight of a {name} is decoded from its codes; from_{name[4:].lower()} makes new codes")
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """What `weight` is decoded to."""
-        return self._dtype
+    def matrices(self, name: str) -> Iterator[Matrix]:
+        """The one matrix."""
+        yield name, self._shape, self.group_size, [self.get_buffer(n) for n in self._names]
 
     @property
     def encoded(self) -> EncodedArray:
@@ -139,15 +165,7 @@ class CodedWeight(nn.Module):
         """Refuse: there is no float weight to initialise."""
         raise RuntimeError(f"a {type(self).__name__} cannot be re-initialised; initialise a float one and encode it")
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CodedWeight:
-        """As nn.Module's, except that float32 codes keep their bits."""
-        with floats_as_bits(self, self._names):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_field_dtypes(self, self._names, state_dict, prefix)
         if prefix + "weight" in state_dict and prefix + self._names[0] not in state_dict:
             name = type(self).__name__
             raise RuntimeError(

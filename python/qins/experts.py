@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .array import EXPERT_STACKS, EncodedArray, encode, field_shapes
-from .coded import FIELD_DTYPES, check_field_dtypes, floats_as_bits
+from .coded import FIELD_DTYPES, Coded, Matrix
 from .ops import decode_fields, field_names, multiply_codes, multiply_codes_transposed
 
 Tensor = torch.Tensor
@@ -100,7 +100,7 @@ grouped_linear.register_autograd(_differentiated(grouped_linear_backward), setup
 grouped_linear_backward.register_autograd(_differentiated(grouped_linear), setup_context=_save)
 
 
-class QINSExperts(nn.Module):
+class QINSExperts(Coded):
     """Experts that keep their matrices as 8-bit logarithmic codes, in the place of a module of transformers.
 
     Each expert's matrix of each projection is encoded by itself. The codes are buffers named `<projection>_<field>`,
@@ -125,7 +125,7 @@ class QINSExperts(nn.Module):
         self.training = original.training
         self.codec, self.group_sizes = codec, dict(group_sizes)
         self._dtype: torch.dtype = original._parameters[stacks[0]].dtype  # type: ignore[union-attr]
-        self._names: list[str] = []
+        names = []
         self.shapes = {stack: stack_sizes(original, stack) for stack in stacks}
         for stack, shape in self.shapes.items():
             shapes = field_shapes(codec, shape, self.group_sizes[stack])
@@ -133,7 +133,8 @@ class QINSExperts(nn.Module):
                 dtype = FIELD_DTYPES.get(field, torch.float32)
                 empty = torch.empty(shapes.get(field, shape[:1]), dtype=dtype, device="meta")
                 self.register_buffer(f"{stack}_{field}", empty)
-                self._names.append(f"{stack}_{field}")
+                names.append(f"{stack}_{field}")
+        self._names = tuple(names)
 
     @classmethod
     def from_experts(cls, original: nn.Module, codec: str, group_sizes: Mapping[str, int | None]) -> QINSExperts:
@@ -176,6 +177,11 @@ class QINSExperts(nn.Module):
         """The codes of a projection, experts first, in the operators' order."""
         names = field_names(self.codec, self.group_sizes[stack])
         return [self._buffers[f"{stack}_{n}"] for n in names]  # type: ignore[misc]
+
+    def matrices(self, name: str) -> Iterator[Matrix]:
+        """The stacks, named `<module>.<projection>`."""
+        for stack, shape in self.shapes.items():
+            yield f"{name}.{stack}", shape, self.group_sizes[stack], self.fields(stack)
 
     def encoded(self, stack: str, expert: int) -> EncodedArray:
         """One expert's matrix as an EncodedArray over the same memory (CPU only), every field checked."""
@@ -240,17 +246,6 @@ class QINSExperts(nn.Module):
         for name, p in self._parameters.items():
             new.register_parameter(name, p)
         return new
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QINSExperts:
-        """As nn.Module's, except that float32 codes keep their bits."""
-        with floats_as_bits(self, self._names):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_field_dtypes(self, self._names, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Projections, codec and group sizes."""

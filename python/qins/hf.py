@@ -33,7 +33,6 @@ from ._hf_modules import (
     coded_modules,
     conv1d,
     empty_module,
-    matrices,
     pending_experts,
     pending_layers,
     sizes,
@@ -358,7 +357,7 @@ class QinsHfQuantizer(HfQuantizer):
         coded = floats = 0
         owners: dict[int, str] = {}
         for name, module in coded_modules(model):
-            for part, shape, group_size, fields in matrices(name, module):
+            for part, shape, group_size, fields in module.matrices(name):
                 owner = owners.setdefault(id(fields[0]), part)
                 config.modules[part] = [module.codec, group_size]
                 if module._non_persistent_buffers_set:
