@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import qins
-from qins._hf_calibration import Calibration
+from qins._hf_calibration import Calibration, tokenized
 from qins.activations import cut, split
 from qins.calibration import Choice, Store
 from qins.checkpoint import quantize_checkpoint
@@ -23,6 +23,8 @@ from qins.feedback import DAMPING, ErrorFeedback
 
 transformers = pytest.importorskip("transformers")
 from test_hf import MODELS, make, outputs, same_state  # noqa: E402
+from test_moe import V5  # noqa: E402
+from test_moe import make as moe  # noqa: E402
 from tokens import save_tokenizer, token_ids  # noqa: E402
 from tokens import text as words  # noqa: E402
 
@@ -315,6 +317,30 @@ def test_from_pretrained_and_quantize_agree(source, tmp_path):
         again = qins.load(tmp_path / d)
         assert same_state(again, loaded)
         assert torch.equal(outputs(again), outputs(loaded))
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers")
+def test_experts_get_the_nearest_codes(tmp_path):
+    source, text = tmp_path / "float", tmp_path / "text.txt"
+    moe("mixtral").save_pretrained(source)
+    save_tokenizer(source)
+    text.write_text(words(2048))
+    config = qins.QinsConfig(calibration=str(text), calibration_tokens=1024, lm_head=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    config = qins.QinsConfig(lm_head=True)
+    nearest = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    for got, other in zip(loaded.model.layers, nearest.model.layers, strict=True):
+        assert same_state(got.mlp.experts, other.mlp.experts)
+        assert not torch.equal(got.self_attn.q_proj.codes, other.self_attn.q_proj.codes)
+    quantize_checkpoint(
+        source, tmp_path / "out", qins.QinsConfig(lm_head=True), calibration=Calibration(text.read_text(), 1024)
+    )
+    assert same_state(qins.load(tmp_path / "out"), loaded)
+    # in place
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    report = qins.calibrate(model, tokenized(source, text.read_text(), 1024), exclude=["*.gate"])
+    assert same_state(model, loaded)
+    assert sum("experts" in m.name for m in report.converted) == 4
 
 
 def test_command_line(source, tmp_path):

@@ -78,19 +78,21 @@ def calibrate_loaded(quantizer: QinsHfQuantizer, model: Any) -> None:
     source = read_text(config.calibration)
     text = tokenized(model.config._name_or_path, source, config.calibration_tokens)
     layers: dict[str, Layer] = {}
-    for name, module in quantizer.chosen(model).items():
-        if projections(module):  # text reaches an expert too rarely for statistics: these get the nearest codes
-            quantizer.put(
-                model, name, module, loaded(QINSExperts.from_experts(module, *quantizer.experts_codec(name, module)))
-            )
-            continue
-        codec, size = config.layer(name, sizes(module)[0])
-        layers[name] = Layer(module, codec, size, isinstance(module, conv1d()))
+    chosen = quantizer.chosen(model)
+    # text reaches an expert too rarely for statistics, so experts get the nearest codes
+    experts = {n: m for n, m in chosen.items() if projections(m)}
+    for name, module in chosen.items():
+        if name not in experts:
+            codec, size = config.layer(name, sizes(module)[0])
+            layers[name] = Layer(module, codec, size, isinstance(module, conv1d()))
     total = sum(layer.weight.numel() for layer in layers.values())
     with progress("calibrating", total, None) as advance:
         made = dict(choose_codes(model, layers, text, mapped=True, advance=advance))
     for name, choice in made.items():
         quantizer.put(model, name, layers[name].module, coded(layers[name], choice))
+    for name, module in experts.items():
+        new = QINSExperts.from_experts(module, *quantizer.experts_codec(name, module))
+        quantizer.put(model, name, module, loaded(new))
     config.calibration = Calibration(source, config.calibration_tokens).record(text)
 
 

@@ -129,13 +129,14 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     result = Plan(model=model)
     names = Names(model)
     wanted = _wanted(model, config, result, names)
-    items = [i for i in _items(names, checkpoint) if not _is_a_copy(checkpoint, names, i, config)]
+    items = _without_copy(_items(names, checkpoint), checkpoint, names, config)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for item in items:
         for name in _made_by(item):
             for output in wanted.pop(name, [Output(name)]):
                 output.stem = output.stem or (names.saved(name) if item.converter else item.all_keys[0])
                 item.outputs.append(output)
-        _set_targets(checkpoint, model, item)
+        _set_targets(checkpoint, shapes, item)
     missing = [o.module for outputs in wanted.values() for o in outputs]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -177,17 +178,18 @@ def _wanted(model: Any, config: QinsConfig, result: Plan, names: Names) -> dict[
     return wanted
 
 
-def _is_a_copy(checkpoint: Checkpoint, names: Names, item: Item, config: QinsConfig) -> bool:
-    """Whether a tensor is the output embedding's, stored beside the equal input embedding's that the codes are of."""
+def _without_copy(items: list[Item], checkpoint: Checkpoint, names: Names, config: QinsConfig) -> list[Item]:
+    """Leave out an output embedding that is stored beside the equal input embedding that its codes are made of."""
     output = tied_output(names.model) if config.lm_head else None
-    if output is None or item.name != f"{output}.weight":
-        return False
+    copy = next((i for i in items if output and i.name == f"{output}.weight"), None)
+    if copy is None:
+        return items
     source = names.model.get_input_embeddings()
     module = next(n for n, m in names.model.named_modules() if m is source)
-    key = next((k for k in checkpoint.tensors if names.loaded(k)[0] == f"{module}.weight"), None)
-    if key is None or not torch.equal(checkpoint.load(key), checkpoint.load(item.all_keys[0])):
-        raise ValueError(f"{checkpoint.path}: {item.name}: expected what {module} has, to which config.json ties it")
-    return True
+    original = next((i for i in items if i.name == f"{module}.weight"), None)
+    if original is None or not torch.equal(*(checkpoint.load(i.all_keys[0]) for i in (original, copy))):
+        raise ValueError(f"{checkpoint.path}: {copy.name}: expected what {module} has, to which config.json ties it")
+    return [i for i in items if i is not copy]
 
 
 def _tied_to(model: Any, source: str) -> list[str]:
@@ -226,10 +228,9 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
 
 
-def _set_targets(checkpoint: Checkpoint, model: Any, item: Item) -> None:
+def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]], item: Item) -> None:
     """Say what an item's outputs are written as; check that its tensors are what the model expects."""
     stored = checkpoint.tensors[item.all_keys[0]]
-    parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
     shapes = {o.name: parameters[o.name] if o.codec or item.converter else stored.shape for o in item.outputs}
     if any(o.codec for o in item.outputs):
         elements = sum(math.prod(s) for s in shapes.values())
