@@ -165,7 +165,7 @@ def test_architectures(name):
     named = {m.name for m in report.converted}
     assert named == {n for n, m in model.named_modules() if isinstance(m, qins.QINSLinear)}
     reached = [m for m in report.converted if "not reach" not in m.kept]
-    assert len(reached) >= 0.8 * len(named)
+    assert len(reached) >= 0.8 * sum("visual" not in n for n in named)  # text does not reach what sees pictures
     better = sum(m.error for m in reached) / max(sum(m.nearest_error for m in reached), 1e-30)
     assert not reached or better < 1
     assert outputs(model).isfinite().all()
