@@ -160,6 +160,16 @@ def test_refusals(tmp_path):
     assert config["quantization_config"]["modules"]["lm_head"] == ["log8", 128, "model.embed_tokens"]
 
 
+def test_resizing_is_refused_or_real(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    load = transformers.LlamaForCausalLM.from_pretrained
+    with pytest.raises(ValueError, match="keeps its 160 rows, got 170; resize the float model"):
+        load(tmp_path, quantization_config=qins.QinsConfig(embeddings=True)).resize_token_embeddings(170)
+    floats = load(tmp_path, quantization_config=qins.QinsConfig())
+    floats.resize_token_embeddings(170)
+    assert outputs(floats).shape[-1] == 170
+
+
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_overrides_and_codecs(tmp_path, embeddings):
     make("llama tied").save_pretrained(tmp_path)

@@ -139,9 +139,23 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
     ) -> None:
         """Make a matrix of zeros, for `load_state_dict` to fill; `from_embedding` encodes an existing one."""
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._make_codes((num_embeddings, embedding_dim), codec, group_size, device, dtype)
+        self.embedding_dim, self.padding_idx = embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the matrix; they cannot be more or fewer afterwards."""
+        return self._shape[0]
+
+    @num_embeddings.setter
+    def num_embeddings(self, value: int) -> None:
+        # what transformers sets when it resizes, having put new floats where nobody sees them
+        if value != self._shape[0]:
+            rows = self._shape[0]
+            raise ValueError(
+                f"a QINSEmbedding keeps its {rows} rows, got {value}; resize the float model, then quantise"
+            )
 
     @classmethod
     def from_embedding(
