@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qins
+from qins.evaluate import bytes_by_component
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_while_loading  # noqa: E402
@@ -122,6 +123,9 @@ def test_matrix(tmp_path, name, codec):
         for m in quantised.modules()
         if isinstance(m, (qins.QINSLinear, qins.QINSExperts))
     )
+    kinds = [bytes_by_component(m) for m in (model, quantised)]
+    assert all("experts" in k for k in kinds)
+    assert kinds[0]["experts"] > 1.8 * kinds[1]["experts"]
     # and back
     assert same_state(copy.deepcopy(two).dequantize(), with_decoded_weights(model, quantised))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .experts import QINSExperts, projections
+
 Tensor = torch.Tensor
 
 
@@ -161,6 +163,8 @@ def bytes_by_component(model: torch.nn.Module) -> dict[str, int]:
             kind = "linear layers"
         elif isinstance(module, torch.nn.Embedding):
             kind = "embeddings"
+        elif isinstance(module, QINSExperts) or projections(module):
+            kind = "experts"
         else:
             kind = "norms and the rest"
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

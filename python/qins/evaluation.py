@@ -23,6 +23,7 @@ from ._atomic import write_json
 from ._pages import give_back_freed_memory
 from .activations import cut, split
 from .calibration import calibrate
+from .coded import Coded
 from .conversion import ConversionReport, choose, convert, progress, snr_db
 from .evaluate import Comparison
 from .linear import QINSLinear
@@ -254,10 +255,11 @@ class Bench:
         """Load a model that is to be measured as it is."""
         transformers = require_transformers()
         model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-        layers = [m for m in model.modules() if isinstance(m, QINSLinear)]
+        layers = [m for m in model.modules() if isinstance(m, Coded) and not m._non_persistent_buffers_set]
         if layers:
-            stored = sum(m.encoded.nbytes for m in layers)
-            bits = 8 * stored / sum(m.in_features * m.out_features for m in layers)
+            matrices = [found for m in layers for found in m.matrices("")]
+            stored = sum(f.nbytes for *_, fields in matrices for f in fields)
+            bits = 8 * stored / sum(math.prod(shape) for _, shape, *_ in matrices)
         else:
             bits = float(torch.finfo(model.dtype).bits)
         return _Made(model, bits, _weight_snr(path, self.reference) if layers else {})
