@@ -52,6 +52,11 @@ if have qemu-aarch64 && have aarch64-linux-gnu-gcc; then
 else
     not_run+=("AArch64 under qemu-aarch64")
 fi
+if have musl-gcc; then
+    run "gcc, musl libc" musl-gcc -static --
+else
+    not_run+=("musl libc (no musl-gcc)")
+fi
 run "gcc" gcc --
 failed=0
 for i in "${!jobs[@]}"; do
