@@ -219,6 +219,7 @@ def test_gguf(tmp_path, kind):
     gguf = pytest.importorskip("gguf")
     model = make("llama")
     write_gguf(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[kind])
+    (tmp_path / "another.gguf").write_bytes(b"GGUF")  # what lies beside it does not matter
     quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     loaded = qins.load(tmp_path / "out")
     assert isinstance(loaded, transformers.LlamaForCausalLM)

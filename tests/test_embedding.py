@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import nn
 
 import qins
+from qins.checkpoint import quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
-from test_hf import close, make, outputs, same_state  # noqa: E402
+from test_hf import COMMON, close, make, outputs, same_state  # noqa: E402
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -158,6 +159,30 @@ def test_refusals(tmp_path):
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
     assert config["quantization_config"]["modules"]["lm_head"] == ["log8", 128, "model.embed_tokens"]
+
+
+@pytest.mark.parametrize("how", ["while loading", "on disk"])
+def test_scaled_embeddings_are_refused(tmp_path, how):
+    """Gemma's multiply what they look up; plain rows of codes in their place would be other outputs."""
+    sizes = COMMON | {"num_key_value_heads": 2, "head_dim": 16}
+    transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes)).save_pretrained(tmp_path / "float")
+    config = qins.QinsConfig(lm_head=True, embeddings=True)
+    with pytest.raises(ValueError, match="embed_tokens is a Gemma3TextScaledWordEmbedding"):
+        if how == "on disk":
+            quantize_checkpoint(tmp_path / "float", tmp_path / "out", config)
+        else:
+            transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_dict_without_files():
+    model = make("llama")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    loaded = transformers.LlamaForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=state, quantization_config=qins.QinsConfig()
+    )
+    assert loaded.config.quantization_config.source is None
+    assert close(outputs(loaded), outputs(with_decoded_weights(model, loaded)))
 
 
 def test_resizing_is_refused_or_real(tmp_path):

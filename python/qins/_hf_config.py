@@ -42,6 +42,8 @@ class QinsConfig(QuantizationConfigMixin):
 
     """
 
+    quant_method: Any  # transformers has an enumeration of its own methods
+
     def __init__(
         self,
         codec: str = "log8",
@@ -79,7 +81,7 @@ class QinsConfig(QuantizationConfigMixin):
             resolve_group_size(values.get("codec", codec), values.get("group_size", "default"), 1)
         if not 0.0 <= float(min_quantized) <= 1.0:
             raise ValueError(f"min_quantized: expected a share from 0 to 1, got {min_quantized!r}")
-        self.quant_method = "qins"  # type: ignore[assignment]
+        self.quant_method = "qins"
         self.codec, self.group_size = codec, group_size
         self.include = None if include is None else _strings("include", include)
         self.exclude = _strings("exclude", exclude)

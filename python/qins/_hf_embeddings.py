@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import transformers
 from torch import nn
 
+from ._hf_names import name_of, with_and_without_prefix
 from ._pages import page_out
 from .coded import Coded, CodedWeight
 from .linear import QINSEmbedding, QINSLinear
@@ -23,23 +24,35 @@ _VERSION = int(transformers.__version__.partition(".")[0])
 def tied_output(model: Any) -> str | None:
     """The name of the output embedding, if its weight is the input embedding's."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    name = next((n for n, m in model.named_modules() if m is output), None) if output is not None else None
-    if name is None:
+    if output is None:
         return None
+    name = name_of(model, output)
     if _VERSION >= 5:
         tied: dict[str, str] = model.all_tied_weights_keys
         return name if f"{name}.weight" in {*tied, *tied.values()} else None
     return name if model.config.get_text_config(decoder=True).tie_word_embeddings else None
 
 
-def expect_tied(model: Any, config: QinsConfig) -> None:
+def input_embedding(model: Any, config: QinsConfig) -> tuple[str, nn.Embedding, str, int | None]:
+    """Name and module of the input embedding, and the codec and group size that it gets, and what is tied to it."""
+    source: nn.Embedding = model.get_input_embeddings()
+    name = name_of(model, source)
+    return name, source, *config.layer(name, source.embedding_dim)
+
+
+def expect_embeddings(model: Any, config: QinsConfig) -> None:
     """Raise for what cannot be done with embeddings, before anything is loaded.
 
     Raises:
-        ValueError: the embeddings are asked for, and the output that is tied to them is not; or transformers 4 would
-            tie codes.
+        ValueError: the embeddings are asked for, and they compute something else, or the output that is tied to them is
+            not asked for; or transformers 4 would tie codes.
 
     """
+    if config.embeddings:
+        name, source, *_ = input_embedding(model, config)
+        if type(source) is not nn.Embedding:
+            kind = type(source).__name__
+            raise ValueError(f"embeddings: {name} is a {kind}, which may compute something else")
     output = tied_output(model)
     if output is None or not (config.embeddings or config.lm_head):
         return
@@ -58,15 +71,11 @@ def encode_embeddings(quantizer: QinsHfQuantizer, model: Any) -> None:
     output = tied_output(model) if config.lm_head else None
     if not config.embeddings and output is None:
         return
-    source = model.get_input_embeddings()
+    _, source, codec, size = input_embedding(model, config)
     weight = source.weight
     names = {m: n for n, m in model.named_modules()}
-    codec, size = config.layer(names[source], source.embedding_dim)
     replaced: dict[nn.Module, QINSEmbedding | QINSLinear] = {}
     if config.embeddings:
-        if type(source) is not nn.Embedding:
-            kind = type(source).__name__
-            raise ValueError(f"embeddings: {names[source]} is a {kind}, which may compute something else")
         codes = loaded(QINSEmbedding.from_embedding(source, codec, group_size=size))
         replaced[source] = codes
         for module in names:
@@ -110,12 +119,10 @@ def share_codes(model: Any, shared: dict[str, str]) -> dict[str, str]:
         shared: name of each such module to that of the other in the checkpoint's model, which may have a prefix.
 
     """
-    prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
     modules = dict(model.named_modules())
     found = {}
     for name, source in shared.items():
-        names = (source, prefix + source, source.removeprefix(prefix))
-        found[name] = next(n for n in names if n in modules)
+        found[name] = next(n for n in with_and_without_prefix(model, source) if n in modules)
         modules[name]._non_persistent_buffers_set.update(modules[name]._names)
     untie(model, {n for n, m in modules.items() if isinstance(m, CodedWeight)})
     return found

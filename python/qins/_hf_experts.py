@@ -90,8 +90,3 @@ class EncodeExperts(ConversionOps):
         if kwargs.get("missing_keys") is not None:
             kwargs["missing_keys"].discard(name)
         return {f"{path}.{n}": t for n, t in codes.items()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """There is none: converters are dropped before a quantised model is saved."""
-        raise NotImplementedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class PendingLinear(QINSLinear):
     @property
     def weight(self) -> torch.Tensor:
         """The parameter that stands for the weight to come."""
-        return self._parameters["weight"]  # type: ignore[return-value]
+        return cast(torch.Tensor, self._parameters["weight"])
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -37,7 +37,7 @@ class PendingLinear(QINSLinear):
         """Encode the weight; from now on this is a QINSLinear."""
         fields = encode(weight.T if self.transposed else weight, self.codec, group_size=self.group_size).fields
         del self._parameters["weight"]
-        self.__class__ = QINSLinear  # type: ignore[assignment]
+        self.__class__ = QINSLinear  # type: ignore[assignment] # in place: parents hold this very module
         return {n: torch.from_numpy(f) for n, f in fields.items()}
 
 
@@ -48,15 +48,15 @@ class PendingExperts(QINSExperts):
         """Take the original's place; its stacks of matrices stay, on the meta device."""
         super().__init__(original, codec, group_sizes)
         for stack in self.shapes:
-            weight: torch.Tensor = original._parameters[stack]  # type: ignore[assignment]
-            self._parameters[stack] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+            weight = original.get_parameter(stack).detach()
+            self._parameters[stack] = nn.Parameter(weight.to("meta"), requires_grad=False)
 
     def accept(self, stack: str, matrices: torch.Tensor | Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Encode the matrices of a projection; after the last one this is a QINSExperts."""
         buffers = self.encode(stack, matrices)
         del self._parameters[stack]
         if not self.waiting:
-            self.__class__ = QINSExperts  # type: ignore[assignment]
+            self.__class__ = QINSExperts  # type: ignore[assignment] # in place, as above
         return buffers
 
     @property
@@ -87,7 +87,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a linear layer or a Conv1D."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    weight = module.get_parameter("weight")
     return weight.shape[0], weight.shape[1]
 
 
@@ -100,7 +100,7 @@ def empty_module(
     module: nn.Module, codec: str, group_size: int | None, linear: type[QINSLinear] = QINSLinear
 ) -> QINSLinear | QINSEmbedding:
     """A module without codes, on the meta device, for the place of a linear layer, a Conv1D or an embedding."""
-    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
+    dtype = module.get_parameter("weight").dtype
     if isinstance(module, nn.Embedding):
         shape = module.num_embeddings, module.embedding_dim
         return QINSEmbedding(*shape, module.padding_idx, codec=codec, group_size=group_size, device="meta", dtype=dtype)

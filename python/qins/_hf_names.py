@@ -12,12 +12,23 @@ import transformers
 _VERSION = int(transformers.__version__.partition(".")[0])
 
 
+def with_and_without_prefix(model: Any, name: str) -> tuple[str, str, str]:
+    """A name, and what it is in a checkpoint or a model that has a head where the other has none."""
+    prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def name_of(model: Any, module: Any) -> str:
+    """The name of a module of the model."""
+    name: str = next(n for n, m in model.named_modules() if m is module)
+    return name
+
+
 class Names:
     """How transformers names and joins the tensors of a checkpoint of this model, while loading and saving."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.state = model, model.state_dict()
-        self.prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
         self.renamings: list[Any] = []
         self.converters: list[Any] = []
         self.used: list[Any] = []  # renamings that some key needed
@@ -46,9 +57,7 @@ class Names:
         else:
             for pattern, replacement in (getattr(self.model, "_checkpoint_conversion_mapping", None) or {}).items():
                 key = re.sub(pattern, replacement, key)
-        # a checkpoint of the model without its head has the same names without the prefix, and the other way round
-        names = (key, self.prefix + key, key.removeprefix(self.prefix))
-        return next((n for n in names if n in self.state), key), None
+        return next((n for n in with_and_without_prefix(self.model, key) if n in self.state), key), None
 
     def saved(self, name: str) -> str:
         """The name under which transformers saves a tensor of the model."""

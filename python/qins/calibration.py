@@ -157,14 +157,17 @@ class Store:
         with atomically(self.directory / f"{name}.safetensors") as temporary:
             save_file({n: np.asarray(f) for n, f in e.fields.items()}, str(temporary), about)
 
+    def has(self, name: str) -> bool:
+        """Whether a layer's codes are there."""
+        return (self.directory / f"{name}.safetensors").exists()
+
     def get(self, name: str) -> Choice | None:
         """Return a layer's codes, if they are there."""
         from safetensors import safe_open
 
-        path = self.directory / f"{name}.safetensors"
-        if not path.exists():
+        if not self.has(name):
             return None
-        with safe_open(str(path), "np") as f:
+        with safe_open(str(self.directory / f"{name}.safetensors"), "np") as f:
             about = f.metadata()
             fields = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - not a dict
         e = EncodedArray.from_fields(about["codec"], fields, int(about["group_size"]) or None)

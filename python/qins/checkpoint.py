@@ -25,7 +25,6 @@ from .calibration import Store
 from .checkpoint_plan import Item, Output, Plan, architecture, converted, plan
 from .conversion import progress
 from .files import Checkpoint, checksum, open_checkpoint
-from .files import fingerprint as files_fingerprint
 from .gguf_source import GgufCheckpoint, open_gguf
 from .shards import ShardWriter
 
@@ -151,7 +150,7 @@ def quantize_checkpoint(
                 advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
             else:
                 checksums |= _convert_shard(checkpoint, planned, store, file, out / name, advance)
-    config.checksums, config.source = dict(sorted(checksums.items())), files_fingerprint(checkpoint.files)
+    config.checksums = dict(sorted(checksums.items()))
     _finish(checkpoint, planned, config, out)
     return {
         "layers": len(planned.encoded),
@@ -173,13 +172,13 @@ def _convert_shard(
     """Write a file; return its tensors' checksums."""
     with atomically(target) as temporary:
         items = planned.items[file]
-        targets = [t for item in items for output in item.outputs for t in output.targets]
+        targets = [t for item in items for t in item.targets]
         writer = ShardWriter(temporary, targets, {"format": "pt"})
         try:
             with _in_background(writer.write) as write, _in_background(_read) as read:
                 for item, following in zip_longest(items, items[1:]):
                     if following is not None:
-                        read(checkpoint, following)
+                        read(checkpoint, store, following)
                     _convert_item(checkpoint, planned, store, item, write)
                     advance(sum(checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
@@ -205,9 +204,10 @@ def _in_background(call: Callable[..., None]) -> Iterator[Callable[..., None]]:
             made.result()
 
 
-def _read(checkpoint: Checkpoint, item: Item) -> None:
-    """Have the disk read what comes next while the tensor before is encoded."""
-    if not isinstance(checkpoint, GgufCheckpoint):
+def _read(checkpoint: Checkpoint, store: Store | None, item: Item) -> None:
+    """Have the disk read what comes next while the tensor before is encoded, unless its codes are there already."""
+    kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
+    if not kept and not isinstance(checkpoint, GgufCheckpoint):
         for key in item.all_keys[:2]:
             page_in(checkpoint.load(key))
 
@@ -251,13 +251,7 @@ def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
             shutil.copyfile(path, out / path.name)
     if len(planned.names) > 1:
-        weight_map = {
-            t.name: planned.names[f]
-            for f, items in planned.items.items()
-            for item in items
-            for output in item.outputs
-            for t in output.targets
-        }
+        weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
         write_json(out / "model.safetensors.index.json",
                     {"metadata": {"total_size": planned.nbytes}, "weight_map": weight_map})  # fmt: skip
     config.modules = {o.module: [o.codec, o.group_size] for o in planned.encoded}

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from ._hf_config import QinsConfig
-from ._hf_embeddings import tied_output
+from ._hf_embeddings import input_embedding, tied_output
 from ._hf_modules import pending_experts, pending_layers
 from ._hf_names import Names
 from .array import SCALARS, array_names, field_shapes
@@ -71,6 +71,11 @@ class Item:
     converter: Any = None
 
     @property
+    def targets(self) -> list[Target]:
+        """What is written of it."""
+        return [t for o in self.outputs for t in o.targets]
+
+    @property
     def all_keys(self) -> list[str]:
         """Keys of all its tensors."""
         return [k for keys in self.keys.values() for k in keys]
@@ -125,7 +130,7 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     """
     quantizer = QinsHfQuantizer(config, pre_quantized=False)
     model = _meta_model(checkpoint)
-    quantizer._process_model_before_weight_loading(model)
+    quantizer._process_model_before_weight_loading(model, checkpoint_files=list(checkpoint.files))
     result = Plan(model=model)
     names = Names(model)
     wanted = _wanted(model, config, result, names)
@@ -166,9 +171,7 @@ def _wanted(model: Any, config: QinsConfig, result: Plan, names: Names) -> dict[
     output = tied_output(model) if config.lm_head else None
     if not config.embeddings and output is None:
         return wanted
-    source = model.get_input_embeddings()
-    module = next(n for n, m in model.named_modules() if m is source)
-    codec, size = config.layer(module, source.embedding_dim)
+    module, _, codec, size = input_embedding(model, config)
     key = f"{module}.weight"
     if config.embeddings:
         wanted[key] = [Output(key, "", module, codec, size)]
@@ -184,8 +187,7 @@ def _without_copy(items: list[Item], checkpoint: Checkpoint, names: Names, confi
     copy = next((i for i in items if output and i.name == f"{output}.weight"), None)
     if copy is None:
         return items
-    source = names.model.get_input_embeddings()
-    module = next(n for n, m in names.model.named_modules() if m is source)
+    module = input_embedding(names.model, config)[0]
     original = next((i for i in items if i.name == f"{module}.weight"), None)
     if original is None or not torch.equal(*(checkpoint.load(i.all_keys[0]) for i in (original, copy))):
         raise ValueError(f"{checkpoint.path}: {copy.name}: expected what {module} has, to which config.json ties it")

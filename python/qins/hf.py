@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ._hf_calibration import calibrate_loaded
 from ._hf_config import QinsConfig
-from ._hf_embeddings import encode_embeddings, expect_tied, share_codes, tied_output
+from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output
 from ._hf_modules import (
     PendingExperts,
     PendingLinear,
@@ -37,7 +38,7 @@ from ._hf_modules import (
     pending_layers,
     sizes,
 )
-from ._hf_names import saved_names
+from ._hf_names import saved_names, with_and_without_prefix
 from ._pages import page_out
 from .coded import CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
@@ -105,10 +106,11 @@ class QinsHfQuantizer(HfQuantizer):
             self._expect_codes(model)
             return
         files = kwargs.get("checkpoint_files")
-        if not files and Path(model.config._name_or_path).is_dir():  # transformers 4 does not say which
-            files = open_checkpoint(model.config._name_or_path).files
+        if _VERSION < 5 and files is None and model.config._name_or_path:  # it does not say which
+            with suppress(OSError, ValueError):  # a hub's name, or files that open_checkpoint does not choose among
+                files = open_checkpoint(model.config._name_or_path).files
         self.quantization_config.source = fingerprint(files) if files else None
-        expect_tied(model, self.quantization_config)
+        expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
             read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
@@ -119,13 +121,11 @@ class QinsHfQuantizer(HfQuantizer):
         modules = self.quantization_config.modules
         if modules is None:
             raise ValueError("quantization_config: expected the list of quantised modules of a saved checkpoint")
-        prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
         left = set(modules)
         shared: dict[str, str] = {}
 
         def entry(name: str) -> list[Any] | None:
-            # a headless model, or one with a new head, has the same modules with or without the prefix
-            known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), None)
+            known = next((n for n in with_and_without_prefix(model, name) if n in modules), None)
             left.discard(known or "")
             return modules[known] if known else None
 
@@ -188,11 +188,12 @@ class QinsHfQuantizer(HfQuantizer):
                 self.put(model, name, module, PendingExperts(module, *self.experts_codec(name, module)))
                 continue
             codec, size = self.quantization_config.layer(name, sizes(module)[0])
-            weight: torch.Tensor = module.weight  # type: ignore[assignment]
             new = empty_module(module, codec, size, PendingLinear)
             assert isinstance(new, PendingLinear)
             new.transposed = not isinstance(module, nn.Linear)
-            new._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+            new._parameters["weight"] = nn.Parameter(
+                module.get_parameter("weight").detach().to("meta"), requires_grad=False
+            )
             self.put(model, name, module, new)
 
     def experts_codec(self, name: str, module: nn.Module) -> tuple[str, dict[str, int | None]]:
