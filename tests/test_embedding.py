@@ -15,7 +15,7 @@ import qins
 from qins.checkpoint import quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
-from test_hf import COMMON, close, make, outputs, same_state  # noqa: E402
+from test_hf import COMMON, close, make, outputs, same_state, with_decoded_weights  # noqa: E402
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -71,17 +71,6 @@ def test_module():
         qins.QINSEmbedding.from_embedding(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="max_norm"):
         qins.QINSEmbedding.from_embedding(nn.Embedding(3, 3, max_norm=1.0))
-
-
-def with_decoded_weights(original, quantised):
-    """The float model, untied, that holds the values of the codes."""
-    decoded = copy.deepcopy(original)
-    for name, module in quantised.named_modules():
-        if isinstance(module, (qins.QINSLinear, qins.QINSEmbedding)):
-            target = decoded.get_submodule(name)
-            w = module.weight
-            target.weight = nn.Parameter(w if isinstance(target, (nn.Linear, nn.Embedding)) else w.T)
-    return decoded
 
 
 TIED = ("llama tied", "gpt2", "bert", "t5", "modernbert")

@@ -101,12 +101,18 @@ def outputs(model):
 
 
 def with_decoded_weights(original, quantised):
-    """The float model that holds the values of the codes."""
+    """The float model, its weights untied where they are codes, that holds the values of the codes."""
     decoded = copy.deepcopy(original)
     for name, module in quantised.named_modules():
-        if isinstance(module, qins.QINSLinear):
-            target = decoded.get_submodule(name)
-            target.weight.data.copy_(module.weight if isinstance(target, nn.Linear) else module.weight.T)
+        target = decoded.get_submodule(name)
+        if isinstance(module, (qins.QINSLinear, qins.QINSEmbedding)):
+            w = module.weight
+            turned = not isinstance(target, (nn.Linear, nn.Embedding))  # Conv1D
+            target.weight = nn.Parameter(w.T.contiguous() if turned else w)
+        elif isinstance(module, qins.QINSExperts):
+            for stack in module.shapes:
+                w = module.weight(stack)
+                setattr(target, stack, nn.Parameter(w.transpose(1, 2).contiguous() if module.is_transposed else w))
     return decoded
 
 

@@ -18,7 +18,7 @@ from qins.evaluate import bytes_by_component
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_while_loading  # noqa: E402
-from test_hf import COMMON, close, outputs, same_state  # noqa: E402
+from test_hf import COMMON, close, outputs, same_state, with_decoded_weights  # noqa: E402
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -65,19 +65,6 @@ def make(name):
 
 def experts_of(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, qins.QINSExperts)}
-
-
-def with_decoded_weights(original, quantised):
-    decoded = copy.deepcopy(original)
-    for name, module in quantised.named_modules():
-        target = decoded.get_submodule(name)
-        if isinstance(module, qins.QINSLinear):
-            target.weight.data.copy_(module.weight)
-        elif isinstance(module, qins.QINSExperts):
-            for stack in module.shapes:
-                w = module.weight(stack)
-                getattr(target, stack).data.copy_(w.transpose(1, 2) if module.is_transposed else w)
-    return decoded
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,11 +8,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .array import encode, field_shapes
-from .coded import FIELD_DTYPES, Coded
+from .array import encode
+from .coded import Coded, field_layout
 from .experts import QINSExperts
 from .linear import QINSEmbedding, QINSLinear
-from .ops import field_names
 
 
 class PendingLinear(QINSLinear):
@@ -113,12 +112,10 @@ def empty_module(
 def check_layer(name: str, layer: Coded) -> None:
     """Check shapes, dtypes, and what is small: reading all codes would touch every page of a mapped file."""
     for part, shape, group_size, buffers in layer.matrices(name):
-        shapes = field_shapes(layer.codec, shape, group_size)
-        for n, buffer in zip(field_names(layer.codec, group_size), buffers, strict=True):
-            expected = shapes.get(n, shape[:-2])
+        layout = field_layout(layer.codec, shape, group_size)
+        for (n, (expected, dtype)), buffer in zip(layout.items(), buffers, strict=True):
             if buffer.shape != expected:
                 raise ValueError(f"{part}.{n}: expected shape {expected}, got {tuple(buffer.shape)}")
-            dtype = FIELD_DTYPES.get(n, torch.float32)
             if buffer.dtype != dtype:
                 raise ValueError(f"{part}.{n}: expected {dtype}, got {buffer.dtype}")
             if dtype == torch.float32 and not bool(torch.isfinite(buffer).all()):

@@ -16,8 +16,7 @@ from ._hf_config import QinsConfig
 from ._hf_embeddings import input_embedding, tied_output
 from ._hf_modules import pending_experts, pending_layers
 from ._hf_names import Names
-from .array import SCALARS, array_names, field_shapes
-from .coded import FIELD_DTYPES
+from .coded import field_layout
 from .files import Checkpoint
 from .hf import QinsHfQuantizer
 from .shards import DTYPE_CODES, Target
@@ -47,10 +46,6 @@ class Output:
     transposed: bool = False
     is_stack: bool = False
     targets: list[Target] = field(default_factory=list)
-
-    def fields(self) -> list[str]:
-        """Names of the codes' fields."""
-        return [*array_names(self.codec, self.group_size), *SCALARS[self.codec]]
 
 
 @dataclass
@@ -252,10 +247,8 @@ def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]],
         shape = (*shape[:-2], shape[-1], shape[-2]) if o.transposed else shape
         # fields are `<module>.<field>`, of experts `<module>.<stack>_<field>`
         o.stem = f"{o.stem}_" if o.is_stack else o.stem.removesuffix("weight")
-        fields = field_shapes(o.codec, shape, o.group_size)
-        for n in o.fields():
-            dtype = str(FIELD_DTYPES.get(n, torch.float32))[6:]
-            o.targets.append(Target(o.stem + n, dtype, fields.get(n, shape[:-2])))
+        for n, (s, dtype) in field_layout(o.codec, shape, o.group_size).items():
+            o.targets.append(Target(o.stem + n, str(dtype)[6:], s))
 
 
 def converted(item: Item, model: Any, load: Callable[[str], torch.Tensor]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .array import SCALARS, EncodedArray, check_codec, check_group_size, encode, field_shapes
+from .array import EncodedArray, check_codec, check_group_size, encode, field_shapes
 from .ops import decode_fields, field_names
 
 # One more byte for 128 codes: 1 dB better than one scale a row at no loss of speed, and still 3.96
@@ -33,6 +33,14 @@ FIELD_DTYPES = {
     "group_scale": torch.uint8,
     "w_encoded": torch.uint8,
 }
+
+
+def field_layout(
+    codec: str, shape: tuple[int, ...], group_size: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of a matrix (out, in), or of a stack of them (count, out, in), by name in order."""
+    shapes = field_shapes(codec, shape, group_size)
+    return {n: (shapes.get(n, shape[:-2]), FIELD_DTYPES.get(n, torch.float32)) for n in field_names(codec, group_size)}
 
 
 def resolve_group_size(codec: str, group_size: int | str | None, in_features: int) -> int | None:
@@ -118,18 +126,15 @@ class CodedWeight(Coded):
         self.codec, self.group_size = codec, resolve_group_size(codec, group_size, shape[1])
         self._names, self._shape = field_names(codec, self.group_size), shape
         self._dtype = dtype or torch.get_default_dtype()
-        shapes = field_shapes(codec, shape, self.group_size)
+        layout = field_layout(codec, shape, self.group_size)
         if torch.device(device or torch.get_default_device()).type == "meta":
-            for name in self._names:
-                empty = torch.empty(shapes.get(name, ()), dtype=FIELD_DTYPES.get(name, torch.float32), device="meta")
-                self.register_buffer(name, empty)
+            for name, (s, kind) in layout.items():
+                self.register_buffer(name, torch.empty(s, dtype=kind, device="meta"))
             return
         zero = encode(np.zeros((1, 1), np.float32), codec)
-        for name, s in shapes.items():
+        for name, (s, kind) in layout.items():
             value = 0 if name in ("sign_bits", "group_scale") else zero.fields[name].item()
-            self.register_buffer(name, torch.full(s, value, dtype=FIELD_DTYPES[name], device=device))
-        for name in SCALARS[codec]:
-            self.register_buffer(name, torch.tensor(zero.fields[name].item(), dtype=torch.float32, device=device))
+            self.register_buffer(name, torch.full(s, value, dtype=kind, device=device))
 
     def _take_codes(self, encoded: EncodedArray, device: Any) -> None:
         for name in self._names:

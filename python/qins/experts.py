@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .array import EXPERT_STACKS, EncodedArray, encode, field_shapes
-from .coded import FIELD_DTYPES, Coded, Matrix
+from .array import EXPERT_STACKS, EncodedArray, encode
+from .coded import Coded, Matrix, field_layout
 from .ops import decode_fields, field_names, multiply_codes, multiply_codes_transposed
 
 Tensor = torch.Tensor
@@ -128,11 +128,8 @@ class QINSExperts(Coded):
         names = []
         self.shapes = {stack: stack_sizes(original, stack) for stack in stacks}
         for stack, shape in self.shapes.items():
-            shapes = field_shapes(codec, shape, self.group_sizes[stack])
-            for field in field_names(codec, self.group_sizes[stack]):
-                dtype = FIELD_DTYPES.get(field, torch.float32)
-                empty = torch.empty(shapes.get(field, shape[:1]), dtype=dtype, device="meta")
-                self.register_buffer(f"{stack}_{field}", empty)
+            for field, (s, dtype) in field_layout(codec, shape, self.group_sizes[stack]).items():
+                self.register_buffer(f"{stack}_{field}", torch.empty(s, dtype=dtype, device="meta"))
                 names.append(f"{stack}_{field}")
         self._names = tuple(names)
 
