@@ -8,8 +8,8 @@
 /* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
 enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
 
-/* From how many rows of x on each form of qins_panels is the fastest. */
-enum { PLANES_FROM = 8, HALVES_FROM = 33, FLOATS_FROM = 9, FLOATS_FROM_WORDS = 17 };
+/* From how many rows of x on each way is the fastest. Measured: benchmarks/linear.py. */
+enum { TILES_FROM = 2, HALVES_FROM = 49, FLOATS_FROM = 9, FLOATS_FROM_WORDS = 17 };
 
 /* -- tables of log8, by mu ---------------------------------------------------------------------- */
 
@@ -45,7 +45,7 @@ static const qins_log8_words *words_of(float mu, qins_log8_words *own)
 
 /* -- one call ------------------------------------------------------------------------------------ */
 
-typedef enum { BY_WORDS, BY_FACTORS, BY_FLOATS } method;
+typedef enum { BY_WORDS, BY_FACTORS, BY_FLOATS, BY_TILES } method;
 
 typedef struct {
     const qins_kernels *kernels;
@@ -55,6 +55,8 @@ typedef struct {
     const float *x;               /* batch x padded */
     int16_t *fixed;               /* BY_WORDS: batch x blocks x 64 */
     float *fixed_scale;
+    char *packed; /* BY_TILES, see qins_few; its scales are in fixed_scale */
+    size_t step;
     const qins_log8_words *words;
     qins_golden_factors factors;
     qins_decoder from; /* BY_FLOATS */
@@ -134,25 +136,59 @@ static void fix_rows(void *context, size_t begin, size_t end)
     }
 }
 
-static method choose(const qins_kernels *k, const qins_codes *e)
+static void pack_steps(void *context, size_t begin, size_t end)
+{
+    product *p = context;
+    size_t from = begin * p->step, to = least(end * p->step, p->e->cols), panels = qins_few_panels(p->batch);
+    p->kernels->few->pack(p->x + from, p->padded, (int)p->batch, to - from, p->step,
+                          p->packed + from * panels * qins_few_lanes(p->batch),
+                          p->fixed_scale + begin * panels * QINS_PANEL);
+}
+
+/* Sixteen rows of codes at a time. */
+static void product_blocks(void *context, size_t begin, size_t end)
+{
+    const product *p = context;
+    const qins_codes *e = p->e;
+    const size_t size = item_size(p->dtype);
+    p->kernels->few->begin((int)p->batch);
+    for (size_t block = begin; block < end; block++) {
+        size_t row = block * QINS_PANEL, rows = least(e->rows - row, QINS_PANEL);
+        float scale[QINS_PANEL] = {0}, out[QINS_FEW][QINS_PANEL];
+        for (size_t i = 0; i < rows; i++) {
+            scale[i] = float_at(e->scale, row + i) * (1.0f / QINS_PLANE_MAX);
+        }
+        const uint8_t *codes = e->codes + row * e->cols, *next = codes + (block + 1 < end ? QINS_PANEL * e->cols : 0);
+        p->kernels->few->multiply(codes, rows, e->cols, scale, group_row(e, row), e->group_size, p->words, p->packed,
+                                  p->fixed_scale, p->step, (int)p->batch, next, out);
+        for (size_t m = 0; m < p->batch; m++) {
+            p->kernels->narrow[p->dtype](out[m], rows, p->y + (m * e->rows + row) * size);
+        }
+    }
+    p->kernels->few->end();
+}
+
+/* The way for so many rows of x, up to where a form of qins_panels is faster. */
+static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
 {
     if (e->codec != QINS_log8) {
         return e->codec == QINS_rational ? BY_FLOATS : BY_FACTORS;
+    }
+    if (k->few != NULL && batch >= TILES_FROM && e->group_size % QINS_DEPTH == 0) {
+        return BY_TILES;
     }
     int fits = e->group_size == 0 || e->group_size == QINS_BLOCK / 2 || e->group_size % QINS_BLOCK == 0;
     return fits && e->mu >= k->least_mu ? BY_WORDS : BY_FLOATS;
 }
 
-/* The form for `batch` rows of x, or NULL where rows one by one are faster. Measured: benchmarks/linear.py. */
-static const qins_panels *choose_panels(const qins_kernels *k, const qins_codes *e, method how, size_t batch,
-                                        qins_dtype dtype)
+/* The form for `batch` rows of x, or NULL where `how` is faster. */
+static const qins_panels *choose_panels(const qins_kernels *k, method how, size_t batch, qins_dtype dtype)
 {
-    int planes = k->planes != NULL && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
-    if (k->halves != NULL && dtype == QINS_BF16 && batch >= (planes ? HALVES_FROM : FLOATS_FROM)) {
+    if (k->halves != NULL && dtype == QINS_BF16 && batch >= (how == BY_TILES ? HALVES_FROM : FLOATS_FROM)) {
         return k->halves;
     }
-    if (planes) {
-        return batch >= PLANES_FROM ? k->planes : NULL;
+    if (how == BY_TILES) {
+        return batch > QINS_FEW ? k->planes : NULL;
     }
     return batch >= (how == BY_WORDS ? FLOATS_FROM_WORDS : FLOATS_FROM) ? k->floats : NULL;
 }
@@ -160,21 +196,24 @@ static const qins_panels *choose_panels(const qins_kernels *k, const qins_codes 
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
                 void *y, int threads)
 {
-    product p = {.kernels = kernels, .e = e, .how = choose(kernels, e), .batch = batch, .dtype = dtype, .y = y};
+    product p = {.kernels = kernels, .e = e, .how = choose(kernels, e, batch), .batch = batch, .dtype = dtype, .y = y};
     qins_log8_words own;
     p.blocks = ceil_div(e->cols, QINS_BLOCK);
     p.padded = e->cols;
     if (batch == 0 || e->rows == 0) {
         return 0;
     }
-    const qins_panels *form = choose_panels(kernels, e, p.how, batch, dtype);
+    const qins_panels *form = choose_panels(kernels, p.how, batch, dtype);
     if (form != NULL) {
-        int by_words = e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0 && form != kernels->floats;
-        const qins_log8_words *words = by_words ? words_of(e->mu, &own) : NULL;
+        const qins_log8_words *words = p.how == BY_TILES ? words_of(e->mu, &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
     size_t floats = dtype == QINS_F32 ? 0 : batch * e->cols * sizeof(float);
     size_t fixed = p.how == BY_WORDS ? batch * p.blocks * (QINS_BLOCK * sizeof(int16_t) + sizeof(float)) : 0;
+    if (p.how == BY_TILES) {
+        p.step = e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
+        fixed = p.blocks * qins_few_panels(batch) * (QINS_DEPTH * qins_few_lanes(batch) + QINS_PANEL * sizeof(float));
+    }
     char *room = floats + fixed > 0 ? qins_scratch_take(floats + fixed) : NULL;
     if (floats + fixed > 0 && room == NULL) {
         return -1;
@@ -189,12 +228,23 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         p.fixed_scale = (float *)(void *)(p.fixed + batch * p.blocks * QINS_BLOCK);
         p.words = words_of(e->mu, &own);
         qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, fix_rows, &p);
+    } else if (p.how == BY_TILES) {
+        p.packed = room + floats;
+        p.fixed_scale =
+            (float *)(void *)(p.packed + p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch));
+        p.words = words_of(e->mu, &own);
+        qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
     } else if (p.how == BY_FACTORS) {
         qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
     } else {
         qins_decoder_init(&p.from, kernels, e);
     }
-    qins_parallel(e->rows, ceil_div(GRAIN, e->cols * batch + 1), threads, product_rows, &p);
+    if (p.how == BY_TILES) {
+        qins_parallel(ceil_div(e->rows, QINS_PANEL), ceil_div(GRAIN, QINS_PANEL * e->cols * batch + 1), threads,
+                      product_blocks, &p);
+    } else {
+        qins_parallel(e->rows, ceil_div(GRAIN, e->cols * batch + 1), threads, product_rows, &p);
+    }
     if (room != NULL) {
         qins_scratch_give(room);
     }

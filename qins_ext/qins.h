@@ -140,6 +140,28 @@ typedef struct {
                      const float *w_scale, size_t step, qins_fetch *fetch, float *c, size_t next_c);
 } qins_panels;
 
+/* Products of log8 with some rows of activations, 16 rows of codes at a time: bytes as in planes, but weights are
+ * decoded just ahead of their products, and a panel holds 8 rows of activations, the high and the low bytes of each in
+ * two neighbouring lanes. Fewer than 8 rows take 2, 4 or 8 lanes. */
+enum { QINS_FEW = 128, QINS_FEW_ROWS = 8 }; /* most rows of activations, and of a panel */
+
+static inline size_t qins_few_panels(size_t batch) { return (batch + QINS_FEW_ROWS - 1) / QINS_FEW_ROWS; }
+static inline size_t qins_few_lanes(size_t batch) { return batch > 4 ? 16 : batch > 2 ? 8 : batch > 1 ? 4 : 2; }
+
+typedef struct {
+    /* Around a thread's calls of multiply(). */
+    void (*begin)(int batch);
+    void (*end)(void);
+    /* Columns of all rows of activations, from a multiple of `step` on. packed: panels x lanes bytes for each column,
+     * which are padded with zeros to a multiple of QINS_DEPTH; scale: panels x 16 for each `step` columns */
+    void (*pack)(const float *x, size_t stride, int batch, size_t cols, size_t step, void *packed, float *scale);
+    /* out[m][row] of 16 rows of codes, of which `rows` are there; scale: 16. group_scale and group_size as in dot_log8,
+     * group_size a multiple of step, which is 64 or 128. next: codes to ask for on the way, as many as these. */
+    void (*multiply)(const uint8_t *codes, size_t rows, size_t cols, const float *scale, const uint8_t *group_scale,
+                     size_t group_size, const qins_log8_words *t, const void *packed, const float *x_scale, size_t step,
+                     int batch, const uint8_t *next, float out[QINS_FEW][QINS_PANEL]);
+} qins_few;
+
 typedef struct {
     int32_t lo, hi; /* bit patterns of the smallest and largest |w| above 1e-8f; lo > hi when there is none.
                        hi >= 0x7f800000 says that a NaN or an infinity is among them */
@@ -198,6 +220,7 @@ typedef struct {
     /* out[m] = sum of w * x[m] */
     void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);
     const qins_panels *floats, *planes, *halves; /* NULL: this instruction set has nothing better than floats */
+    const qins_few *few;                         /* or NULL */
     /* A 16 x 16 matrix of 32-bit elements; strides in elements */
     void (*transpose)(const float *src, size_t src_stride, float *dst, size_t dst_stride);
 } qins_kernels;

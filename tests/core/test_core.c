@@ -452,13 +452,13 @@ static void product_at(const qins_kernels *k, const qins_codes *e, size_t batch,
 /* Around every change of method, and every size that a block, panel, tile or chunk of columns ends at. */
 static void products(const qins_kernels *k, int emulated)
 {
-    static const size_t BATCH[] = {1, 7, 8, 9, 16, 17, 33, 65};
+    static const size_t BATCH[] = {1, 2, 3, 5, 8, 9, 16, 17, 33, 65, 128, 129};
     static const struct {
         size_t rows, cols, group_size;
         float mu;
     } SHAPE[] = {{1, 1, 0, 2.5f},      {5, 70, 64, 2.5f},     {33, 130, 128, 2.5f}, {48, 576, 128, 2.5f},
                  {17, 1100, 64, 2.5f}, {200, 130, 128, 2.5f}, {13, 96, 32, 2.5f},   {16, 64, 0, 0.0f},
-                 {31, 640, 192, 4.0f}, {15, 2100, 128, 6.0f}, {7, 100, 10, 2.5f}};
+                 {31, 640, 192, 4.0f}, {15, 2100, 128, 6.0f}, {3, 4200, 64, 2.5f},  {7, 100, 10, 2.5f}};
     for (size_t i = 0; i < sizeof SHAPE / sizeof *SHAPE; i++) {
         for (int codec = 0; codec < QINS_CODEC_COUNT; codec++) {
             size_t group = codec == QINS_log8 ? SHAPE[i].group_size : 0;
