@@ -22,6 +22,21 @@ def page_in(tensor: torch.Tensor) -> None:
     _advise(tensor, 22)
 
 
+def is_resident(tensor: torch.Tensor) -> bool:
+    """Whether a weight in a mapped file seems to be in memory: its first, its middle and its last page, on Linux.
+
+    Of a file that this process may not write the kernel does not tell, and says yes.
+    """
+    if sys.platform != "linux" or tensor.nbytes == 0:
+        return True
+    mincore, page, seen = ctypes.CDLL(None).mincore, mmap.PAGESIZE, ctypes.create_string_buffer(1)
+    for at in (0, tensor.nbytes // 2, tensor.nbytes - 1):
+        address = (tensor.data_ptr() + at) // page * page
+        if mincore(ctypes.c_void_p(address), ctypes.c_size_t(page), seen) == 0 and not seen.raw[0] & 1:
+            return False
+    return True
+
+
 def _advise(tensor: torch.Tensor, advice: int) -> None:
     if sys.platform != "linux" or not tensor.is_contiguous():
         return

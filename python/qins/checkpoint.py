@@ -9,17 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ._ahead import ReadAhead
 from ._atomic import atomically, write_json
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from ._hf_config import QinsConfig
-from ._pages import page_in
 from .array import encode
 from .calibration import Store
 from .checkpoint_plan import Item, Output, Plan, architecture, converted, plan
@@ -28,6 +27,9 @@ from .files import Checkpoint, checksum, open_checkpoint
 from .gguf_source import GgufCheckpoint, open_gguf
 from .shards import ShardWriter
 
+Write = Callable[..., None]  # as ShardWriter.write
+
+_WAITING = 64 << 20  # bytes that wait to be written, before one more tensor
 _PROGRESS = "qins-progress.json"
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -142,14 +144,15 @@ def quantize_checkpoint(
             planned, quantizer = plan(checkpoint, config)
         work.encode(planned.modules)
     checksums: dict[str, str] = {}
-    with progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True) as advance:
+    bar = progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True)
+    with bar as advance, ReadAhead(checkpoint) as ahead:
         for file, name in planned.names.items():
             if (out / name).exists():
                 made = open_checkpoint(out / name)
                 checksums |= {k: checksum(made.load(k)) for k in made.tensors}
                 advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
             else:
-                checksums |= _convert_shard(checkpoint, planned, store, file, out / name, advance)
+                checksums |= _convert_shard(ahead, planned, store, file, out / name, advance)
     config.checksums = dict(sorted(checksums.items()))
     _finish(checkpoint, planned, config, out)
     return {
@@ -162,7 +165,7 @@ def quantize_checkpoint(
 
 
 def _convert_shard(
-    checkpoint: Checkpoint,
+    ahead: ReadAhead,
     planned: Plan,
     store: Store | None,
     file: Path,
@@ -175,12 +178,12 @@ def _convert_shard(
         targets = [t for item in items for t in item.targets]
         writer = ShardWriter(temporary, targets, {"format": "pt"})
         try:
-            with _in_background(writer.write) as write, _in_background(_read) as read:
-                for item, following in zip_longest(items, items[1:]):
-                    if following is not None:
-                        read(checkpoint, store, following)
-                    _convert_item(checkpoint, planned, store, item, write)
-                    advance(sum(checkpoint.tensors[k].bytes for k in item.all_keys))
+            with _in_background(writer.write) as write:
+                for i, item in enumerate(items):
+                    for following in items[i + 1 : i + 3] if i == 0 else items[i + 2 : i + 3]:
+                        _announce(ahead, store, following)
+                    _convert_item(ahead, planned, store, item, write)
+                    advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
         finally:
             with suppress(OSError):  # of a full disk, once more
@@ -189,37 +192,34 @@ def _convert_shard(
 
 
 @contextmanager
-def _in_background(call: Callable[..., None]) -> Iterator[Callable[..., None]]:
-    """Lend a function that lets another thread make calls, in order, while this one goes on; at most 8 are waiting."""
-    waiting: deque[Future[None]] = deque()
+def _in_background(write: Write) -> Iterator[Write]:
+    """Lend a function that lets another thread write tensors, in order, while this one goes on."""
+    waiting: deque[tuple[Future[None], int]] = deque()
 
-    def later(*args: Any) -> None:
-        if len(waiting) == 8:
-            waiting.popleft().result()
-        waiting.append(pool.submit(call, *args))
+    def later(name: str, tensor: torch.Tensor, part: int | None = None) -> None:
+        while sum(size for _, size in waiting) > _WAITING:
+            waiting.popleft()[0].result()
+        waiting.append((pool.submit(write, name, tensor, part), tensor.nbytes))
 
     with ThreadPoolExecutor(1) as pool:
         yield later
-        for made in waiting:
+        for made, _ in waiting:
             made.result()
 
 
-def _read(checkpoint: Checkpoint, store: Store | None, item: Item) -> None:
+def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
     """Have the disk read what comes next while the tensor before is encoded, unless its codes are there already."""
     kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
-    if not kept and not isinstance(checkpoint, GgufCheckpoint):
+    if not kept and not isinstance(ahead.checkpoint, GgufCheckpoint):
         for key in item.all_keys[:2]:
-            page_in(checkpoint.load(key))
+            ahead.announce(key)
 
 
-Write = Callable[..., None]
-
-
-def _convert_item(checkpoint: Checkpoint, planned: Plan, store: Store | None, item: Item, write: Write) -> None:
+def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: Item, write: Write) -> None:
     chosen = {o.name: store.get(o.module) if store is not None and o.codec else None for o in item.outputs}
     made: dict[str, Any] = {}
     if any(c is None for c in chosen.values()):
-        made = converted(item, planned.model, checkpoint.load)
+        made = converted(item, planned.model, ahead.load)
     for output in item.outputs:
         choice = chosen[output.name]
         if choice is not None:
@@ -231,7 +231,7 @@ def _convert_item(checkpoint: Checkpoint, planned: Plan, store: Store | None, it
             try:
                 _encode(output, made[output.name], write)
             except ValueError as e:
-                raise ValueError(f"{checkpoint.where(item.all_keys[0])}: {output.name}: {e}") from None
+                raise ValueError(f"{ahead.checkpoint.where(item.all_keys[0])}: {output.name}: {e}") from None
 
 
 def _encode(output: Output, floats: Any, write: Write) -> None:

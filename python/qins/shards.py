@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ._direct import DirectWriter
 from .files import checksum
 
 DTYPE_CODES = {
@@ -45,6 +46,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, targets: list[Target], metadata: dict[str, str]) -> None:
+        self.path = path
         ordered = sorted(targets, key=lambda t: (_DTYPE_ORDER.index(DTYPE_CODES[t.dtype]), t.name))
         header: dict[str, Any] = {"__metadata__": metadata}
         self.places: dict[str, tuple[int, Target]] = {}
@@ -58,9 +60,9 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
-        self.file = path.open("wb")
+        self.file = DirectWriter(path)
         try:
-            self.file.write(len(text).to_bytes(8, "little") + text)
+            self.file.write(memoryview(len(text).to_bytes(8, "little") + text), 0)
             self.file.truncate(self.start + at)
         except OSError:
             with suppress(OSError):
@@ -75,16 +77,15 @@ class ShardWriter:
         shape = target.shape if part is None else target.shape[1:]
         if tuple(tensor.shape) != shape or str(tensor.dtype)[6:] != target.dtype:
             raise ValueError(f"{name}: expected {target.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        self.file.seek(self.start + at + (part or 0) * tensor.nbytes)
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
-            self.file.write(flat.view(torch.uint8).numpy().data)
+            self.file.write(flat.view(torch.uint8).numpy().data, self.start + at + (part or 0) * tensor.nbytes)
         self.checksums[name] = checksum(flat, self.checksums[name] if part else None)
         if part is None or part == target.shape[0] - 1:
             self.left.discard(name)
 
     def close(self) -> None:
         """Finish the file."""
-        with self.file:
-            if self.left:
-                raise ValueError(f"{self.file.name}: not written: {', '.join(sorted(self.left)[:5])}")
+        self.file.close()
+        if self.left:
+            raise ValueError(f"{self.path}: not written: {', '.join(sorted(self.left)[:5])}")
