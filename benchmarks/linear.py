@@ -135,27 +135,33 @@ def in_turn(modules: list[nn.Module], x: torch.Tensor) -> Callable[[int], object
     return lambda i: modules[i % len(modules)](x)
 
 
-def qins_peers(weight: torch.Tensor, x: torch.Tensor, isas: tuple[str, ...]) -> dict[str, Callable[[int], object]]:
-    found: dict[str, Callable[[int], object]] = {}
+def qins_layers(weight: torch.Tensor) -> dict[str, list[qins.QINSLinear]]:
+    """Layers of each format, as many as the rotation needs."""
+    found = {}
     for codec, group in FORMATS:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         first = qins.QINSLinear.from_linear(linear, codec, group_size=group)
-        buffers = list(first.buffers())
         layers = [first]
-        for _ in range(copies(buffers) - 1):
+        for _ in range(copies(list(first.buffers())) - 1):
             twin = qins.QINSLinear(*weight.shape[::-1], False, codec=codec, group_size=group, device="meta")
             twin.to_empty(device="cpu").load_state_dict(first.state_dict())
             layers.append(twin)
-        name = f"{codec}/{group}" if group else codec
-        for isa in isas:
-
-            def run(i: int, isa: str = isa, layers: list[nn.Module] = layers) -> object:
-                qins.use_isa(isa)
-                return layers[i % len(layers)](x)
-
-            found[f"{name} {isa} {str(x.dtype)[6:]}"] = run
+        found[f"{codec}/{group}" if group else codec] = layers
     return found
+
+
+def qins_peers(
+    layers: dict[str, list[qins.QINSLinear]], x: torch.Tensor, isas: tuple[str, ...]
+) -> dict[str, Callable[[int], object]]:
+    def on(isa: str, modules: list[qins.QINSLinear]) -> Callable[[int], object]:
+        def run(i: int) -> object:
+            qins.use_isa(isa)
+            return modules[i % len(modules)](x)
+
+        return run
+
+    return {f"{name} {isa} {str(x.dtype)[6:]}": on(isa, m) for name, m in layers.items() for isa in isas}
 
 
 def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
@@ -164,9 +170,9 @@ def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[in
     weight = torch.randn(out_features, in_features) * 0.02
     milliseconds: dict[int, dict[str, float]] = {}
     peers = {} if arguments.no_peers else installed_peers(weight)
-    codes = [
-        torch.randint(1, 255, weight.shape, dtype=torch.uint8).numpy() for _ in range(copies([weight.to(torch.int8)]))
-    ]
+    layers = qins_layers(weight)
+    # the very codes that log8 multiplies with: how an array is aligned changes a plain read by a sixth
+    codes = [layer.get_buffer("codes").numpy() for layer in layers["log8"]]
     for rows in arguments.rows:
         x = torch.randn(rows, in_features)
         x16 = x.bfloat16()
@@ -176,8 +182,8 @@ def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[in
             "torch bf16": float_peer(weight, x16),
             "torch _weight_int8pack_mm": int8pack_peer(weight, x16),
             **{name: in_turn(modules, x.to(dtype)) for name, (modules, dtype) in peers.items()},
-            **qins_peers(weight, x, tuple(arguments.isas)),
-            **qins_peers(weight, x16, tuple(arguments.isas)),
+            **qins_peers(layers, x, tuple(arguments.isas)),
+            **qins_peers(layers, x16, tuple(arguments.isas)),
         }
         with torch.inference_mode():
             times = race(contestants, arguments.seconds)

@@ -208,7 +208,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         const qins_log8_words *words = p.how == BY_TILES ? words_of(e->mu, &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
-    size_t floats = dtype == QINS_F32 ? 0 : batch * e->cols * sizeof(float);
+    size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;
     size_t fixed = p.how == BY_WORDS ? batch * p.blocks * (QINS_BLOCK * sizeof(int16_t) + sizeof(float)) : 0;
     if (p.how == BY_TILES) {
         p.step = e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;

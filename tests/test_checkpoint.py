@@ -69,16 +69,15 @@ def same_as_in_process(tmp_path, model, config):
     return result
 
 
-@pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers, or leaves them as floats")
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("codec", ["log8", "golden"])
 def test_experts(tmp_path, name, codec):
     """Experts that a checkpoint has one by one, or stacked, or stacked and turned."""
     result = same_as_in_process(tmp_path, moe(name), {"codec": codec})
-    assert result["layers"] == {"mixtral": 2 * 6, "qwen2_moe": 2 * 9, "gpt_oss": 2 * 6}[name]
+    assert result["layers"] == {"mixtral": 2 * 6, "qwen2_moe": 2 * 9, "gpt_oss": 2 * 6, "llama4": 2 * 9}[name]
 
 
-@pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers, or leaves them as floats")
+@pytest.mark.skipif(not V5, reason="transformers 4 has these experts as linear layers")
 def test_experts_over_several_files(tmp_path):
     model = moe("mixtral")
     model.save_pretrained(tmp_path / "float", max_shard_size="40KB")

@@ -22,10 +22,8 @@ from test_hf import COMMON, close, outputs, same_state, with_decoded_weights  # 
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.skipif(not V5, reason="transformers 4 keeps experts as linear layers, or as what stays floats"),
-]
+pytestmark = pytest.mark.once
+v5_only = pytest.mark.skipif(not V5, reason="transformers 4 has these experts as linear layers")
 
 EXPERTS = 4
 
@@ -51,7 +49,15 @@ def gpt_oss():
     return transformers.GptOssForCausalLM(config)
 
 
-MODELS = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "gpt_oss": gpt_oss}
+def llama4():
+    config = transformers.Llama4TextConfig(
+        **COMMON, num_key_value_heads=2, head_dim=16, num_local_experts=EXPERTS, num_experts_per_tok=2,
+        intermediate_size_mlp=96, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    return transformers.Llama4ForCausalLM(config)
+
+
+MODELS = {"gpt_oss": gpt_oss, "llama4": llama4} | ({"mixtral": mixtral, "qwen2_moe": qwen2_moe} if V5 else {})
 
 
 def make(name):
@@ -119,17 +125,17 @@ def test_matrix(tmp_path, name, codec):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_expert_is_encoded_by_itself(name):
-    model = make(name)
-    original = next(m for m in model.modules() if hasattr(m, "is_transposed"))
+    original = next(m for m in make(name).modules() if qins.experts.projections(m))
     new = qins.QINSExperts.from_experts(original, "log8", {s: 32 for s in qins.experts.projections(original)})
     for stack, (count, *shape) in new.shapes.items():
         weights = getattr(original, stack).detach()
         for i in range(count):
-            alone = qins.encode(weights[i].T if original.is_transposed else weights[i], group_size=32)
+            alone = qins.encode(weights[i].T if new.is_transposed else weights[i], group_size=32)
             assert alone.shape == tuple(shape)
             assert all(np.array_equal(new.encoded(stack, i).fields[n], f) for n, f in alone.fields.items())
 
 
+@v5_only
 @torch.no_grad()
 def test_only_the_experts_that_tokens_go_to_are_read():
     original = next(m for m in make("mixtral").modules() if hasattr(m, "is_transposed"))
@@ -149,6 +155,20 @@ def test_only_the_experts_that_tokens_go_to_are_read():
     assert torch.allclose(new(x[1:2], index[1:2], weights[1:2]), y[1:2], rtol=1e-3, atol=1e-5)
 
 
+@torch.no_grad()
+def test_llama4_experts_are_read_only_for_rows_that_are_not_zero():
+    original = next(m for m in make("llama4").modules() if qins.experts.projections(m))
+    new = qins.QINSExperts.from_experts(original, "log8", {"gate_up_proj": None, "down_proj": None})
+    x = torch.randn(EXPERTS, 3, 64)
+    x[1] = 0
+    x[2, 1] = 0
+    y = new(x.flatten(0, 1))
+    assert float((y - original(x.flatten(0, 1))).norm() / y.norm()) < 0.02
+    for stack in new.shapes:
+        new.get_buffer(f"{stack}_codes")[1] = 77
+    assert torch.equal(new(x.flatten(0, 1)), y)
+
+
 def test_operators():
     names = ("codes", "scale", "mu")
     encoded = [qins.encode(w) for w in torch.randn(3, 24, 40)]
@@ -164,6 +184,7 @@ def test_operators():
     assert torch.allclose(got, torch.einsum("sn,snk->sk", g, dense[experts]), rtol=1e-3, atol=2e-3)
 
 
+@v5_only
 def test_compile_without_a_graph_break(tmp_path):
     make("mixtral").save_pretrained(tmp_path)
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=qins.QinsConfig())
@@ -189,6 +210,7 @@ def test_casts_copies_and_pickles():
         model.load_state_dict(state)
 
 
+@v5_only
 def test_faults(tmp_path):
     model = make("mixtral")
     broken = copy.deepcopy(model)
@@ -219,6 +241,7 @@ def test_faults(tmp_path):
         type(model).from_pretrained(tmp_path / "codes")
 
 
+@v5_only
 def test_what_is_quantised(tmp_path):
     make("mixtral").save_pretrained(tmp_path)
     config = qins.QinsConfig(exclude=["*.layers.0.mlp.experts"], overrides={"*.mlp.experts": {"group_size": 32}})

@@ -306,7 +306,7 @@ def encode_experts(
     comparison = WeightComparison()
     for stack, shape in new.shapes.items():
         before: torch.Tensor = module._parameters[stack]  # type: ignore[assignment]
-        matrices = before.transpose(1, 2) if module.is_transposed else before
+        matrices = before.transpose(1, 2) if new.is_transposed else before
         quality = comparison.stack_snr_db(matrices, lambda i, stack=stack: new.encoded(stack, i))  # type: ignore[misc]
         after = sum(f.nbytes for f in new.fields(stack))
         report.converted.append(

@@ -2,7 +2,7 @@
 
 transformers 5 keeps the experts of a layer in parameters of three dimensions (`gate_up_proj` or `up_proj`, and
 `down_proj`), in classes that share one calling convention: hidden states, the experts chosen for each token, and their
-weights.
+weights. Llama 4's, and GPT-OSS's in transformers 4, have conventions of their own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from .ops import decode_fields, field_names, multiply_codes, multiply_codes_tran
 
 Tensor = torch.Tensor
 
+# Classes that do not say that their matrices are transposed, nor whether there are biases, by name.
+_HAS_BIAS = {"GptOssExperts": True, "Llama4TextExperts": False}
+
 
 def projections(module: nn.Module) -> tuple[str, ...]:
     """Names of the stacks of matrices of a module of experts that can be codes; none of any other module."""
-    if not (hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "num_experts")):
+    told = hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "num_experts")
+    if not (told or type(module).__name__ in _HAS_BIAS):
         return ()
     stacks = [n for n in EXPERT_STACKS if getattr(module._parameters.get(n), "ndim", 0) == 3]
     if len(stacks) != 2 or getattr(module, "_is_expert_parallel", False):
@@ -34,7 +38,21 @@ def projections(module: nn.Module) -> tuple[str, ...]:
 def stack_sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
     """(experts, out_features, in_features) of one of a module's projections."""
     e, a, b = module._parameters[name].shape  # type: ignore[union-attr]
-    return (e, b, a) if module.is_transposed else (e, a, b)
+    return (e, b, a) if getattr(module, "is_transposed", True) else (e, a, b)
+
+
+def _plain_gate(module: Any, gate_up: Tensor) -> Tensor:
+    """Llama 4's activation, which its class has only as part of a larger function."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    y: Tensor = up * module.act_fn(gate)
+    return y
+
+
+def _clamped_gate(module: Any, gate_up: Tensor) -> Tensor:
+    """GPT-OSS's, in transformers 4."""
+    gate = gate_up[..., ::2].clamp(max=module.limit)
+    up = gate_up[..., 1::2].clamp(min=-module.limit, max=module.limit)
+    return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
 
 
 def _runs(experts: Tensor, count: int) -> Iterator[tuple[int, slice]]:
@@ -121,6 +139,8 @@ class QINSExperts(Coded):
         self.__dict__.update({k: v for k, v in vars(original).items() if k not in self.__dict__})
         self._parameters.update({k: v for k, v in original._parameters.items() if k not in stacks})
         self._modules.update(original._modules)
+        self.__dict__.setdefault("is_transposed", True)
+        self.__dict__.setdefault("has_bias", _HAS_BIAS.get(type(original).__name__))
         self.original = type(original)
         self.training = original.training
         self.codec, self.group_sizes = codec, dict(group_sizes)
@@ -197,7 +217,8 @@ class QINSExperts(Coded):
         ])  # fmt: skip
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        y: Tensor = self.original._apply_gate(self, gate_up)  # type: ignore[attr-defined]
+        of_class = _clamped_gate if self.has_bias else _plain_gate
+        y: Tensor = getattr(self.original, "_apply_gate", of_class)(self, gate_up)
         return y
 
     def _project(self, stack: str, x: Tensor, experts: Tensor) -> Tensor:
@@ -207,21 +228,45 @@ class QINSExperts(Coded):
             y = y + bias[experts.clamp(max=self.shapes[stack][0] - 1)].to(y.dtype)
         return y
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _activated(self, x: Tensor, experts: Tensor) -> Tensor:
+        """What the second projection is given."""
+        y = self._project(next(iter(self.shapes)), x, experts)
+        return self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)  # type: ignore[operator]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        *,
+        router_indices: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+    ) -> Tensor:
         """Return each token's weighted sum of its experts' outputs.
 
         Args:
             hidden_states: (tokens, hidden).
             top_k_index: (tokens, k), the experts chosen; a number beyond the last expert chooses none.
             top_k_weights: (tokens, k).
+            router_indices: as top_k_index (GPT-OSS of transformers 4, whose hidden_states are (batch, tokens, hidden)).
+            routing_weights: (tokens, experts), with it.
+
+        Without any of these (Llama 4) hidden_states are (experts * tokens, hidden): what each expert gets, zeros where
+        it was not chosen. Outputs are of that shape, too.
 
         """
+        if router_indices is not None and routing_weights is not None:
+            weights = routing_weights.gather(1, router_indices.clamp(max=routing_weights.shape[1] - 1))
+            y: Tensor = self(hidden_states.flatten(0, -2), router_indices, weights)
+            return y.view_as(hidden_states)
+        if top_k_index is None or top_k_weights is None:
+            count = self.shapes["down_proj"][0]
+            experts = torch.arange(count, device=hidden_states.device).repeat_interleave(len(hidden_states) // count)
+            experts = experts.masked_fill((hidden_states == 0).all(1), count)
+            return self._project("down_proj", self._activated(hidden_states, experts), experts)
         tokens, k = top_k_index.shape
         experts, order = top_k_index.reshape(-1).sort(stable=True)
-        first, second = self.shapes
-        y = self._project(first, hidden_states[order // k], experts)
-        y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)  # type: ignore[operator]
-        y = self._project(second, y, experts)
+        y = self._project("down_proj", self._activated(hidden_states[order // k], experts), experts)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)  # type: ignore[operator]
         y = y * top_k_weights.reshape(-1)[order, None]
