@@ -16,7 +16,8 @@ from ._direct import KNOWN, aligned_memory, blocks_around, read_directly
 from ._pages import is_resident, page_in
 from .files import Checkpoint
 
-_LEAST = 1 << 20  # bytes; smaller tensors are mapped
+# Bytes of a tensor that is worth it, and of one of which three may be in memory; others are mapped.
+_LEAST, _MOST = 1 << 20, 1 << 28
 
 
 class ReadAhead:
@@ -51,8 +52,8 @@ class ReadAhead:
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.load(name)
-        large = tensor.nbytes >= _LEAST and self.checkpoint.format == "safetensors"
-        if KNOWN and large and not is_resident(tensor):
+        suits = self.checkpoint.format == "safetensors" and _LEAST <= tensor.nbytes <= _MOST
+        if KNOWN and suits and not is_resident(tensor):
             with suppress(OSError):  # mapping needs nothing special of a file system
                 return self._read_directly(name, tensor)
         page_in(tensor)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,11 @@ def _convert_shard(
         writer = ShardWriter(temporary, targets, {"format": "pt"})
         try:
             with _in_background(writer.write) as write:
-                for i, item in enumerate(items):
-                    for following in items[i + 1 : i + 3] if i == 0 else items[i + 2 : i + 3]:
-                        _announce(ahead, store, following)
+                for item in items[:2]:
+                    _announce(ahead, store, item)
+                for item, coming in zip_longest(items, items[2:]):
+                    if coming is not None:
+                        _announce(ahead, store, coming)
                     _convert_item(ahead, planned, store, item, write)
                     advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
@@ -208,7 +211,7 @@ def _in_background(write: Write) -> Iterator[Write]:
 
 
 def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
-    """Have the disk read what comes next while the tensor before is encoded, unless its codes are there already."""
+    """Have the disk read what comes while tensors before it are encoded, unless its codes are there already."""
     kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
     if not kept and not isinstance(ahead.checkpoint, GgufCheckpoint):
         for key in item.all_keys[:2]:
