@@ -152,16 +152,23 @@ def qins_layers(weight: torch.Tensor) -> dict[str, list[qins.QINSLinear]]:
 
 
 def qins_peers(
-    layers: dict[str, list[qins.QINSLinear]], x: torch.Tensor, isas: tuple[str, ...]
+    layers: dict[str, list[qins.QINSLinear]], inputs: list[torch.Tensor], isas: tuple[str, ...]
 ) -> dict[str, Callable[[int], object]]:
-    def on(isa: str, modules: list[qins.QINSLinear]) -> Callable[[int], object]:
-        def run(i: int) -> object:
+    """Contestants that share layers, each a part of the rotation away from the others, so that none warms a cache."""
+
+    def run(x: torch.Tensor, isa: str, modules: list[qins.QINSLinear], part: float) -> Callable[[int], object]:
+        def call(i: int) -> object:
             qins.use_isa(isa)
-            return modules[i % len(modules)](x)
+            return modules[(i + int(part * len(modules))) % len(modules)](x)
 
-        return run
+        return call
 
-    return {f"{name} {isa} {str(x.dtype)[6:]}": on(isa, m) for name, m in layers.items() for isa in isas}
+    ways = [(x, isa) for x in inputs for isa in isas]
+    return {
+        f"{name} {isa} {str(x.dtype)[6:]}": run(x, isa, modules, (j + 1) / (len(ways) + 1))
+        for j, (x, isa) in enumerate(ways)
+        for name, modules in layers.items()
+    }
 
 
 def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
@@ -182,8 +189,7 @@ def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[in
             "torch bf16": float_peer(weight, x16),
             "torch _weight_int8pack_mm": int8pack_peer(weight, x16),
             **{name: in_turn(modules, x.to(dtype)) for name, (modules, dtype) in peers.items()},
-            **qins_peers(layers, x, tuple(arguments.isas)),
-            **qins_peers(layers, x16, tuple(arguments.isas)),
+            **qins_peers(layers, [x, x16], tuple(arguments.isas)),
         }
         with torch.inference_mode():
             times = race(contestants, arguments.seconds)

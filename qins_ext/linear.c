@@ -9,7 +9,7 @@
 enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
 
 /* From how many rows of x on each way is the fastest. Measured: benchmarks/linear.py. */
-enum { TILES_FROM = 2, HALVES_FROM = 49, FLOATS_FROM = 9, FLOATS_FROM_WORDS = 17 };
+enum { TILES_FROM = 2, TILES_FROM_64 = 4, HALVES_FROM = 49, FLOATS_FROM = 9, FLOATS_FROM_WORDS = 17 };
 
 /* -- tables of log8, by mu ---------------------------------------------------------------------- */
 
@@ -174,7 +174,8 @@ static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
     if (e->codec != QINS_log8) {
         return e->codec == QINS_rational ? BY_FLOATS : BY_FACTORS;
     }
-    if (k->few != NULL && batch >= TILES_FROM && e->group_size % QINS_DEPTH == 0) {
+    size_t from = e->group_size % (2 * QINS_DEPTH) == 0 ? TILES_FROM : TILES_FROM_64; /* half as much to a step */
+    if (k->few != NULL && batch >= from && e->group_size % QINS_DEPTH == 0) {
         return BY_TILES;
     }
     int fits = e->group_size == 0 || e->group_size == QINS_BLOCK / 2 || e->group_size % QINS_BLOCK == 0;
