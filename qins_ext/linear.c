@@ -174,7 +174,7 @@ static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
     if (e->codec != QINS_log8) {
         return e->codec == QINS_rational ? BY_FLOATS : BY_FACTORS;
     }
-    size_t from = e->group_size % (2 * QINS_DEPTH) == 0 ? TILES_FROM : TILES_FROM_64; /* half as much to a step */
+    size_t from = scale_step(e) > QINS_DEPTH ? TILES_FROM : TILES_FROM_64;
     if (k->few != NULL && batch >= from && e->group_size % QINS_DEPTH == 0) {
         return BY_TILES;
     }
@@ -212,7 +212,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;
     size_t fixed = p.how == BY_WORDS ? batch * p.blocks * (QINS_BLOCK * sizeof(int16_t) + sizeof(float)) : 0;
     if (p.how == BY_TILES) {
-        p.step = e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
+        p.step = scale_step(e);
         fixed = p.blocks * qins_few_panels(batch) * (QINS_DEPTH * qins_few_lanes(batch) + QINS_PANEL * sizeof(float));
     }
     char *room = floats + fixed > 0 ? qins_scratch_take(floats + fixed) : NULL;

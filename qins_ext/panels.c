@@ -192,7 +192,7 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     panels p = {.kernels = kernels, .form = form, .words = words, .e = e, .dtype = dtype};
     atomic_init(&p.failed, 0);
     p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
-    p.step = e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
+    p.step = scale_step(e);
     p.steps = ceil_div(e->cols, p.step);
     p.block = form->block;
     p.span = form->depth;

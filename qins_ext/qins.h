@@ -142,11 +142,11 @@ typedef struct {
 
 /* Products of log8 with some rows of activations, 16 rows of codes at a time: bytes as in planes, but weights are
  * decoded just ahead of their products, and a panel holds 8 rows of activations, the high and the low bytes of each in
- * two neighbouring lanes. Fewer than 8 rows take 2, 4 or 8 lanes. */
+ * two neighbouring lanes. Fewer than 5 rows take 4 or 8 lanes. */
 enum { QINS_FEW = 128, QINS_FEW_ROWS = 8 }; /* most rows of activations, and of a panel */
 
 static inline size_t qins_few_panels(size_t batch) { return (batch + QINS_FEW_ROWS - 1) / QINS_FEW_ROWS; }
-static inline size_t qins_few_lanes(size_t batch) { return batch > 4 ? 16 : batch > 2 ? 8 : batch > 1 ? 4 : 2; }
+static inline size_t qins_few_lanes(size_t batch) { return batch > 4 ? 16 : batch > 2 ? 8 : 4; }
 
 typedef struct {
     /* Around a thread's calls of multiply(). */

@@ -23,6 +23,12 @@ static inline size_t item_size(qins_dtype dtype)
     return size[dtype];
 }
 
+/* Columns of log8 that share a scale of activations in planes. */
+static inline size_t scale_step(const qins_codes *e)
+{
+    return e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
+}
+
 /* A row's group scales; NULL where the inputs are not grouped. */
 static inline const uint8_t *group_row(const qins_codes *e, size_t row)
 {

@@ -156,7 +156,7 @@ def test_only_the_experts_that_tokens_go_to_are_read():
 
 
 @torch.no_grad()
-def test_llama4_experts_are_read_only_for_rows_that_are_not_zero():
+def test_llama4_experts_are_read_once_and_only_for_rows_that_are_not_zero(monkeypatch):
     original = next(m for m in make("llama4").modules() if qins.experts.projections(m))
     new = qins.QINSExperts.from_experts(original, "log8", {"gate_up_proj": None, "down_proj": None})
     x = torch.randn(EXPERTS, 3, 64)
@@ -167,6 +167,11 @@ def test_llama4_experts_are_read_only_for_rows_that_are_not_zero():
     for stack in new.shapes:
         new.get_buffer(f"{stack}_codes")[1] = 77
     assert torch.equal(new(x.flatten(0, 1)), y)
+    runs = qins.experts._runs
+    counts = []
+    monkeypatch.setattr(qins.experts, "_runs", lambda *a: counts.append(len(list(runs(*a)))) or runs(*a))
+    assert torch.equal(new(x.flatten(0, 1)), y)
+    assert counts == [EXPERTS - 1, EXPERTS - 1]
 
 
 def test_operators():

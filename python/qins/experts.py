@@ -20,14 +20,11 @@ from .ops import decode_fields, field_names, multiply_codes, multiply_codes_tran
 
 Tensor = torch.Tensor
 
-# Classes that do not say that their matrices are transposed, nor whether there are biases, by name.
-_HAS_BIAS = {"GptOssExperts": True, "Llama4TextExperts": False}
-
 
 def projections(module: nn.Module) -> tuple[str, ...]:
     """Names of the stacks of matrices of a module of experts that can be codes; none of any other module."""
     told = hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "num_experts")
-    if not (told or type(module).__name__ in _HAS_BIAS):
+    if not (told or type(module).__name__ in _UNTOLD):
         return ()
     stacks = [n for n in EXPERT_STACKS if getattr(module._parameters.get(n), "ndim", 0) == 3]
     if len(stacks) != 2 or getattr(module, "_is_expert_parallel", False):
@@ -53,6 +50,12 @@ def _clamped_gate(module: Any, gate_up: Tensor) -> Tensor:
     gate = gate_up[..., ::2].clamp(max=module.limit)
     up = gate_up[..., 1::2].clamp(min=-module.limit, max=module.limit)
     return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
+
+
+# Classes that do not say that their matrices are transposed, whether there are biases, and how they activate, by name.
+_UNTOLD: dict[str, tuple[bool, Callable[[Any, Tensor], Tensor]]] = {
+    "GptOssExperts": (True, _clamped_gate), "Llama4TextExperts": (False, _plain_gate),
+}  # fmt: skip
 
 
 def _runs(experts: Tensor, count: int) -> Iterator[tuple[int, slice]]:
@@ -139,8 +142,8 @@ class QINSExperts(Coded):
         self.__dict__.update({k: v for k, v in vars(original).items() if k not in self.__dict__})
         self._parameters.update({k: v for k, v in original._parameters.items() if k not in stacks})
         self._modules.update(original._modules)
-        self.__dict__.setdefault("is_transposed", True)
-        self.__dict__.setdefault("has_bias", _HAS_BIAS.get(type(original).__name__))
+        if not hasattr(original, "is_transposed"):
+            self.is_transposed, self.has_bias = True, _UNTOLD[type(original).__name__][0]
         self.original = type(original)
         self.training = original.training
         self.codec, self.group_sizes = codec, dict(group_sizes)
@@ -217,8 +220,8 @@ class QINSExperts(Coded):
         ])  # fmt: skip
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        of_class = _clamped_gate if self.has_bias else _plain_gate
-        y: Tensor = getattr(self.original, "_apply_gate", of_class)(self, gate_up)
+        of_class = getattr(self.original, "_apply_gate", None) or _UNTOLD[self.original.__name__][1]
+        y: Tensor = of_class(self, gate_up)
         return y
 
     def _project(self, stack: str, x: Tensor, experts: Tensor) -> Tensor:
@@ -228,10 +231,13 @@ class QINSExperts(Coded):
             y = y + bias[experts.clamp(max=self.shapes[stack][0] - 1)].to(y.dtype)
         return y
 
-    def _activated(self, x: Tensor, experts: Tensor) -> Tensor:
-        """What the second projection is given."""
-        y = self._project(next(iter(self.shapes)), x, experts)
-        return self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)  # type: ignore[operator]
+    def _outputs(self, x: Tensor, k: int, experts: Tensor) -> Tensor:
+        """What each of these experts makes of its row of x, which is the i // k-th of the i-th expert."""
+        experts, order = experts.sort(stable=True)
+        y = self._project(next(iter(self.shapes)), x[order // k], experts)
+        y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)  # type: ignore[operator]
+        y = self._project("down_proj", y, experts)
+        return y[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
 
     def forward(
         self,
@@ -255,23 +261,20 @@ class QINSExperts(Coded):
         it was not chosen. Outputs are of that shape, too.
 
         """
+        shape, x = hidden_states.shape, hidden_states.flatten(0, -2)
         if router_indices is not None and routing_weights is not None:
-            weights = routing_weights.gather(1, router_indices.clamp(max=routing_weights.shape[1] - 1))
-            y: Tensor = self(hidden_states.flatten(0, -2), router_indices, weights)
-            return y.view_as(hidden_states)
+            top_k_index = router_indices
+            top_k_weights = routing_weights.gather(1, router_indices.clamp(max=routing_weights.shape[1] - 1))
         if top_k_index is None or top_k_weights is None:
             count = self.shapes["down_proj"][0]
-            experts = torch.arange(count, device=hidden_states.device).repeat_interleave(len(hidden_states) // count)
-            experts = experts.masked_fill((hidden_states == 0).all(1), count)
-            return self._project("down_proj", self._activated(hidden_states, experts), experts)
+            experts = torch.arange(count, device=x.device).repeat_interleave(len(x) // count)
+            return self._outputs(x, 1, experts.masked_fill((x == 0).all(1), count))
         tokens, k = top_k_index.shape
-        experts, order = top_k_index.reshape(-1).sort(stable=True)
-        y = self._project("down_proj", self._activated(hidden_states[order // k], experts), experts)
+        y = self._outputs(x, k, top_k_index.reshape(-1))
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)  # type: ignore[operator]
-        y = y * top_k_weights.reshape(-1)[order, None]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+        y = y * top_k_weights.reshape(-1, 1)
+        return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype).view(shape)
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a module of the original class with the decoded matrices."""
