@@ -45,7 +45,7 @@ static const qins_log8_words *words_of(float mu, qins_log8_words *own)
 
 /* -- one call ------------------------------------------------------------------------------------ */
 
-typedef enum { BY_WORDS, BY_FACTORS, BY_FLOATS, BY_TILES } method;
+typedef enum { BY_WORDS, BY_FACTORS, BY_FLOATS, BY_BYTES, BY_TILES } method;
 
 typedef struct {
     const qins_kernels *kernels;
@@ -53,9 +53,8 @@ typedef struct {
     method how;
     size_t batch, blocks, padded; /* padded: floats from one row of x to the next */
     const float *x;               /* batch x padded */
-    int16_t *fixed;               /* BY_WORDS: batch x blocks x 64 */
-    float *fixed_scale;
-    char *packed; /* BY_TILES, see qins_few; its scales are in fixed_scale */
+    char *packed;       /* BY_WORDS: batch x blocks x 64 words; BY_BYTES, BY_TILES: see qins_single and qins_few */
+    float *fixed_scale; /* of what is packed */
     size_t step;
     const qins_log8_words *words;
     qins_golden_factors factors;
@@ -95,7 +94,8 @@ static void row_product(const product *p, size_t row, size_t m, int batch, float
         row_by_floats(p, row, m, batch, out);
         return;
     }
-    qins_fixed x = {p->fixed + m * p->blocks * QINS_BLOCK, p->fixed_scale + m * p->blocks, p->blocks, batch};
+    qins_fixed x = {(const int16_t *)(const void *)p->packed + m * p->blocks * QINS_BLOCK,
+                    p->fixed_scale + m * p->blocks, p->blocks, batch};
     p->kernels->dot_log8(codes, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
     float scale = float_at(e->scale, row);
     for (int i = 0; i < batch; i++) {
@@ -131,8 +131,8 @@ static void fix_rows(void *context, size_t begin, size_t end)
 {
     product *p = context;
     for (size_t m = begin; m < end; m++) {
-        p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, p->fixed + m * p->blocks * QINS_BLOCK,
-                                    p->fixed_scale + m * p->blocks);
+        int16_t *fixed = (int16_t *)(void *)p->packed + m * p->blocks * QINS_BLOCK;
+        p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, fixed, p->fixed_scale + m * p->blocks);
     }
 }
 
@@ -143,6 +143,22 @@ static void pack_steps(void *context, size_t begin, size_t end)
     p->kernels->few->pack(p->x + from, p->padded, (int)p->batch, to - from, p->step,
                           p->packed + from * panels * qins_few_lanes(p->batch),
                           p->fixed_scale + begin * panels * QINS_PANEL);
+}
+
+static void product_single(void *context, size_t begin, size_t end)
+{
+    const product *p = context;
+    const qins_codes *e = p->e;
+    for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
+        float out[ROWS_AT_ONCE];
+        const size_t rows = least(end - row, ROWS_AT_ONCE);
+        p->kernels->single->multiply(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size,
+                                     p->words, p->packed, p->fixed_scale, p->step, out);
+        for (size_t i = 0; i < rows; i++) {
+            out[i] *= float_at(e->scale, row + i);
+        }
+        p->kernels->narrow[p->dtype](out, rows, p->y + row * item_size(p->dtype));
+    }
 }
 
 /* Sixteen rows of codes at a time. */
@@ -174,9 +190,13 @@ static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
     if (e->codec != QINS_log8) {
         return e->codec == QINS_rational ? BY_FLOATS : BY_FACTORS;
     }
-    size_t from = scale_step(e) > QINS_DEPTH ? TILES_FROM : TILES_FROM_64;
-    if (k->few != NULL && batch >= from && e->group_size % QINS_DEPTH == 0) {
-        return BY_TILES;
+    if (e->group_size % QINS_DEPTH == 0) {
+        if (k->single != NULL && batch == 1) {
+            return BY_BYTES;
+        }
+        if (k->few != NULL && batch >= (scale_step(e) > QINS_DEPTH ? TILES_FROM : TILES_FROM_64)) {
+            return BY_TILES;
+        }
     }
     int fits = e->group_size == 0 || e->group_size == QINS_BLOCK / 2 || e->group_size % QINS_BLOCK == 0;
     return fits && e->mu >= k->least_mu ? BY_WORDS : BY_FLOATS;
@@ -210,13 +230,21 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
     size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;
-    size_t fixed = p.how == BY_WORDS ? batch * p.blocks * (QINS_BLOCK * sizeof(int16_t) + sizeof(float)) : 0;
-    if (p.how == BY_TILES) {
-        p.step = scale_step(e);
-        fixed = p.blocks * qins_few_panels(batch) * (QINS_DEPTH * qins_few_lanes(batch) + QINS_PANEL * sizeof(float));
+    size_t packed = 0, scales = 0; /* bytes, a multiple of 64; floats */
+    p.step = scale_step(e);
+    if (p.how == BY_WORDS) {
+        scales = batch * p.blocks;
+        packed = scales * QINS_BLOCK * sizeof(int16_t);
+    } else if (p.how == BY_BYTES) {
+        scales = ceil_div(e->cols, p.step);
+        packed = scales * p.step * 2;
+    } else if (p.how == BY_TILES) {
+        scales = p.blocks * qins_few_panels(batch) * QINS_PANEL;
+        packed = p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
     }
-    char *room = floats + fixed > 0 ? qins_scratch_take(floats + fixed) : NULL;
-    if (floats + fixed > 0 && room == NULL) {
+    size_t all = floats + packed + scales * sizeof(float);
+    char *room = all > 0 ? qins_scratch_take(all) : NULL;
+    if (all > 0 && room == NULL) {
         return -1;
     }
     p.x = x;
@@ -224,28 +252,30 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         kernels->widen[dtype](x, batch * e->cols, (float *)(void *)room);
         p.x = (const float *)(const void *)room;
     }
-    if (p.how == BY_WORDS) {
-        p.fixed = (int16_t *)(void *)(room + floats);
-        p.fixed_scale = (float *)(void *)(p.fixed + batch * p.blocks * QINS_BLOCK);
-        p.words = words_of(e->mu, &own);
-        qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, fix_rows, &p);
-    } else if (p.how == BY_TILES) {
+    if (scales > 0) {
         p.packed = room + floats;
-        p.fixed_scale =
-            (float *)(void *)(p.packed + p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch));
-        p.words = words_of(e->mu, &own);
-        qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
-    } else if (p.how == BY_FACTORS) {
+        p.fixed_scale = (float *)(void *)(p.packed + packed);
+    }
+    if (p.how == BY_FACTORS) {
         qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
-    } else {
+    } else if (p.how == BY_FLOATS) {
         qins_decoder_init(&p.from, kernels, e);
-    }
-    if (p.how == BY_TILES) {
-        qins_parallel(ceil_div(e->rows, QINS_PANEL), ceil_div(GRAIN, QINS_PANEL * e->cols * batch + 1), threads,
-                      product_blocks, &p);
     } else {
-        qins_parallel(e->rows, ceil_div(GRAIN, e->cols * batch + 1), threads, product_rows, &p);
+        p.words = words_of(e->mu, &own);
     }
+    if (p.how == BY_WORDS) {
+        qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, fix_rows, &p);
+    } else if (p.how == BY_BYTES) {
+        kernels->single->pack(p.x, e->cols, p.step, p.packed, p.fixed_scale);
+    } else if (p.how == BY_TILES) {
+        qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
+    }
+    size_t at_once = p.how == BY_TILES ? QINS_PANEL : 1; /* rows of codes */
+    qins_parallel(ceil_div(e->rows, at_once), ceil_div(GRAIN, at_once * e->cols * batch + 1), threads,
+                  p.how == BY_TILES   ? product_blocks
+                  : p.how == BY_BYTES ? product_single
+                                      : product_rows,
+                  &p);
     if (room != NULL) {
         qins_scratch_give(room);
     }

@@ -38,12 +38,19 @@
 #define QINS_RESTRICT restrict
 #define QINS_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define QINS_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2) /* not into the first cache */
+/* The same just before the first use of a vector. Left to themselves, compilers gather such requests in one place,
+ * where they wait for each other: a loop over memory took 0.91 ms instead of 0.73. */
+#if defined(__x86_64__)
+#define QINS_PREFETCH_BESIDE(address, vector) \
+    __asm__ volatile("prefetcht1 %1" : "+v"(vector) : "m"(*(const char *)(address)))
+#endif
 #else
 #define QINS_TARGET(features)
 #define QINS_ALWAYS_INLINE static __forceinline
 #define QINS_RESTRICT __restrict
 #define QINS_PREFETCH(p) ((void)(p))
 #define QINS_PREFETCH_FAR(p) ((void)(p))
+#define QINS_PREFETCH_BESIDE(address, vector) ((void)(address))
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)

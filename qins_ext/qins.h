@@ -140,6 +140,18 @@ typedef struct {
                      const float *w_scale, size_t step, qins_fetch *fetch, float *c, size_t next_c);
 } qins_panels;
 
+/* Products of log8 with one row of activations: the words of the planes, but the low bytes of weights are 0 to 255, and
+ * activations take over the weights' signs. */
+typedef struct {
+    /* packed: for each 64 columns 64 high bytes and 64 low ones, columns padded with zeros to a multiple of `step`;
+     * scale: one for each `step` columns */
+    void (*pack)(const float *x, size_t cols, size_t step, void *packed, float *scale);
+    /* out[row] = sum over a row of f(codes) * group scale * x. group_scale: NULL, or that of all rows, for a group_size
+     * that is a multiple of step, which is 64 or 128 */
+    void (*multiply)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
+                     const qins_log8_words *t, const void *packed, const float *x_scale, size_t step, float *out);
+} qins_single;
+
 /* Products of log8 with some rows of activations, 16 rows of codes at a time: bytes as in planes, but weights are
  * decoded just ahead of their products, and a panel holds 8 rows of activations, the high and the low bytes of each in
  * two neighbouring lanes. Fewer than 5 rows take 4 or 8 lanes. */
@@ -220,6 +232,7 @@ typedef struct {
     /* out[m] = sum of w * x[m] */
     void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);
     const qins_panels *floats, *planes, *halves; /* NULL: this instruction set has nothing better than floats */
+    const qins_single *single;                   /* or NULL */
     const qins_few *few;                         /* or NULL */
     /* A 16 x 16 matrix of 32-bit elements; strides in elements */
     void (*transpose)(const float *src, size_t src_stride, float *dst, size_t dst_stride);

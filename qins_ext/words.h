@@ -22,6 +22,7 @@
  *           WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
  *   panels  FLOAT_ROWS, FLOAT_PANELS: how many rows and panels of sums registers hold (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX's tiles
+ *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc)
  *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
  * Loads and stores take any alignment. Sums in float are never contracted into fused operations.
  */
@@ -39,13 +40,11 @@
     memcpy(name, (src), (size_t)(n) * sizeof(type))
 #define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
 
-/* Asks for memory that a streaming loop will reach: into the second cache long before, into the first shortly before,
- * which few requests can wait for at a time. Measured: 0.89 ms where either alone took 1.0. The address may lie beyond
- * the array: prefetching never faults, but such a pointer must not be formed. */
-enum { PREFETCH_NEAR = 1024, PREFETCH_FAR = 16384 };
-#define PREFETCH_AHEAD(p)                                           \
-    (QINS_PREFETCH((const void *)((uintptr_t)(p) + PREFETCH_NEAR)), \
-     QINS_PREFETCH_FAR((const void *)((uintptr_t)(p) + PREFETCH_FAR)))
+/* Asks for memory that a streaming loop will reach, into the second cache. Measured: of one distance for each line, 5
+ * to 7 KiB are the best, and requests for the first cache only get in their way. The address may lie beyond the array:
+ * prefetching never faults, but such a pointer must not be formed. */
+enum { PREFETCH_AHEAD = 6144 };
+#define AHEAD(p) ((uintptr_t)(p) + PREFETCH_AHEAD)
 
 static inline void fetch_lines(qins_fetch *f, size_t lines)
 {

@@ -17,6 +17,7 @@ typedef struct {
      25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63}
 #define WORD_UNIT(t) ((t)->word_unit)
 #define LEAST_MU 0.0f
+#define BYTES 1
 
 WORD vt vt_load(const qins_log8_words *t)
 {
