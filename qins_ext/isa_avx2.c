@@ -193,24 +193,64 @@ WORD vi vi_round(vf x)
     vi r = {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
     return r;
 }
+
+/* A permutation takes three bits of each lane: `stored` is cut in three, and the sign goes with the last two bits. */
+#define GOLDEN_WORDS 1
 typedef struct {
-    __m256 lo, hi;
-} vl16;
-WORD vl16 vl16_load(const float *table)
+    __m256 factor[3];
+} vg;
+typedef struct {
+    __m256i stored[2], top[2];
+} vs;
+WORD vg vg_load(const qins_golden_factors *t)
 {
-    vl16 r = {_mm256_loadu_ps(table), _mm256_loadu_ps(table + 8)};
+    vg r = {{_mm256_loadu_ps(t->eighth[0]), _mm256_loadu_ps(t->eighth[1]), _mm256_loadu_ps(t->eighth[2])}};
     return r;
 }
-WORD __m256 pick8(const vl16 *table, __m256i at)
+/* Bit 2 of each byte of sign: whether it is negative. */
+WORD __m256i top_bits(__m256i stored, __m256i sign)
 {
-    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)); /* bit 3 to the sign: the upper eight */
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table->lo, at), _mm256_permutevar8x32_ps(table->hi, at), upper);
+    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(stored, 6), _mm256_set1_epi8(3)),
+                           _mm256_and_si256(sign, _mm256_set1_epi8(4)));
 }
-WORD vf vf_pick(const vl16 *table, vi at)
+WORD vs vs_golden(const uint8_t *stored, const int8_t *sign)
 {
-    vf r = {pick8(table, at.a), pick8(table, at.b)};
+    vs r;
+    for (int i = 0; i < 2; i++) {
+        r.stored[i] = _mm256_loadu_si256((const __m256i *)(stored + 32 * i));
+        r.top[i] = top_bits(r.stored[i], _mm256_srli_epi16(_mm256_loadu_si256((const __m256i *)(sign + 32 * i)), 5));
+    }
     return r;
 }
+WORD vs vs_log9(const uint8_t *stored, const uint8_t *bits)
+{
+    const __m256i eight_times = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201u);
+    vs r;
+    for (int i = 0; i < 2; i++) {
+        int32_t some;
+        memcpy(&some, bits + 4 * i, sizeof some);
+        __m256i sign = _mm256_shuffle_epi8(_mm256_set1_epi32(some), eight_times);
+        r.stored[i] = _mm256_loadu_si256((const __m256i *)(stored + 32 * i));
+        r.top[i] = top_bits(r.stored[i], _mm256_cmpeq_epi8(_mm256_and_si256(sign, bit), bit));
+    }
+    return r;
+}
+WORD __m256 golden_value(const vg *t, __m256i first, __m256i second, __m256i third)
+{
+    __m256 two =
+        _mm256_mul_ps(_mm256_permutevar8x32_ps(t->factor[0], first), _mm256_permutevar8x32_ps(t->factor[1], second));
+    return _mm256_mul_ps(two, _mm256_permutevar8x32_ps(t->factor[2], third));
+}
+#define HALF_VALUE(t, s, i, k)                                                                                  \
+    golden_value(t, _mm256_srli_epi32((s)->stored[i], 8 * (k)), _mm256_srli_epi32((s)->stored[i], 8 * (k) + 3), \
+                 _mm256_srli_epi32((s)->top[i], 8 * (k)))
+WORD vf both_halves(__m256 a, __m256 b)
+{
+    vf r = {a, b};
+    return r;
+}
+#define vs_value(t, s, k) both_halves(HALF_VALUE(t, s, 0, k), HALF_VALUE(t, s, 1, k))
 
 /* Products of log8. Byte shuffles look up 16 entries, so f is made of two factors (see qins_log8_words):
  * a[code >> 4], with the sign, times b[code & 15], minus the constant c with a's sign. */

@@ -152,9 +152,6 @@ WORD vf vf_set2(float a, float b) { EACH(vf, vdupq_n_f32(i < 2 ? a : b)); }
 WORD vf vf_fma(vf x, vf y, vf z) { EACH(vf, vfmaq_f32(z.val[i], x.val[i], y.val[i])); }
 WORD float vf_sum(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3]))); }
 WORD vi vi_round(vf x) { EACH(vi, AS_UINT(vcvtnq_s32_f32(x.val[i]))); }
-typedef const float *vl16;
-WORD vl16 vl16_load(const float *table) { return table; }
-WORD vf vf_pick(const vl16 *table, vi at) { return vf_lookup(*table, vi_and(at, vi_set1(15))); }
 
 /* Magnitudes only, low bytes and high bytes apart; a table lookup reaches 64 entries. */
 typedef struct {

@@ -160,9 +160,6 @@ QINS_ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { EACH(vf, a.v[i] * b.v[i] + c.v[
 QINS_ALWAYS_INLINE float vf_sum(vf a) { return sum_lanes(a.v); }
 /* Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low bits: |a| < 2^22 here. */
 QINS_ALWAYS_INLINE vi vi_round(vf a) { EACH(vi, to_bits(a.v[i] + 12582912.0f) - to_bits(12582912.0f)); }
-typedef const float *vl16;
-QINS_ALWAYS_INLINE vl16 vl16_load(const float *table) { return table; }
-QINS_ALWAYS_INLINE vf vf_pick(const vl16 *table, vi at) { EACH(vf, (*table)[at.v[i] & 15]); }
 
 typedef const int16_t *vt;
 typedef struct {

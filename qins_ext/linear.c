@@ -51,7 +51,7 @@ typedef struct {
     const qins_kernels *kernels;
     const qins_codes *e;
     method how;
-    size_t batch, blocks, padded; /* padded: floats from one row of x to the next */
+    size_t batch, blocks, padded; /* padded: floats from one row of x, or of packed ones, to the next */
     const float *x;               /* batch x padded */
     char *packed;       /* BY_WORDS: batch x blocks x 64 words; BY_BYTES, BY_TILES: see qins_single and qins_few */
     float *fixed_scale; /* of what is packed */
@@ -87,7 +87,8 @@ static void row_product(const product *p, size_t row, size_t m, int batch, float
     if (p->how == BY_FACTORS) {
         const int8_t *sign = e->codec == QINS_golden ? e->sign + row * e->cols : NULL;
         const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) : NULL;
-        p->kernels->dot_golden(codes, sign, bits, e->cols, &p->factors, p->x + m * p->padded, p->padded, batch, out);
+        p->kernels->dot_golden(codes, sign, bits, e->cols, &p->factors,
+                               (const float *)(const void *)p->packed + m * p->padded, p->padded, batch, out);
         return;
     }
     if (p->how == BY_FLOATS) {
@@ -133,6 +134,23 @@ static void fix_rows(void *context, size_t begin, size_t end)
     for (size_t m = begin; m < end; m++) {
         int16_t *fixed = (int16_t *)(void *)p->packed + m * p->blocks * QINS_BLOCK;
         p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, fixed, p->fixed_scale + m * p->blocks);
+    }
+}
+
+/* See dot_golden. */
+static void quarter_rows(void *context, size_t begin, size_t end)
+{
+    product *p = context;
+    for (size_t m = begin; m < end; m++) {
+        const float *x = p->x + m * p->e->cols;
+        float *out = (float *)(void *)p->packed + m * p->padded;
+        for (size_t b = 0; b < p->padded; b += QINS_BLOCK) {
+            float block[QINS_BLOCK] = {0};
+            memcpy(block, x + b, least(p->e->cols - b, QINS_BLOCK) * sizeof *x);
+            for (size_t i = 0; i < QINS_BLOCK; i++) {
+                out[b + i] = block[4 * (i % 16) + i / 16];
+            }
+        }
     }
 }
 
@@ -238,6 +256,9 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     } else if (p.how == BY_BYTES) {
         scales = ceil_div(e->cols, p.step);
         packed = scales * p.step * 2;
+    } else if (p.how == BY_FACTORS) {
+        p.padded = p.blocks * QINS_BLOCK;
+        packed = batch * p.padded * sizeof(float);
     } else if (p.how == BY_TILES) {
         scales = p.blocks * qins_few_panels(batch) * QINS_PANEL;
         packed = p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
@@ -252,12 +273,13 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         kernels->widen[dtype](x, batch * e->cols, (float *)(void *)room);
         p.x = (const float *)(const void *)room;
     }
-    if (scales > 0) {
+    if (packed > 0) {
         p.packed = room + floats;
         p.fixed_scale = (float *)(void *)(p.packed + packed);
     }
     if (p.how == BY_FACTORS) {
         qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
+        qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, quarter_rows, &p);
     } else if (p.how == BY_FLOATS) {
         qins_decoder_init(&p.from, kernels, e);
     } else {

@@ -81,10 +81,13 @@ typedef struct {
 } qins_log8_words;
 #define QINS_FACTORS_MU 1.25f /* relative error of a product about 1.4e-4 there, growing as (1 + mu)/mu */
 
-/* golden's value(stored) = high[stored >> 4] * low[stored & 15], to a few units in the last place. */
+/* golden's value(stored) = high[stored >> 4] * low[stored & 15]
+ *                      = eighth[0][stored & 7] * eighth[1][stored >> 3 & 7] * eighth[2][stored >> 6],
+ * to a few units in the last place; eighth[2][4 + i] = -eighth[2][i]. */
 typedef struct {
     QINS_ALIGNED(64) float high[16];
     QINS_ALIGNED(64) float low[16];
+    QINS_ALIGNED(32) float eighth[3][8];
 } qins_golden_factors;
 
 enum {
@@ -226,7 +229,8 @@ typedef struct {
      * group_size of 32 or a multiple of 64 */
     void (*dot_log8)(const uint8_t *codes, size_t n, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, float *out);
-    /* out[m] = sum of decoded values * x[m]; x: batch rows of n floats, `stride` apart; sign or sign_bits is NULL */
+    /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with
+     * zeros to blocks of 64: elements 0, 4, 8 and so on of a block, then 1, 5, 9, then 2, then 3 */
     void (*dot_golden)(const uint8_t *stored, const int8_t *sign, const uint8_t *sign_bits, size_t n,
                        const qins_golden_factors *t, const float *x, size_t stride, int batch, float *out);
     /* out[m] = sum of w * x[m] */

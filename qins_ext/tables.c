@@ -299,4 +299,10 @@ void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_
         t->high[i] = (float)qins_exp((double)log_min + (247 - 16 * i) * step);
         t->low[i] = (float)qins_exp((8 - i) * step);
     }
+    for (int i = 0; i < 8; i++) { /* as well in the middle */
+        t->eighth[0][i] = (float)qins_exp((4 - i) * step);
+        t->eighth[1][i] = (float)qins_exp((32 - 8 * i) * step);
+        float top = (float)qins_exp((double)log_min + (219 - 64 * (i & 3)) * step);
+        t->eighth[2][i] = i < 4 ? top : -top;
+    }
 }

@@ -14,7 +14,9 @@
  *           vi_sign_bytes(const int8_t *): 0x80000000 where negative
  *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
  *           vf_set2(a, b): a in lanes 0 to 7, b in the others
- *   tables  vl16_load(const float *): 16 floats, loaded    vf_pick(const vl16 *, vi i): i & 15 picks one
+ *   golden  if GOLDEN_WORDS: 64 magnitudes with their signs, element 4j + k in byte k of lane j, and their values
+ *           vg_load(const qins_golden_factors *)   vs_golden(stored, sign)   vs_log9(stored, sign_bits)
+ *           vs_value(const vg *, const vs *, k): values of elements 4j + k in lane j; k is a literal
  *   words   64 weights of log8 as 16-bit fixed point, see qins_log8_words:
  *           vt_load(t)  vw_decode(const vt *, const uint8_t *codes)
  *           vw_dot(acc, vw, const int16_t *x, vf scale): acc + scale * (sums of products); lanes 0 to 7

@@ -82,9 +82,44 @@ WORD vf vf_set2(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_s
 WORD vf vf_fma(vf x, vf y, vf z) { return _mm512_fmadd_ps(x, y, z); }
 WORD float vf_sum(vf x) { return _mm512_reduce_add_ps(x); }
 WORD vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
-typedef __m512 vl16;
-WORD vl16 vl16_load(const float *table) { return _mm512_loadu_ps(table); }
-WORD vf vf_pick(const vl16 *table, vi at) { return _mm512_permutexvar_ps(at, *table); }
+
+/* A permutation of two tables takes five bits of each lane: low bits of `stored`, above them the sign. */
+#define GOLDEN_WORDS 1
+typedef struct {
+    __m512 high, low, minus_low;
+} vg;
+typedef struct {
+    __m512i stored, low;
+} vs;
+WORD vg vg_load(const qins_golden_factors *t)
+{
+    __m512 low = _mm512_loadu_ps(t->low);
+    vg r = {_mm512_loadu_ps(t->high), low, _mm512_sub_ps(_mm512_setzero_ps(), low)};
+    return r;
+}
+/* Bit 4 of each byte of sign: whether it is negative. */
+WORD vs with_signs(const uint8_t *stored, __m512i sign)
+{
+    __m512i s = _mm512_loadu_si512(stored);
+    vs r = {s, _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), s, sign, 0xca)}; /* where 1 the one, where 0 the other */
+    return r;
+}
+WORD vs vs_golden(const uint8_t *stored, const int8_t *sign)
+{
+    return with_signs(stored, _mm512_srli_epi16(_mm512_loadu_si512(sign), 3));
+}
+WORD vs vs_log9(const uint8_t *stored, const uint8_t *bits)
+{
+    uint64_t mask;
+    memcpy(&mask, bits, sizeof mask);
+    return with_signs(stored, _mm512_maskz_set1_epi8(mask, 16));
+}
+WORD vf golden_value(const vg *t, __m512i high, __m512i low)
+{
+    return _mm512_mul_ps(_mm512_permutexvar_ps(high, t->high), _mm512_permutex2var_ps(t->low, low, t->minus_low));
+}
+#define vs_value(t, s, k) \
+    golden_value(t, _mm512_srli_epi32((s)->stored, 8 * (k) + 4), _mm512_srli_epi32((s)->low, 8 * (k)))
 
 #define FLOAT_ROWS 12
 #define FLOAT_PANELS 2

@@ -290,13 +290,22 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
     for (size_t i = 0; i < n * (size_t)batch; i++) {
         x[i] = normal();
     }
-    const float *rows = place(in_f, x, n * (size_t)batch * 4, at_end);
+    /* of each 64 elements 0, 4, 8 and so on, then 1, 5, 9, then 2, then 3 */
+    static float quarters[QINS_BATCH * (MOST + QINS_BLOCK)];
+    const size_t stride = (n + QINS_BLOCK - 1) / QINS_BLOCK * QINS_BLOCK;
+    for (size_t i = 0; i < stride * (size_t)batch; i++) {
+        size_t m = i / stride, at = i % stride, in_block = at % QINS_BLOCK;
+        size_t from = at - in_block + 4 * (in_block % 16) + in_block / 16;
+        quarters[i] = from < n ? x[m * n + from] : 0.0f;
+    }
+    const float *rows = place(in_f, quarters, stride * (size_t)batch * 4, at_end);
     const uint8_t *u = place(in_u, codes, n, at_end);
     const int8_t *sign = place(in_v, more, n, at_end);
     const uint8_t *bits = place(out_d, more, (n + 7) / 8, at_end);
     float by_sign[QINS_BATCH], by_bits[QINS_BATCH], plain[QINS_BATCH];
-    k->dot_golden(u, sign, NULL, n, &factors, rows, n, batch, by_sign);
-    k->dot_golden(u, NULL, bits, n, &factors, rows, n, batch, by_bits);
+    k->dot_golden(u, sign, NULL, n, &factors, rows, stride, batch, by_sign);
+    k->dot_golden(u, NULL, bits, n, &factors, rows, stride, batch, by_bits);
+    rows = place(in_f, x, n * (size_t)batch * 4, at_end);
     const float *w = place(out_c, weights_small, n * 4, at_end);
     k->dot_f32(w, n, rows, n, batch, plain);
     for (int m = 0; m < batch; m++) {
@@ -862,7 +871,7 @@ int main(int argc, char **argv)
     qins_range range = qins_kernels_scalar.range_golden(weights, MOST, (qins_range){INT32_MAX, 0});
     qins_golden_tables_build(&golden, range);
     qins_log8_tables_build(&log8, 2.5f);
-    in_f = guard(MOST * 4 * QINS_BATCH), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
+    in_f = guard((MOST + QINS_BLOCK) * 4 * QINS_BATCH), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
     out_a = guard(MOST * 8), out_b = guard(MOST * 8), out_c = guard(MOST * 8), out_d = guard(MOST * 8);
     for (size_t i = 0; i < qins_isa_count(); i++) {
         const qins_kernels *k = qins_isa_at(i);
