@@ -46,15 +46,16 @@ static void pack_panels(void *context, size_t begin, size_t end)
 {
     panels *p = context;
     size_t cols = p->e->cols, size = item_size(p->dtype);
-    float *wide = p->dtype == QINS_F32 ? NULL : qins_scratch_take(QINS_PANEL * cols * sizeof *wide);
-    if (p->dtype != QINS_F32 && wide == NULL) {
+    const int widen = p->dtype != p->form->packs;
+    float *wide = widen ? qins_scratch_take(QINS_PANEL * cols * sizeof *wide) : NULL;
+    if (widen && wide == NULL) {
         atomic_store(&p->failed, 1);
         return;
     }
     for (size_t i = begin; i < end; i++) {
         size_t m = i * QINS_PANEL, rows = least(p->batch - m, QINS_PANEL);
         const void *x = p->x + m * cols * size;
-        if (wide != NULL) {
+        if (widen) {
             p->kernels->widen[p->dtype](x, rows * cols, wide);
             x = wide;
         }
@@ -102,19 +103,24 @@ static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t 
     }
 }
 
-/* Sums of one block, 16 lanes a row, to the rows of y. */
+/* Sums of one block to the rows of y. */
 static void store_block(const panels *p, const float *c, size_t row, size_t rows, size_t padded_rows)
 {
     size_t size = item_size(p->dtype);
     float turned[QINS_PANEL * MOST_ROWS];
     for (size_t m = 0; m < p->batch; m += QINS_PANEL) {
         const float *from = c + m * padded_rows;
-        for (size_t i = 0; i < rows; i += QINS_PANEL) {
-            p->kernels->transpose(from + i * QINS_PANEL, QINS_PANEL, turned + i, MOST_ROWS);
+        size_t next = padded_rows;
+        if (p->form->turn == NULL) { /* 16 lanes a row */
+            for (size_t i = 0; i < rows; i += QINS_PANEL) {
+                p->kernels->transpose(from + i * QINS_PANEL, QINS_PANEL, turned + i, MOST_ROWS);
+            }
+            from = turned;
+            next = MOST_ROWS;
         }
         for (size_t lane = 0; lane < QINS_PANEL && m + lane < p->batch; lane++) {
             char *y = p->y + ((m + lane) * p->e->rows + row) * size;
-            p->kernels->narrow[p->dtype](turned + lane * MOST_ROWS, rows, y);
+            p->kernels->narrow[p->dtype](from + lane * next, rows, y);
         }
     }
 }
@@ -145,6 +151,9 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
         for (size_t i = 0; i < rows; i++) {
             prepare_row(p, row + i, i, k, n, prepared, w_scale);
         }
+        if (form->turn != NULL) {
+            form->turn(prepared, rows, depth);
+        }
         qins_fetch fetch = next_codes(p, row, rows, k, n);
         for (size_t i = 0; i < count; i += (size_t)form->panels) {
             const char *x = p->packed + i * panel_bytes(p) + k * QINS_PANEL * form->item;
@@ -152,8 +161,8 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
             int some = (int)least(count - i, (size_t)form->panels);
             for (size_t r = 0; r < rows; r += height) {
                 form->multiply(prepared + r * form->depth * form->item, x, panel_bytes(p), some, depth, x_scale,
-                               w_scale + r * steps, p->step, i > 0 ? NULL : &fetch, c + i * next_c + r * QINS_PANEL,
-                               next_c);
+                               w_scale + r * steps, p->step, i > 0 ? NULL : &fetch,
+                               c + i * next_c + (form->turn != NULL ? r : r * QINS_PANEL), next_c);
             }
         }
     }

@@ -116,29 +116,32 @@ typedef struct {
  *   floats  columns of a panel one after the other, 16 float32 each; weights row by row
  *   planes  bytes of 16-bit words in tiles of 16 x 64: high ones, low ones. Weights are words of log8
  *           (plane_high, plane_low); activations are words that share a scale over `step` columns
- *   halves  bfloat16 in tiles of 16 x 32
- * In a tile, weights lie row by row; of the activations the 4 (planes) or 2 (halves) that one 32-bit lane
- * multiplies, then the 16 lanes. Columns are padded with zeros to a multiple of QINS_DEPTH. */
+ *   halves  bfloat16 in tiles of 16 x 32; the other way round, a row of weights to a lane
+ * In a tile, the left factor lies row by row; of the right one the 4 (planes) or 2 (halves) columns that one 32-bit
+ * lane multiplies, then the 16 lanes. Columns are padded with zeros to a multiple of QINS_DEPTH. */
 enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127 };
 
 typedef struct {
-    int rows;     /* of weights that one multiply() takes */
-    int panels;   /* that it takes at most */
-    size_t item;  /* bytes of an activation, and of a weight */
-    size_t depth; /* most columns of one multiply(); prepared weights have room for as many */
-    size_t block; /* rows of weights that are prepared at a time; a multiple of `rows` and of 16 */
+    int rows;         /* of weights that one multiply() takes */
+    int panels;       /* that it takes at most */
+    qins_dtype packs; /* what pack() takes: QINS_F32 or QINS_BF16 */
+    size_t item;      /* bytes of an activation, and of a weight */
+    size_t depth;     /* most columns of one multiply(); prepared weights have room for as many */
+    size_t block;     /* rows of weights that are prepared at a time; a multiple of `rows` and of 16 */
     /* Around a thread's calls of multiply(); may be NULL. */
     void (*begin)(void);
     void (*end)(void);
     /* At most 16 rows of activations, `stride` apart; scale (planes): 16 for each `step` columns */
-    void (*pack)(const float *x, size_t stride, size_t rows, size_t cols, size_t step, void *packed, float *scale);
+    void (*pack)(const void *x, size_t stride, size_t rows, size_t cols, size_t step, void *packed, float *scale);
     /* One row of weights into row `row` of `prepared`: from codes of log8, or from float32 values if t is NULL
      * (halves). factor, one for each `step` columns, makes halves of words. NULL: multiply() takes float32 values. */
     void (*prepare)(const void *w, size_t cols, const qins_log8_words *t, const float *factor, size_t step, size_t row,
                     void *prepared);
-    /* c[panel][row][lane] += sums of products, the panels of x and c `next_x` bytes and `next_c` floats apart; planes:
-     * times x_scale[column / step][lane] * w_scale[column / step][row]. fetch: NULL, or a line for each 64 of these
-     * weights. */
+    /* Where weights are the right factor: makes it of so many prepared rows, from the first; else NULL. */
+    void (*turn)(void *prepared, size_t rows, size_t cols);
+    /* c[panel][row][lane] += sums of products, or with turn c[panel][lane][row], next_c / 16 rows apart; the panels of
+     * x and c `next_x` bytes and `next_c` floats apart; planes: times x_scale[column / step][lane] * w_scale[column /
+     * step][row]. fetch: NULL, or a line for each 64 of these weights. */
     void (*multiply)(const void *prepared, const void *x, size_t next_x, int panels, size_t cols, const float *x_scale,
                      const float *w_scale, size_t step, qins_fetch *fetch, float *c, size_t next_c);
 } qins_panels;
