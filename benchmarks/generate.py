@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import resource
 import subprocess
@@ -53,22 +52,21 @@ def random_phi35(dtype: torch.dtype, codec: str | None, layers: int) -> nn.Modul
     config = Phi3Config(**PHI35 | {"num_hidden_layers": layers})
     with torch.device("meta"):
         model = Phi3ForCausalLM(config).to(dtype).eval()
-    first: dict[torch.Size, Any] = {}
+    first: dict[torch.Size, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 shape = child.weight.shape
-                group_size = qins.default_group_size(shape[1]) if codec == "log8" else None
                 if shape not in first:
-                    weight = torch.randn(shape).mul_(0.02).to(dtype)
-                    first[shape] = qins.encode(weight, codec, group_size=group_size) if codec else weight
-                if codec:  # memory as encode() takes it, which is what quantising on the fly leaves behind
-                    codes = copy.deepcopy(first[shape])
-                    parent._modules[name] = qins.QINSLinear.from_encoded(
-                        child.to_empty(device="cpu"), codes, codec, group_size
-                    )
+                    made = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+                    nn.init.normal_(made.weight, std=0.02)
+                    first[shape] = qins.QINSLinear.from_linear(made, codec).to(dtype) if codec else made
+                    parent._modules[name] = first[shape]
                 else:
-                    child.weight = nn.Parameter(first[shape].clone(), requires_grad=False)
+                    twin = qins.QINSLinear(shape[1], shape[0], False, codec=codec, device="meta") if codec else child
+                    twin = twin.to_empty(device="cpu").to(dtype)
+                    twin.load_state_dict(first[shape].state_dict())
+                    parent._modules[name] = twin
     rest = [m for m in model.modules() if any(p.is_meta for p in (*m.parameters(False), *m.buffers(False)))]
     for module in rest:
         module.to_empty(device="cpu", recurse=False)
