@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import qins
 from qins import _core
-from qins.bench import last_level_cache_bytes, machine, race
+from qins.bench import machine, race, rotation_bytes
 
 FORMATS = [("log8", None), ("log8", 128), ("log8", 64), ("log8", 32), ("log9", None), ("golden", None)]
 ROTATION_LIMIT = 2 << 30
@@ -31,7 +31,7 @@ PHI35 = ["9216x3072", "3072x3072", "16384x3072", "3072x8192"]  # its linear laye
 
 def copies(tensors: list[torch.Tensor]) -> int:
     size = sum(t.numel() * t.element_size() for t in tensors)
-    return max(2, min(2 * last_level_cache_bytes(), ROTATION_LIMIT) // size)
+    return max(2, min(rotation_bytes(), ROTATION_LIMIT) // size)
 
 
 def float_peer(weight: torch.Tensor, x: torch.Tensor) -> Callable[[int], object]:

@@ -45,13 +45,15 @@ static unsigned detect(void)
         features |= QINS_CPU_AVX512;
         features |= has(seven[2], 1) ? QINS_CPU_VBMI : 0u;
         features |= has(seven[2], 11) ? QINS_CPU_VNNI : 0u;
+        if (seven[0] >= 1) {
+            unsigned more[4];
+            qins_cpuid(7, 1, more);
+            features |= has(more[0], 5) ? QINS_CPU_BF16 : 0u;
+        }
     }
 #if QINS_AMX
-    /* AMX-BF16, AMX-TILE, AMX-INT8 and AVX512_BF16; bits 17 and 18 of XCR0: tile configuration and data */
-    unsigned more[4];
-    qins_cpuid(7, 1, more);
-    if (features & QINS_CPU_AVX512 && has(more[0], 5) && has(seven[3], 22) && has(seven[3], 24) && has(seven[3], 25) &&
-        (xcr0 >> 17 & 3) == 3 && tiles_granted()) {
+    /* AMX-BF16, AMX-TILE and AMX-INT8; bits 17 and 18 of XCR0: tile configuration and data */
+    if (has(seven[3], 22) && has(seven[3], 24) && has(seven[3], 25) && (xcr0 >> 17 & 3) == 3 && tiles_granted()) {
         features |= QINS_CPU_AMX;
     }
 #endif

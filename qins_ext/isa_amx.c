@@ -14,6 +14,7 @@
 
 #include "words_avx512vnni.h"
 
+#define HALVES 1
 #define TILES 1
 
 #include "kernels.inc"

@@ -269,6 +269,7 @@ typedef struct {
 #define X_ORDER {X_ORDER_32(0), X_ORDER_32(32)}
 #define WORD_UNIT(t) ((t)->factor_unit)
 #define LEAST_MU QINS_FACTORS_MU
+#define WORD_ROWS 1
 
 /* Low and high bytes of 16 words, each repeated in both halves. */
 WORD void split_words(const int16_t *word, __m256i *low, __m256i *high)

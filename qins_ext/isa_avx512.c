@@ -24,6 +24,7 @@ typedef struct {
 #define X_ORDER {EIGHT(0), EIGHT(16), EIGHT(32), EIGHT(48), EIGHT(8), EIGHT(24), EIGHT(40), EIGHT(56)}
 #define WORD_UNIT(t) ((t)->factor_unit)
 #define LEAST_MU QINS_FACTORS_MU
+#define WORD_ROWS 2
 
 /* Low and high bytes of 16 words, each repeated in all four parts. */
 WORD void split_words(const int16_t *word, __m512i *low, __m512i *high)

@@ -166,6 +166,7 @@ typedef struct {
      44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63}
 #define WORD_UNIT(t) ((t)->word_unit)
 #define LEAST_MU 0.0f
+#define WORD_ROWS 1
 WORD vt vt_load(const qins_log8_words *t)
 {
     vt r;

@@ -9,7 +9,9 @@
 enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
 
 /* From how many rows of x on each way is the fastest. Measured: benchmarks/linear.py. */
-enum { TILES_FROM = 2, TILES_FROM_64 = 4, HALVES_FROM = 49, FLOATS_FROM = 9, FLOATS_FROM_WORDS = 17 };
+enum { TILES_FROM = 2, TILES_FROM_64 = 4, PANELS_FROM = 9, FLOATS_FROM_WORDS = 33 };
+/* likewise for bfloat16 in an instruction set that has it */
+enum { HALVES_FROM_WORDS = 16, HALVES_FROM_TILES = 49 };
 
 /* -- tables of log8, by mu ---------------------------------------------------------------------- */
 
@@ -79,6 +81,20 @@ static void row_by_floats(const product *p, size_t row, size_t m, int batch, flo
     }
 }
 
+static void rows_by_words(const product *p, size_t row, size_t rows, size_t m, int batch, float *out)
+{
+    const qins_codes *e = p->e;
+    const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * p->blocks * QINS_BLOCK,
+                          p->fixed_scale + m * p->blocks, p->blocks, batch};
+    p->kernels->dot_log8(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
+    for (size_t i = 0; i < rows; i++) {
+        const float scale = float_at(e->scale, row + i);
+        for (int b = 0; b < batch; b++) {
+            *out++ *= scale;
+        }
+    }
+}
+
 /* Products of one row of codes with rows [m, m + batch) of x. */
 static void row_product(const product *p, size_t row, size_t m, int batch, float *out)
 {
@@ -89,18 +105,8 @@ static void row_product(const product *p, size_t row, size_t m, int batch, float
         const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) : NULL;
         p->kernels->dot_golden(codes, sign, bits, e->cols, &p->factors,
                                (const float *)(const void *)p->packed + m * p->padded, p->padded, batch, out);
-        return;
-    }
-    if (p->how == BY_FLOATS) {
+    } else {
         row_by_floats(p, row, m, batch, out);
-        return;
-    }
-    qins_fixed x = {(const int16_t *)(const void *)p->packed + m * p->blocks * QINS_BLOCK,
-                    p->fixed_scale + m * p->blocks, p->blocks, batch};
-    p->kernels->dot_log8(codes, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
-    float scale = float_at(e->scale, row);
-    for (int i = 0; i < batch; i++) {
-        out[i] *= scale;
     }
 }
 
@@ -108,21 +114,23 @@ static void product_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
     size_t size = item_size(p->dtype);
-    float results[QINS_BATCH][ROWS_AT_ONCE];
+    float results[ROWS_AT_ONCE * QINS_BATCH], one[ROWS_AT_ONCE];
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
         size_t rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
         for (size_t m = 0; m < p->batch; m += QINS_BATCH) {
             int batch = (int)(p->batch - m < QINS_BATCH ? p->batch - m : QINS_BATCH);
-            for (size_t i = 0; i < rows; i++) {
-                float out[QINS_BATCH];
-                row_product(p, row + i, m, batch, out);
-                for (int b = 0; b < batch; b++) {
-                    results[b][i] = out[b];
+            if (p->how == BY_WORDS) {
+                rows_by_words(p, row, rows, m, batch, results);
+            } else {
+                for (size_t i = 0; i < rows; i++) {
+                    row_product(p, row + i, m, batch, results + i * (size_t)batch);
                 }
             }
-            for (int b = 0; b < batch; b++) {
-                char *y = p->y + ((m + (size_t)b) * p->e->rows + row) * size;
-                p->kernels->narrow[p->dtype](results[b], rows, y);
+            for (size_t b = 0; b < (size_t)batch; b++) {
+                for (size_t i = 0; i < rows; i++) {
+                    one[i] = results[i * (size_t)batch + b];
+                }
+                p->kernels->narrow[p->dtype](one, rows, p->y + ((m + b) * p->e->rows + row) * size);
             }
         }
     }
@@ -223,13 +231,14 @@ static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
 /* The form for `batch` rows of x, or NULL where `how` is faster. */
 static const qins_panels *choose_panels(const qins_kernels *k, method how, size_t batch, qins_dtype dtype)
 {
-    if (k->halves != NULL && dtype == QINS_BF16 && batch >= (how == BY_TILES ? HALVES_FROM : FLOATS_FROM)) {
-        return k->halves;
+    if (k->halves != NULL && dtype == QINS_BF16) {
+        size_t from = how == BY_TILES ? HALVES_FROM_TILES : how == BY_WORDS ? HALVES_FROM_WORDS : PANELS_FROM;
+        return batch >= from ? k->halves : NULL;
     }
     if (how == BY_TILES) {
         return batch > QINS_FEW ? k->planes : NULL;
     }
-    return batch >= (how == BY_WORDS ? FLOATS_FROM_WORDS : FLOATS_FROM) ? k->floats : NULL;
+    return batch >= (how == BY_WORDS ? FLOATS_FROM_WORDS : PANELS_FROM) ? k->floats : NULL;
 }
 
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
@@ -244,7 +253,8 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     }
     const qins_panels *form = choose_panels(kernels, p.how, batch, dtype);
     if (form != NULL) {
-        const qins_log8_words *words = p.how == BY_TILES ? words_of(e->mu, &own) : NULL;
+        const int by_words = form != kernels->floats && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
+        const qins_log8_words *words = by_words ? words_of(e->mu, &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
     size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;

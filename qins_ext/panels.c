@@ -212,7 +212,8 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     }
     /* smaller blocks where there are too few rows to share; what is computed does not depend on it */
     size_t share = ceil_div(e->rows, 4 * (size_t)(threads > 0 ? threads : 1));
-    p.block = p.block > 32 ? least(p.block, ceil_div(share, 32) * 32) : p.block;
+    const size_t unit = form->rows > 32 ? (size_t)form->rows : 32;
+    p.block = p.block > unit ? least(p.block, ceil_div(share, unit) * unit) : p.block;
     if (words == NULL) {
         qins_decoder_init(&p.decoder, kernels, e);
     }

@@ -24,6 +24,14 @@
 #define QINS_AARCH64 0
 #endif
 
+/* AVX512_BF16's intrinsics came with these compilers; those of others have vectors that cannot be cast. */
+#if QINS_X86_64 && \
+    ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
+#define QINS_AVX512BF16 1
+#else
+#define QINS_AVX512BF16 0
+#endif
+
 /* Tiles need the kernel's permission, which is asked for in Linux's way; intrinsics came with these compilers. */
 #if QINS_X86_64 && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))

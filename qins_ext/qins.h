@@ -65,12 +65,14 @@ typedef struct {
  *   word[c]   = round(f(c & 127) * 32767), negated where c >= 128; its value is word / 32767
  *   f(16h + l) = (a[h] * b[l] - c) * unit, in units of 1/32767: a[h] with h = c >> 4 carries the sign,
  *   rounded products (a*b + 2^14) >> 15 give value * unit exactly enough only for mu >= QINS_FACTORS_MU
- *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX, rounded; both parts can be negated in 8 bits */
+ *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
+ */
 typedef struct {
     float mu;
     QINS_ALIGNED(64) int16_t word[256];
     QINS_ALIGNED(64) uint8_t word_low[256];
     QINS_ALIGNED(64) uint8_t word_high[256];
+    QINS_ALIGNED(64) float plane[QINS_LEVELS]; /* not rounded */
     QINS_ALIGNED(64) int8_t plane_high[QINS_LEVELS];
     QINS_ALIGNED(64) int8_t plane_low[QINS_LEVELS];
     QINS_ALIGNED(32) int16_t a[16];
@@ -228,9 +230,9 @@ typedef struct {
     float least_mu; /* dot_log8 is exact enough from this mu on */
     /* one row of n activations: fixed point in blocks of 64, the last padded with zeros */
     void (*fix_activations)(const float *x, size_t n, int16_t *fixed, float *scale);
-    /* out[m] = sum over a row of f(codes) * group scale * x[m]. group_scale: NULL, or that row's, for a
-     * group_size of 32 or a multiple of 64 */
-    void (*dot_log8)(const uint8_t *codes, size_t n, const uint8_t *group_scale, size_t group_size,
+    /* out[row][m] = sum over a row of f(codes) * group scale * x[m], batch to a row. group_scale: NULL, or that of all
+     * rows, for a group_size of 32 or a multiple of 64 */
+    void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with
      * zeros to blocks of 64: elements 0, 4, 8 and so on of a block, then 1, 5, 9, then 2, then 3 */
@@ -259,8 +261,9 @@ enum {
     QINS_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL */
     QINS_CPU_VBMI = 1 << 2,
     QINS_CPU_VNNI = 1 << 3, /* the 512-bit one */
-    QINS_CPU_NEON = 1 << 4,
-    QINS_CPU_AMX = 1 << 5 /* tiles of 8-bit integers and of bfloat16, and AVX512_BF16 */
+    QINS_CPU_BF16 = 1 << 4, /* AVX512_BF16 */
+    QINS_CPU_AMX = 1 << 5,  /* tiles of 8-bit integers and of bfloat16 */
+    QINS_CPU_NEON = 1 << 6
 };
 unsigned qins_cpu_features(void);
 

@@ -274,6 +274,7 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
     }
     t->word_unit = 1.0f / 32767.0f;
     for (int m = 0; m < QINS_LEVELS; m++) {
+        t->plane[m] = level[m] * (float)QINS_PLANE_MAX;
         int word = (int)((double)level[m] * QINS_PLANE_MAX + 0.5);
         word += (word & 255) == 128; /* a low part of -128 could not be negated */
         int low = ((word + 128) & 255) - 128;

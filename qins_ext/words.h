@@ -22,9 +22,10 @@
  *           vw_dot(acc, vw, const int16_t *x, vf scale): acc + scale * (sums of products); lanes 0 to 7
  *           get elements 0 to 31, and x is in X_ORDER: x[i] belongs to element X_ORDER[i]
  *           WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
+ *           WORD_ROWS: rows of weights whose sums with 8 rows of activations registers hold
  *   panels  FLOAT_ROWS, FLOAT_PANELS: how many rows and panels of sums registers hold (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX's tiles
- *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc)
+ *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too
  *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
  * Loads and stores take any alignment. Sums in float are never contracted into fused operations.
  */

@@ -1,8 +1,7 @@
 /* AVX-512 with VBMI (byte permutations over 128 entries) and VNNI (16-bit dot products that accumulate). */
 #include "words_avx512.h"
 
-/* Magnitudes, low bytes and high bytes apart; a byte permutation reaches 64 entries. (The ones that take
- * two tables, vpermi2b and vpermt2b, are three operations each on Intel's processors.) */
+/* Magnitudes, low bytes and high bytes apart; a byte permutation reaches 64 entries. */
 typedef struct {
     __m512i low[2], high[2];
 } vt;
@@ -17,6 +16,7 @@ typedef struct {
      25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63}
 #define WORD_UNIT(t) ((t)->word_unit)
 #define LEAST_MU 0.0f
+#define WORD_ROWS 2
 #define BYTES 1
 
 WORD vt vt_load(const qins_log8_words *t)
@@ -28,10 +28,16 @@ WORD vt vt_load(const qins_log8_words *t)
     }
     return r;
 }
-/* Looks up bits 0 to 6 of each byte; `upper` is the mask of bit 6. */
+/* Looks up bits 0 to 6 of each byte; `upper` is the mask of bit 6. Permutations that take two tables (TWO_TABLES) are
+ * one operation on AMD's processors, but three on Intel's. */
 WORD __m512i lookup128(const __m512i *table, __m512i c, __mmask64 upper)
 {
+#if TWO_TABLES
+    (void)upper;
+    return _mm512_permutex2var_epi8(table[0], c, table[1]);
+#else
     return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(c, table[0]), upper, c, table[1]);
+#endif
 }
 WORD __m512i negate_where(__m512i words, __mmask32 negative)
 {

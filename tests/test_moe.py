@@ -151,8 +151,8 @@ def test_only_the_experts_that_tokens_go_to_are_read():
     # a number beyond the last expert masks a choice out
     masked = new(x, torch.tensor([[2, EXPERTS]] * 3), weights)
     assert torch.allclose(masked, new(x, torch.tensor([[2, 2]] * 3), torch.tensor([[0.75, 0.0]] * 3)), atol=1e-6)
-    # one token alone is computed as it is among others
-    assert torch.allclose(new(x[1:2], index[1:2], weights[1:2]), y[1:2], rtol=1e-3, atol=1e-5)
+    # one token alone is computed as it is among others, within what two ways of multiplying may differ
+    assert float((new(x[1:2], index[1:2], weights[1:2]) - y[1:2]).norm() / y[1:2].norm()) < 5e-4
 
 
 @torch.no_grad()

@@ -25,6 +25,14 @@ def last_level_cache_bytes() -> int:
     return best
 
 
+def rotation_bytes() -> int:
+    """Return how much memory weights rotate through, so that no cache holds what comes next.
+
+    Twice a cache is not enough: victim caches that replace at random keep a part of what went round.
+    """
+    return max(2 * last_level_cache_bytes(), 256 << 20)
+
+
 def machine() -> dict[str, object]:
     """Name the processor and what of it is used, for the head of a table."""
     return {
@@ -103,7 +111,7 @@ def run(shape: tuple[int, int], rows: Iterable[int], seconds: float) -> dict[str
     """
     import torch
 
-    makers = _contestants(shape, min(2 * last_level_cache_bytes(), 1 << 30))
+    makers = _contestants(shape, min(rotation_bytes(), 1 << 30))
     milliseconds: dict[int, dict[str, float]] = {}
     with torch.inference_mode():
         for n in rows:

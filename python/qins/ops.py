@@ -42,8 +42,8 @@ def _borrow_scratch() -> Iterator[Tensor]:
 
 
 # Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
-# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. Where None
-# stands, the core has no bfloat16 arithmetic to match torch's, except with AMX.
+# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. None: all, if the
+# core has bfloat16 arithmetic on this processor, else a few.
 _fused_rows: dict[torch.dtype, int | None] = {
     torch.float32: sys.maxsize,
     torch.bfloat16: None,
@@ -58,7 +58,7 @@ _DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def _is_fused(dtype: torch.dtype, batch: int) -> bool:
     most = _fused_rows.get(dtype, 0)
     if most is None:
-        return batch <= _FUSED_ROWS_BF16 or _core.isa() == "amx"
+        return batch <= _FUSED_ROWS_BF16 or _core.has_bf16()
     return batch <= most
 
 

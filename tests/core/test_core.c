@@ -259,25 +259,31 @@ static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_siz
     for (size_t i = 0; i < n * (size_t)batch; i++) {
         x[i] = normal() * (i % 97 == 5 ? 50000.0f : 50.0f);
     }
-    const uint8_t *u = place(in_u, codes, n, at_end);
-    const uint8_t *group = group_size ? place(in_v, more, (n + group_size - 1) / group_size, at_end) : NULL;
+    /* up to three rows: kernels may take two at a time */
+    const size_t rows = n <= 200 ? 1 + n % 3 : 1, groups = group_size ? (n + group_size - 1) / group_size : 0;
+    const uint8_t *u = place(in_u, codes, rows * n, at_end);
+    const uint8_t *group = group_size ? place(in_v, more, rows * groups, at_end) : NULL;
     for (int m = 0; m < batch; m++) {
         const float *row = place(in_f, x + (size_t)m * n, n * 4, at_end);
         k->fix_activations(row, n, fixed + (size_t)m * blocks * QINS_BLOCK, fixed_scale + (size_t)m * blocks);
     }
     qins_fixed fx = {fixed, fixed_scale, blocks, batch};
-    float out[QINS_BATCH];
-    k->dot_log8(u, n, group, group_size, &words, &fx, out);
-    for (int m = 0; m < batch; m++) {
-        double sum = 0.0, bound = 1e-30;
-        for (size_t i = 0; i < n; i++) {
-            double v = (double)x[(size_t)m * n + i], s = group ? (more[i / group_size] + 1) / 256.0 : 1.0;
-            double f = (double)log8.level[u[i] & 127] * s;
-            sum += (u[i] & 128 ? -f : f) * v;
-            bound += 1e-4 * s * fabs(v) + f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX *
-                                              (double)fixed_scale[(size_t)m * blocks + i / QINS_BLOCK];
+    float out[3 * QINS_BATCH];
+    k->dot_log8(u, rows, n, group, group_size, &words, &fx, out);
+    for (size_t row = 0; row < rows; row++, u += n) {
+        for (int m = 0; m < batch; m++) {
+            double sum = 0.0, bound = 1e-30;
+            for (size_t i = 0; i < n; i++) {
+                double v = (double)x[(size_t)m * n + i];
+                double s = group ? (more[row * groups + i / group_size] + 1) / 256.0 : 1.0;
+                double f = (double)log8.level[u[i] & 127] * s;
+                sum += (u[i] & 128 ? -f : f) * v;
+                bound += 1e-4 * s * fabs(v) + f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX *
+                                                  (double)fixed_scale[(size_t)m * blocks + i / QINS_BLOCK];
+            }
+            check(fabs((double)out[row * (size_t)batch + (size_t)m] - sum) <= bound, "dot_log8", k->name, n,
+                  group_size);
         }
-        check(fabs((double)out[m] - sum) <= bound, "dot_log8", k->name, n, group_size);
     }
 }
 
@@ -372,7 +378,7 @@ static void dots(const qins_kernels *k)
         k->fix_activations(x[0], 100, fixed, scale);
         k->fix_activations(x[1], 100, fixed + 128, scale + 2);
         qins_fixed fx = {fixed, scale, 2, 2};
-        k->dot_log8(codes, 100, NULL, 0, &words, &fx, out);
+        k->dot_log8(codes, 1, 100, NULL, 0, &words, &fx, out);
         check(isnan(out[0]) && isfinite(out[1]), "not finite activations", k->name, (size_t)b, 0);
     }
 }
