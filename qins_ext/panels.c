@@ -27,7 +27,8 @@ typedef struct {
     int few;                           /* rows of x, so that decoding decides */
     const char *x;
     char *packed;
-    float *x_scale; /* panels x steps x 16 */
+    const char *panels; /* what is packed, or x itself */
+    float *x_scale;     /* panels x steps x 16 */
     qins_dtype dtype;
     char *y; /* of the first row of this batch */
     atomic_int_least32_t failed;
@@ -87,7 +88,7 @@ static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t 
         size_t steps = ceil_div(n, p->step), height = (size_t)form->rows;
         word_factors(p, row, k, steps, factor);
         form->prepare(p->e->codes + row * p->e->cols + k, n, p->words, factor, p->step, i, prepared);
-        for (size_t s = 0; s < steps; s++) {
+        for (size_t s = 0; s < steps && form->turn == NULL; s++) {
             w_scale[(i / height * steps + s) * height + i % height] = factor[s];
         }
         return;
@@ -129,15 +130,16 @@ static void store_block(const panels *p, const float *c, size_t row, size_t rows
 static qins_fetch next_codes(const panels *p, size_t row, size_t rows, size_t k, size_t n)
 {
     uintptr_t block = (uintptr_t)p->e->codes + row * p->e->cols, after = block + rows * p->e->cols;
+    uintptr_t signs = p->e->codec == QINS_golden ? (uintptr_t)p->e->sign - (uintptr_t)p->e->codes : 0;
     if (p->few) {
         /* some of the next block, which follows this one, in memory's order: the processor takes that for a stream
          * and reads ahead. The order of use, parts of many rows, is none. */
-        return (qins_fetch){after + k * rows, SIZE_MAX, SIZE_MAX, 0};
+        return (qins_fetch){after + k * rows, SIZE_MAX, SIZE_MAX, 0, signs};
     }
     /* what comes next, since until the next block the panels would push it out of the caches again */
     uintptr_t next = k + n < p->e->cols ? block + k + n : after;
     size_t lines = ceil_div(p->span, 64);
-    return (qins_fetch){next, lines, lines, p->e->cols - least(lines * 64, p->e->cols)};
+    return (qins_fetch){next, lines, lines, p->e->cols - least(lines * 64, p->e->cols), signs};
 }
 
 static void multiply_block(const panels *p, size_t row, size_t rows, char *prepared, float *w_scale, float *c)
@@ -145,7 +147,10 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
     const qins_panels *form = p->form;
     size_t cols = p->e->cols, height = (size_t)form->rows, count = ceil_div(p->batch, QINS_PANEL);
     size_t padded_rows = ceil_div(ceil_div(rows, height) * height, 16) * 16, next_c = padded_rows * QINS_PANEL;
-    memset(c, 0, count * next_c * sizeof *c);
+    const int whole = form->whole && cols > 0;
+    if (!whole) {
+        memset(c, 0, count * next_c * sizeof *c);
+    }
     for (size_t k = 0; k < cols; k += p->span) {
         size_t n = least(p->span, cols - k), depth = ceil_div(n, QINS_DEPTH) * QINS_DEPTH, steps = ceil_div(n, p->step);
         for (size_t i = 0; i < rows; i++) {
@@ -156,17 +161,34 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
         }
         qins_fetch fetch = next_codes(p, row, rows, k, n);
         for (size_t i = 0; i < count; i += (size_t)form->panels) {
-            const char *x = p->packed + i * panel_bytes(p) + k * QINS_PANEL * form->item;
-            const float *x_scale = p->x_scale + (i * p->steps + k / p->step) * QINS_PANEL;
-            int some = (int)least(count - i, (size_t)form->panels);
+            qins_panel_product product = {
+                .x = p->panels + i * panel_bytes(p) + k * form->item * (whole ? 1 : QINS_PANEL),
+                .next_x = panel_bytes(p),
+                .panels = (int)least(count - i, (size_t)form->panels),
+                .cols = depth,
+                .x_scale = p->x_scale + (i * p->steps + k / p->step) * QINS_PANEL,
+                .step = p->step,
+                .fetch = i > 0 ? NULL : &fetch,
+                .next_c = next_c,
+                .x_rows = least(p->batch - i * QINS_PANEL, QINS_PANEL),
+                .first = k == 0,
+                .next_y = p->e->rows * item_size(p->dtype),
+            };
             for (size_t r = 0; r < rows; r += height) {
-                form->multiply(prepared + r * form->depth * form->item, x, panel_bytes(p), some, depth, x_scale,
-                               w_scale + r * steps, p->step, i > 0 ? NULL : &fetch,
-                               c + i * next_c + (form->turn != NULL ? r : r * QINS_PANEL), next_c);
+                product.w = prepared + r * form->depth * form->item;
+                product.w_scale = w_scale + r * steps;
+                product.c = c + i * next_c + (form->turn != NULL ? r : r * QINS_PANEL);
+                product.w_rows = rows - r;
+                if (whole && k + n == cols) {
+                    product.y = p->y + (i * QINS_PANEL * p->e->rows + row + r) * item_size(p->dtype);
+                }
+                form->multiply(&product);
             }
         }
     }
-    store_block(p, c, row, rows, padded_rows);
+    if (!whole) {
+        store_block(p, c, row, rows, padded_rows);
+    }
 }
 
 static void panel_blocks(void *context, size_t begin, size_t end)
@@ -219,7 +241,8 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     }
     size_t most = least(ceil_div(least(batch, BATCH_ROWS), QINS_PANEL), PACKED_BYTES / panel_bytes(&p));
     most = most > 0 ? most : 1;
-    size_t bytes = most * panel_bytes(&p);
+    const int as_they_are = form->whole && dtype == form->packs && e->cols % QINS_DEPTH == 0;
+    size_t bytes = as_they_are ? 0 : most * panel_bytes(&p);
     char *room = qins_scratch_take(bytes + most * p.steps * QINS_PANEL * sizeof(float));
     if (room == NULL) {
         return -1;
@@ -230,8 +253,11 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
         p.batch = least(batch - m, most * QINS_PANEL);
         p.x = (const char *)x + m * e->cols * item_size(dtype);
         p.y = (char *)y + m * e->rows * item_size(dtype);
-        qins_parallel(ceil_div(p.batch, QINS_PANEL), ceil_div(GRAIN_ELEMENTS, QINS_PANEL * e->cols + 1), threads,
-                      pack_panels, &p);
+        p.panels = as_they_are ? p.x : p.packed;
+        if (!as_they_are) {
+            qins_parallel(ceil_div(p.batch, QINS_PANEL), ceil_div(GRAIN_ELEMENTS, QINS_PANEL * e->cols + 1), threads,
+                          pack_panels, &p);
+        }
         qins_parallel(ceil_div(e->rows, p.block), 1, threads, panel_blocks, &p);
     }
     qins_scratch_give(room);

@@ -111,6 +111,7 @@ typedef struct {
 typedef struct {
     uintptr_t next;
     size_t lines, left, jump; /* left: of this piece */
+    uintptr_t other;          /* as many lines are asked for so many bytes further on; 0: are not */
 } qins_fetch;
 
 /* Products with many rows of activations. They are cut into panels of 16 rows, a lane each, and a block of
@@ -122,6 +123,25 @@ typedef struct {
  * In a tile, the left factor lies row by row; of the right one the 4 (planes) or 2 (halves) columns that one 32-bit
  * lane multiplies, then the 16 lanes. Columns are padded with zeros to a multiple of QINS_DEPTH. */
 enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127 };
+
+/* One product of some weights and panels. */
+typedef struct {
+    const void *w, *x; /* prepared weights; the first panel, or the first row of activations as they came (whole) */
+    size_t next_x;     /* bytes from a panel to the next */
+    int panels;
+    size_t cols;
+    const float *x_scale, *w_scale; /* planes: 16 and `rows` for each `step` columns */
+    size_t step;
+    qins_fetch *fetch; /* NULL, or a line for each 64 of these weights */
+    float *c;          /* sums; those of panels `next_c` floats apart */
+    size_t next_c;
+    /* whole: rows that are there; whether c has no sums yet; where sums become y (which is NULL before the last
+     * columns), its rows next_y bytes apart */
+    size_t x_rows, w_rows;
+    int first;
+    char *y;
+    size_t next_y;
+} qins_panel_product;
 
 typedef struct {
     int rows;         /* of weights that one multiply() takes */
@@ -141,11 +161,12 @@ typedef struct {
                     void *prepared);
     /* Where weights are the right factor: makes it of so many prepared rows, from the first; else NULL. */
     void (*turn)(void *prepared, size_t rows, size_t cols);
-    /* c[panel][row][lane] += sums of products, or with turn c[panel][lane][row], next_c / 16 rows apart; the panels of
-     * x and c `next_x` bytes and `next_c` floats apart; planes: times x_scale[column / step][lane] * w_scale[column /
-     * step][row]. fetch: NULL, or a line for each 64 of these weights. */
-    void (*multiply)(const void *prepared, const void *x, size_t next_x, int panels, size_t cols, const float *x_scale,
-                     const float *w_scale, size_t step, qins_fetch *fetch, float *c, size_t next_c);
+    /* c[panel][row][lane] += sums of products, or with turn c[panel][lane][row], next_c / 16 rows apart; planes: times
+     * x_scale[column / step][lane] * w_scale[column / step][row]. */
+    void (*multiply)(const qins_panel_product *p);
+    /* Whether multiply() takes bfloat16 rows of activations as they are, next_x / 16 bytes apart, where their columns
+     * are a multiple of QINS_DEPTH (pack() makes others so), begins sums and ends them in y. */
+    int whole;
 } qins_panels;
 
 /* Products of log8 with one row of activations: the words of the planes, but the low bytes of weights are 0 to 255, and

@@ -57,6 +57,9 @@ static inline void fetch_lines(qins_fetch *f, size_t lines)
             f->next += f->jump;
         }
         QINS_PREFETCH((const void *)f->next);
+        if (f->other != 0) {
+            QINS_PREFETCH((const void *)(f->next + f->other));
+        }
     }
 }
 
