@@ -53,7 +53,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c
+	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h
 
 # the site, in build/docs
 docs: $(VENV)/installed-docs

@@ -57,6 +57,11 @@ if have musl-gcc; then
 else
     not_run+=("musl libc (no musl-gcc)")
 fi
+if grep -qs avx512_bf16 /proc/cpuinfo && ! grep -qs amx_tile /proc/cpuinfo; then
+    run "gcc, AMX's tiles in software" gcc -include "$here/software_tiles.h" --
+elif ! grep -qs amx_tile /proc/cpuinfo; then
+    not_run+=("AMX's tiles in software, which needs AVX512_BF16")
+fi
 run "gcc" gcc --
 failed=0
 for i in "${!jobs[@]}"; do

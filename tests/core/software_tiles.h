@@ -1,0 +1,119 @@
+/* AMX's tiles in C, for processors that have everything else that isa_amx.c needs: compile all files with
+ * -include software_tiles.h. What the instructions do is in Intel's Architecture Instruction Set Extensions reference.
+ */
+#ifndef SOFTWARE_TILES_H
+#define SOFTWARE_TILES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "port.h"
+
+#if QINS_AMX
+
+/* -- the processor says that it has tiles, and the kernel grants them ------------------------------- */
+
+static inline void software_cpuid(unsigned leaf, unsigned sub, unsigned r[4])
+{
+    qins_cpuid(leaf, sub, r);
+    if (leaf == 7 && sub == 0) {
+        r[3] |= 1u << 22 | 1u << 24 | 1u << 25;
+    }
+}
+#define qins_cpuid software_cpuid
+static inline uint64_t software_xgetbv0(void) { return qins_xgetbv0() | 3u << 17; }
+#define qins_xgetbv0 software_xgetbv0
+#define syscall(...) 0
+
+/* -- the tiles -------------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint8_t palette, zero[15];
+    uint16_t bytes[16]; /* of a row */
+    uint8_t rows[16];
+} tile_shapes;
+
+typedef struct {
+    tile_shapes shape;
+    union {
+        int8_t i8[16][64];
+        int32_t i32[16][16];
+        uint16_t bf16[16][32];
+        float f32[16][16];
+    } tile[8];
+} software_tiles;
+
+static _Thread_local software_tiles tiles_;
+
+/* Like the instructions, which fault on shapes that do not fit, or without any. */
+static inline void tiles_demand(int fits)
+{
+    if (!fits) {
+        __builtin_trap();
+    }
+}
+
+static inline void tiles_configure(const void *shapes)
+{
+    memset(&tiles_, 0, sizeof tiles_);
+    memcpy(&tiles_.shape, shapes, sizeof tiles_.shape);
+    tiles_demand(tiles_.shape.palette == 1);
+}
+
+static inline void tile_move(int t, char *memory, size_t stride, int store)
+{
+    tiles_demand(tiles_.shape.palette == 1);
+    if (!store) {
+        memset(&tiles_.tile[t], 0, sizeof tiles_.tile[t]);
+    }
+    for (size_t row = 0; row < tiles_.shape.rows[t]; row++) {
+        void *at = memory + row * stride, *here = tiles_.tile[t].i8[row];
+        memcpy(store ? at : here, store ? here : at, tiles_.shape.bytes[t]);
+    }
+}
+
+/* Elements of a and b in a 32-bit lane: 4 bytes, or 2 bfloat16. */
+static inline void tile_multiply(int c, int a, int b, int bytes)
+{
+    const tile_shapes *s = &tiles_.shape;
+    tiles_demand(s->palette == 1 && s->rows[c] == s->rows[a] && s->bytes[c] == s->bytes[b]);
+    tiles_demand(s->bytes[a] / 4 == s->rows[b]);
+    for (size_t i = 0; i < s->rows[c]; i++) {
+        for (size_t j = 0; j < s->bytes[c] / 4u; j++) {
+            for (size_t k = 0; k < s->rows[b]; k++) {
+                for (size_t e = 0; bytes && e < 4; e++) {
+                    tiles_.tile[c].i32[i][j] += tiles_.tile[a].i8[i][4 * k + e] * tiles_.tile[b].i8[k][4 * j + e];
+                }
+                for (size_t e = 0; !bytes && e < 2; e++) {
+                    uint32_t x = (uint32_t)tiles_.tile[a].bf16[i][2 * k + e] << 16;
+                    uint32_t y = (uint32_t)tiles_.tile[b].bf16[k][2 * j + e] << 16;
+                    float v, w;
+                    memcpy(&v, &x, 4);
+                    memcpy(&w, &y, 4);
+                    tiles_.tile[c].f32[i][j] += v * w;
+                }
+            }
+        }
+    }
+}
+
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbssd
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(shapes) tiles_configure(shapes)
+#define _tile_release() memset(&tiles_, 0, sizeof tiles_)
+#define _tile_zero(t) memset(&tiles_.tile[t], 0, sizeof tiles_.tile[t])
+#define _tile_loadd(t, from, stride) tile_move(t, (char *)(uintptr_t)(from), stride, 0)
+#define _tile_stored(t, to, stride) tile_move(t, (char *)(to), stride, 1)
+#define _tile_dpbssd(c, a, b) tile_multiply(c, a, b, 1)
+#define _tile_dpbf16ps(c, a, b) tile_multiply(c, a, b, 0)
+
+#endif
+#endif
