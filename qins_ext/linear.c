@@ -260,18 +260,25 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;
     size_t packed = 0, scales = 0; /* bytes, a multiple of 64; floats */
     p.step = scale_step(e);
-    if (p.how == BY_WORDS) {
+    switch (p.how) {
+    case BY_WORDS:
         scales = batch * p.blocks;
         packed = scales * QINS_BLOCK * sizeof(int16_t);
-    } else if (p.how == BY_BYTES) {
+        break;
+    case BY_BYTES:
         scales = ceil_div(e->cols, p.step);
         packed = scales * p.step * 2;
-    } else if (p.how == BY_FACTORS) {
-        p.padded = p.blocks * QINS_BLOCK;
-        packed = batch * p.padded * sizeof(float);
-    } else if (p.how == BY_TILES) {
+        break;
+    case BY_TILES:
         scales = p.blocks * qins_few_panels(batch) * QINS_PANEL;
         packed = p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
+        break;
+    case BY_FACTORS:
+        p.padded = p.blocks * QINS_BLOCK;
+        packed = batch * p.padded * sizeof(float);
+        break;
+    case BY_FLOATS:
+        break;
     }
     size_t all = floats + packed + scales * sizeof(float);
     char *room = all > 0 ? qins_scratch_take(all) : NULL;
@@ -287,27 +294,34 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         p.packed = room + floats;
         p.fixed_scale = (float *)(void *)(p.packed + packed);
     }
-    if (p.how == BY_FACTORS) {
-        qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
-        qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, quarter_rows, &p);
-    } else if (p.how == BY_FLOATS) {
-        qins_decoder_init(&p.from, kernels, e);
-    } else {
+    const size_t row_grain = ceil_div(GRAIN, e->cols + 1);
+    size_t at_once = 1; /* rows of codes */
+    void (*multiply)(void *, size_t, size_t) = product_rows;
+    switch (p.how) {
+    case BY_WORDS:
         p.words = words_of(e->mu, &own);
-    }
-    if (p.how == BY_WORDS) {
-        qins_parallel(batch, ceil_div(GRAIN, e->cols + 1), threads, fix_rows, &p);
-    } else if (p.how == BY_BYTES) {
+        qins_parallel(batch, row_grain, threads, fix_rows, &p);
+        break;
+    case BY_BYTES:
+        p.words = words_of(e->mu, &own);
         kernels->single->pack(p.x, e->cols, p.step, p.packed, p.fixed_scale);
-    } else if (p.how == BY_TILES) {
+        multiply = product_single;
+        break;
+    case BY_TILES:
+        p.words = words_of(e->mu, &own);
         qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
+        multiply = product_blocks;
+        at_once = QINS_PANEL;
+        break;
+    case BY_FACTORS:
+        qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
+        qins_parallel(batch, row_grain, threads, quarter_rows, &p);
+        break;
+    case BY_FLOATS:
+        qins_decoder_init(&p.from, kernels, e);
+        break;
     }
-    size_t at_once = p.how == BY_TILES ? QINS_PANEL : 1; /* rows of codes */
-    qins_parallel(ceil_div(e->rows, at_once), ceil_div(GRAIN, at_once * e->cols * batch + 1), threads,
-                  p.how == BY_TILES   ? product_blocks
-                  : p.how == BY_BYTES ? product_single
-                                      : product_rows,
-                  &p);
+    qins_parallel(ceil_div(e->rows, at_once), ceil_div(GRAIN, at_once * e->cols * batch + 1), threads, multiply, &p);
     if (room != NULL) {
         qins_scratch_give(room);
     }
