@@ -11,7 +11,7 @@ import qins
 
 
 def pytest_report_header() -> str:
-    known = {"amx", "avx512vnni", "avx512", "avx2", "neon", "scalar"}
+    known = {"amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "neon", "scalar"}
     missing = sorted(known - set(qins.isas()))
     return f"qins: using {qins.isa()}; runs here: {', '.join(qins.isas())}; NOT RUN, not on this processor: {missing}"
 
