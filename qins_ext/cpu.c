@@ -53,7 +53,8 @@ static unsigned detect(void)
     }
 #if QINS_AMX
     /* AMX-BF16, AMX-TILE and AMX-INT8; bits 17 and 18 of XCR0: tile configuration and data */
-    if (has(seven[3], 22) && has(seven[3], 24) && has(seven[3], 25) && (xcr0 >> 17 & 3) == 3 && tiles_granted()) {
+    if (features & QINS_CPU_BF16 && has(seven[3], 22) && has(seven[3], 24) && has(seven[3], 25) &&
+        (xcr0 >> 17 & 3) == 3 && tiles_granted()) {
         features |= QINS_CPU_AMX;
     }
 #endif

@@ -28,7 +28,7 @@ def last_level_cache_bytes() -> int:
 def rotation_bytes() -> int:
     """Return how much memory weights rotate through, so that no cache holds what comes next.
 
-    Twice a cache is not enough: victim caches that replace at random keep a part of what went round.
+    At least 256 MB: twice a cache of 32 MB is two layers, of which a cache that replaces at random keeps a part.
     """
     return max(2 * last_level_cache_bytes(), 256 << 20)
 
