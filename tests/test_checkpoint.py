@@ -392,11 +392,18 @@ def test_kill_and_resume(source, tmp_path):
             content = path.read_bytes(), path.stat().st_mtime_ns
             assert content[0] == expected[path.name]
             assert done.setdefault(path.name, content) == content
-        if out.exists() and "config.json" in tree(out):
-            break
-    if not (out / "config.json").exists():
-        quantize_checkpoint(source, out)
+        if out.exists() and tree(out) == expected:
+            return
+    quantize_checkpoint(source, out)
     assert tree(out) == expected
+
+
+def test_killed_before_the_first_file(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "qins-progress.json.tmp").write_text('{"finger')
+    quantize_checkpoint(source, out)
+    assert "config.json" in tree(out) and not list(out.glob("*progress*"))
 
 
 def test_another_conversion_is_not_resumed(source, tmp_path):

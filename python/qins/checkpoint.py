@@ -83,7 +83,7 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
                 f"{out}: holds an unfinished conversion of another source or with other settings; remove it, or give "
                 "another directory"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(p.name != begun.name + ".tmp" for p in out.iterdir()):  # begun, but not said yet
         raise FileExistsError(f"{out}: is not empty; nothing is overwritten")
     out.mkdir(parents=True, exist_ok=True)
     done = sum(p.stat().st_size for p in out.glob("*.safetensors"))
