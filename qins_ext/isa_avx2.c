@@ -193,6 +193,11 @@ WORD vi vi_round(vf x)
     vi r = {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
     return r;
 }
+WORD vf vf_of_ints(vi x)
+{
+    vf r = {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
+    return r;
+}
 
 /* A permutation takes three bits of each lane: `stored` is cut in three, and the sign goes with the last two bits. */
 #define GOLDEN_WORDS 1
@@ -262,14 +267,14 @@ typedef struct {
 } vw;
 
 /* Unpacking bytes to words works within 128-bit halves: 0-7 and 16-23, then 8-15 and 24-31. */
-#define X_ORDER_32(i)                                                                                               \
-    (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7, (i) + 16, (i) + 17, (i) + 18, (i) + 19,     \
-        (i) + 20, (i) + 21, (i) + 22, (i) + 23, (i) + 8, (i) + 9, (i) + 10, (i) + 11, (i) + 12, (i) + 13, (i) + 14, \
-        (i) + 15, (i) + 24, (i) + 25, (i) + 26, (i) + 27, (i) + 28, (i) + 29, (i) + 30, (i) + 31
-#define X_ORDER {X_ORDER_32(0), X_ORDER_32(32)}
+#define X_ORDER {0, 2, 1, 3, 4, 6, 5, 7}
 #define WORD_UNIT(t) ((t)->factor_unit)
+#define WORD_STEP 128
 #define LEAST_MU QINS_FACTORS_MU
 #define WORD_ROWS 1
+#define WORD_SETS 1
+#define FLOATS_FROM_WORDS SIZE_MAX
+#define FLOATS_FROM_FACTORS 25
 
 /* Low and high bytes of 16 words, each repeated in both halves. */
 WORD void split_words(const int16_t *word, __m256i *low, __m256i *high)
@@ -314,17 +319,29 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     return w;
 }
 
-/* Sums of products of 32 weights, four in each of eight lanes. */
-WORD __m256i vw_half(const __m256i *w, const int16_t *x)
+/* Adds products of 32 weights, four in each of eight lanes. */
+WORD __m256i add_half(__m256i sums, const __m256i *w, const int16_t *x)
 {
-    return _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256((const __m256i *)x)),
-                            _mm256_madd_epi16(w[1], _mm256_loadu_si256((const __m256i *)(x + 16))));
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w[0], _mm256_loadu_si256((const __m256i *)x)));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(w[1], _mm256_loadu_si256((const __m256i *)(x + 16))));
 }
 
-WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
 {
-    vf sums = {_mm256_cvtepi32_ps(vw_half(w.v, x)), _mm256_cvtepi32_ps(vw_half(w.v + 2, x + 32))};
-    return vf_fma(sums, scale, acc);
+    vi r = {add_half(sums.a, w->v, x), add_half(sums.b, w->v + 2, x + 32)};
+    return r;
+}
+
+/* Words of 32 codes are used up before those of the next are made, so that all fit the registers. */
+#define DECODE_AND_ADD
+WORD vi vw_decode_and_add(vi sums, const vt *t, const uint8_t *codes, const int16_t *x)
+{
+    __m256i w[2];
+    decode32(t, codes, w);
+    sums.a = add_half(sums.a, w, x);
+    decode32(t, codes + 32, w);
+    sums.b = add_half(sums.b, w, x + 32);
+    return sums;
 }
 
 #define FLOAT_ROWS 6

@@ -19,12 +19,13 @@ typedef struct {
     __m512i v[2];
 } vw;
 
-/* Unpacking bytes to words works within the four 128-bit parts: 0-7 of each, then 8-15 of each. */
-#define EIGHT(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
-#define X_ORDER {EIGHT(0), EIGHT(16), EIGHT(32), EIGHT(48), EIGHT(8), EIGHT(24), EIGHT(40), EIGHT(56)}
 #define WORD_UNIT(t) ((t)->factor_unit)
+#define WORD_STEP 128
 #define LEAST_MU QINS_FACTORS_MU
 #define WORD_ROWS 2
+#define WORD_SETS 1
+#define FLOATS_FROM_WORDS SIZE_MAX
+#define FLOATS_FROM_FACTORS 9
 
 /* Low and high bytes of 16 words, each repeated in all four parts. */
 WORD void split_words(const int16_t *word, __m512i *low, __m512i *high)
@@ -56,11 +57,10 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
              factors_to_words(_mm512_unpackhi_epi8(al, ah), _mm512_unpackhi_epi8(bl, bh), t->c)}};
     return w;
 }
-WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
 {
-    __m512i sums = _mm512_add_epi32(_mm512_madd_epi16(w.v[0], _mm512_loadu_si512(x)),
-                                    _mm512_madd_epi16(w.v[1], _mm512_loadu_si512(x + 32)));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, acc);
+    sums = _mm512_add_epi32(sums, _mm512_madd_epi16(w->v[0], _mm512_loadu_si512(x)));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(w->v[1], _mm512_loadu_si512(x + 32)));
 }
 
 #include "kernels.inc"

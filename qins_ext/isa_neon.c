@@ -152,6 +152,7 @@ WORD vf vf_set2(float a, float b) { EACH(vf, vdupq_n_f32(i < 2 ? a : b)); }
 WORD vf vf_fma(vf x, vf y, vf z) { EACH(vf, vfmaq_f32(z.val[i], x.val[i], y.val[i])); }
 WORD float vf_sum(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3]))); }
 WORD vi vi_round(vf x) { EACH(vi, AS_UINT(vcvtnq_s32_f32(x.val[i]))); }
+WORD vf vf_of_ints(vi x) { EACH(vf, vcvtq_f32_s32(AS_INT(x.val[i]))); }
 
 /* Magnitudes only, low bytes and high bytes apart; a table lookup reaches 64 entries. */
 typedef struct {
@@ -160,13 +161,14 @@ typedef struct {
 typedef struct {
     int16x8_t v[8];
 } vw;
-#define X_ORDER                                                                              \
-    {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, \
-     22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, \
-     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63}
+#define X_ORDER {0, 1, 2, 3, 4, 5, 6, 7}
 #define WORD_UNIT(t) ((t)->word_unit)
+#define WORD_STEP 64
 #define LEAST_MU 0.0f
 #define WORD_ROWS 1
+#define WORD_SETS 1
+#define FLOATS_FROM_WORDS 33
+#define FLOATS_FROM_FACTORS 9
 WORD vt vt_load(const qins_log8_words *t)
 {
     vt r;
@@ -200,18 +202,17 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     }
     return w;
 }
-WORD vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
 {
     QUARTERS
     {
-        int16x8_t x0 = vld1q_s16(x + 16 * i), x1 = vld1q_s16(x + 16 * i + 8);
-        int32x4_t sums = vmull_s16(vget_low_s16(w.v[2 * i]), vget_low_s16(x0));
-        sums = vmlal_high_s16(sums, w.v[2 * i], x0);
-        sums = vmlal_s16(sums, vget_low_s16(w.v[2 * i + 1]), vget_low_s16(x1));
-        sums = vmlal_high_s16(sums, w.v[2 * i + 1], x1);
-        acc.val[i] = vfmaq_f32(acc.val[i], vcvtq_f32_s32(sums), scale.val[i]);
+        int16x8_t w0 = w->v[2 * i], w1 = w->v[2 * i + 1], x0 = vld1q_s16(x + 16 * i), x1 = vld1q_s16(x + 16 * i + 8);
+        int32x4_t sum = vmlal_s16(AS_INT(sums.val[i]), vget_low_s16(w0), vget_low_s16(x0));
+        sum = vmlal_high_s16(sum, w0, x0);
+        sum = vmlal_s16(sum, vget_low_s16(w1), vget_low_s16(x1));
+        sums.val[i] = AS_UINT(vmlal_high_s16(sum, w1, x1));
     }
-    return acc;
+    return sums;
 }
 
 #define FLOAT_ROWS 6

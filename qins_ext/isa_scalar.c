@@ -160,18 +160,20 @@ QINS_ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { EACH(vf, a.v[i] * b.v[i] + c.v[
 QINS_ALWAYS_INLINE float vf_sum(vf a) { return sum_lanes(a.v); }
 /* Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low bits: |a| < 2^22 here. */
 QINS_ALWAYS_INLINE vi vi_round(vf a) { EACH(vi, to_bits(a.v[i] + 12582912.0f) - to_bits(12582912.0f)); }
+QINS_ALWAYS_INLINE vf vf_of_ints(vi a) { EACH(vf, (float)to_int(a.v[i])); }
 
 typedef const int16_t *vt;
 typedef struct {
     int16_t v[QINS_BLOCK];
 } vw;
-#define X_ORDER                                                                              \
-    {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, \
-     22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, \
-     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63}
+#define X_ORDER {0, 1, 2, 3, 4, 5, 6, 7}
 #define WORD_UNIT(t) ((t)->word_unit)
+#define WORD_STEP 64
 #define LEAST_MU 0.0f
 #define WORD_ROWS 1
+#define WORD_SETS 1
+#define FLOATS_FROM_WORDS 9
+#define FLOATS_FROM_FACTORS 9
 QINS_ALWAYS_INLINE vt vt_load(const qins_log8_words *t) { return t->word; }
 QINS_ALWAYS_INLINE vw vw_decode(const vt *table, const uint8_t *codes)
 {
@@ -181,17 +183,17 @@ QINS_ALWAYS_INLINE vw vw_decode(const vt *table, const uint8_t *codes)
     }
     return w;
 }
-QINS_ALWAYS_INLINE vf vw_dot(vf acc, vw w, const int16_t *x, vf scale)
+QINS_ALWAYS_INLINE vi vw_add(vi sums, const vw *w, const int16_t *x)
 {
     LANES
     {
-        int32_t sum = 0;
+        int32_t sum = to_int(sums.v[i]);
         for (int j = 4 * i; j < 4 * i + 4; j++) {
-            sum += (int32_t)w.v[j] * x[j];
+            sum += (int32_t)w->v[j] * x[j];
         }
-        acc.v[i] += (float)sum * scale.v[i];
+        sums.v[i] = (uint32_t)sum;
     }
-    return acc;
+    return sums;
 }
 
 #define FLOAT_ROWS 4

@@ -6,40 +6,54 @@
 #include "sizes.h"
 
 /* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
-enum { GRAIN = 32768, ROWS_AT_ONCE = 64 };
+enum { GRAIN = 32768, ROWS_AT_ONCE = QINS_WORD_ROWS, MOST_BATCH = 512, NEAR_BYTES = 40 << 10 };
 
 /* From how many rows of x on each way is the fastest. Measured: benchmarks/linear.py. */
-enum { TILES_FROM = 2, TILES_FROM_64 = 4, PANELS_FROM = 9, FLOATS_FROM_WORDS = 33 };
+enum { TILES_FROM = 2, TILES_FROM_64 = 4, PANELS_FROM = 9 };
 /* likewise for bfloat16 in an instruction set that has it */
 enum { HALVES_FROM_WORDS = 16, HALVES_FROM_TILES = 49 };
 
 /* -- tables of log8, by mu ---------------------------------------------------------------------- */
 
 /* mu comes from a grid of a few dozen values, so the tables of a model's layers fit a small cache.
- * Entries are made once and never freed; a second mu that falls on a taken entry is built anew. */
+ * Entries are made once and never freed; once all are taken, others are built anew by every call. */
 enum { CACHED = 256 };
 static _Atomic(const qins_log8_words *) cache[CACHED];
+
+/* NULL: no memory. */
+static const qins_log8_words *make_words(float mu)
+{
+    /* 64 more bytes to align by hand: aligned_alloc is not everywhere */
+    char *room = malloc(sizeof(qins_log8_words) + 64);
+    if (room == NULL) {
+        return NULL;
+    }
+    qins_log8_words *made = (qins_log8_words *)(void *)(room + (64 - (uintptr_t)room % 64));
+    qins_log8_words_build(made, mu);
+    made->room = room;
+    return made;
+}
 
 static const qins_log8_words *words_of(float mu, qins_log8_words *own)
 {
     uint32_t bits;
     memcpy(&bits, &mu, sizeof bits);
-    _Atomic(const qins_log8_words *) *slot = &cache[(bits * 2654435761u) >> 24];
-    const qins_log8_words *found = atomic_load(slot);
-    if (found == NULL) {
-        /* 64 more bytes to align by hand: aligned_alloc is not everywhere */
-        char *room = malloc(sizeof(qins_log8_words) + 64);
-        if (room != NULL) {
-            qins_log8_words *made = (qins_log8_words *)(void *)(room + (64 - (uintptr_t)room % 64));
-            qins_log8_words_build(made, mu);
+    for (uint32_t i = 0; i < CACHED; i++) {
+        _Atomic(const qins_log8_words *) *slot = &cache[(((bits * 2654435761u) >> 24) + i) % CACHED];
+        const qins_log8_words *found = atomic_load(slot);
+        if (found == NULL) {
+            const qins_log8_words *made = make_words(mu);
+            if (made == NULL) {
+                break;
+            }
             if (atomic_compare_exchange_strong(slot, &found, made)) {
                 return made;
             }
-            free(room);
+            free(made->room); /* another thread was faster */
         }
-    }
-    if (found != NULL && memcmp(&found->mu, &mu, sizeof mu) == 0) {
-        return found;
+        if (memcmp(&found->mu, &mu, sizeof mu) == 0) {
+            return found;
+        }
     }
     qins_log8_words_build(own, mu);
     return own;
@@ -55,9 +69,9 @@ typedef struct {
     method how;
     size_t batch, blocks, padded; /* padded: floats from one row of x, or of packed ones, to the next */
     const float *x;               /* batch x padded */
-    char *packed;       /* BY_WORDS: batch x blocks x 64 words; BY_BYTES, BY_TILES: see qins_single and qins_few */
-    float *fixed_scale; /* of what is packed */
-    size_t step;
+    char *packed;                 /* BY_WORDS: see qins_fixed; BY_BYTES, BY_TILES: see qins_single and qins_few */
+    float *fixed_scale;           /* of what is packed */
+    size_t step;                  /* columns of activations that share a scale */
     const qins_log8_words *words;
     qins_golden_factors factors;
     qins_decoder from; /* BY_FLOATS */
@@ -65,83 +79,106 @@ typedef struct {
     char *y;
 } product;
 
-/* Codes or a group_size that no kernel takes: decode a window, multiply, add up. */
-static void row_by_floats(const product *p, size_t row, size_t m, int batch, float *out)
+/* out += products of columns [k, k + n) of one row of codes with rows [m, m + batch) of x. */
+static void add_product(const product *p, size_t row, size_t k, size_t n, size_t ahead, size_t m, int batch, float *out)
 {
     const qins_codes *e = p->e;
     float window[QINS_WINDOW], part[QINS_BATCH];
-    memset(out, 0, (size_t)batch * sizeof *out);
-    for (size_t k = 0; k < e->cols; k += QINS_WINDOW) {
-        size_t n = e->cols - k < QINS_WINDOW ? e->cols - k : QINS_WINDOW;
+    if (p->how == BY_FACTORS) {
+        const size_t at = row * e->cols + k;
+        const int8_t *sign = e->codec == QINS_golden ? e->sign + at : NULL;
+        const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) + k / 8 : NULL;
+        const float *x = (const float *)(const void *)p->packed + m * p->padded + k;
+        p->kernels->dot_golden(e->codes + at, sign, bits, n, ahead, &p->factors, x, p->padded, batch, part);
+    } else { /* codes or a group_size that no kernel takes */
         qins_decode_span(&p->from, row, k, n, window);
         p->kernels->dot_f32(window, n, p->x + m * p->padded + k, p->padded, batch, part);
-        for (int i = 0; i < batch; i++) {
-            out[i] += part[i];
-        }
+    }
+    for (int i = 0; i < batch; i++) {
+        out[i] += part[i];
     }
 }
 
-static void rows_by_words(const product *p, size_t row, size_t rows, size_t m, int batch, float *out)
+/* results[i][b] times scale[i], of rows row + i of codes and m + b of x, to y. */
+static void store_results(const product *p, const float *results, const float *scale, size_t row, size_t rows, size_t m,
+                          size_t batch)
 {
-    const qins_codes *e = p->e;
-    const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * p->blocks * QINS_BLOCK,
-                          p->fixed_scale + m * p->blocks, p->blocks, batch};
-    p->kernels->dot_log8(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size, p->words, &x, out);
-    for (size_t i = 0; i < rows; i++) {
-        const float scale = float_at(e->scale, row + i);
-        for (int b = 0; b < batch; b++) {
-            *out++ *= scale;
+    float one[ROWS_AT_ONCE];
+    for (size_t b = 0; b < batch; b++) {
+        for (size_t i = 0; i < rows; i++) {
+            one[i] = results[i * batch + b] * scale[i];
         }
-    }
-}
-
-/* Products of one row of codes with rows [m, m + batch) of x. */
-static void row_product(const product *p, size_t row, size_t m, int batch, float *out)
-{
-    const qins_codes *e = p->e;
-    const uint8_t *codes = e->codes + row * e->cols;
-    if (p->how == BY_FACTORS) {
-        const int8_t *sign = e->codec == QINS_golden ? e->sign + row * e->cols : NULL;
-        const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) : NULL;
-        p->kernels->dot_golden(codes, sign, bits, e->cols, &p->factors,
-                               (const float *)(const void *)p->packed + m * p->padded, p->padded, batch, out);
-    } else {
-        row_by_floats(p, row, m, batch, out);
+        p->kernels->narrow[p->dtype](one, rows, p->y + ((m + b) * p->e->rows + row) * item_size(p->dtype));
     }
 }
 
 static void product_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
-    size_t size = item_size(p->dtype);
-    float results[ROWS_AT_ONCE * QINS_BATCH], one[ROWS_AT_ONCE];
+    float results[ROWS_AT_ONCE * QINS_BATCH], scale[ROWS_AT_ONCE];
+    /* some columns of all rows of codes at a time, so that activations stay in the first cache */
+    const size_t cols = p->e->cols, parts = least(p->batch, QINS_BATCH) * cols * sizeof(float) / NEAR_BYTES + 1;
+    const size_t span = least(ceil_div(ceil_div(cols, parts), QINS_BLOCK) * QINS_BLOCK, QINS_WINDOW);
+    for (size_t i = 0; i < ROWS_AT_ONCE; i++) {
+        scale[i] = 1.0f;
+    }
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
-        size_t rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
+        const size_t rows = least(end - row, ROWS_AT_ONCE);
         for (size_t m = 0; m < p->batch; m += QINS_BATCH) {
-            int batch = (int)(p->batch - m < QINS_BATCH ? p->batch - m : QINS_BATCH);
-            if (p->how == BY_WORDS) {
-                rows_by_words(p, row, rows, m, batch, results);
-            } else {
+            const size_t batch = least(p->batch - m, QINS_BATCH);
+            memset(results, 0, rows * batch * sizeof *results);
+            for (size_t k = 0; k < cols; k += span) {
+                const size_t n = least(span, cols - k);
                 for (size_t i = 0; i < rows; i++) {
-                    row_product(p, row + i, m, batch, results + i * (size_t)batch);
+                    add_product(p, row + i, k, n, qins_rows_ahead(span, cols), m, (int)batch, results + i * batch);
                 }
             }
-            for (size_t b = 0; b < (size_t)batch; b++) {
-                for (size_t i = 0; i < rows; i++) {
-                    one[i] = results[i * (size_t)batch + b];
-                }
-                p->kernels->narrow[p->dtype](one, rows, p->y + ((m + b) * p->e->rows + row) * size);
-            }
+            store_results(p, results, scale, row, rows, m, batch);
         }
+    }
+}
+
+static void product_words(void *context, size_t begin, size_t end)
+{
+    const product *p = context;
+    const qins_codes *e = p->e;
+    const size_t steps = ceil_div(e->cols, p->step);
+    float few[ROWS_AT_ONCE * QINS_BATCH], scale[ROWS_AT_ONCE], *results = few;
+    size_t most = QINS_BATCH; /* rows of x at a time: so many where there is no memory for more */
+    char *room = NULL;
+    if (p->batch > QINS_BATCH) {
+        room = qins_scratch_take(QINS_WORD_ROOM + p->batch * ROWS_AT_ONCE * sizeof *results);
+        most = room != NULL ? p->batch : QINS_BATCH;
+        results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;
+    }
+    for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
+        const size_t rows = least(end - row, ROWS_AT_ONCE);
+        for (size_t i = 0; i < rows; i++) {
+            scale[i] = float_at(e->scale, row + i);
+        }
+        for (size_t m = 0; m < p->batch; m += most) {
+            const size_t batch = least(p->batch - m, most);
+            const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * steps * p->step,
+                                  p->fixed_scale + m * steps, steps, (int)batch};
+            p->kernels->dot_log8(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size, p->words,
+                                 &x, room, results);
+            store_results(p, results, scale, row, rows, m, batch);
+        }
+    }
+    if (room != NULL) {
+        qins_scratch_give(room);
     }
 }
 
 static void fix_rows(void *context, size_t begin, size_t end)
 {
     product *p = context;
+    const size_t steps = ceil_div(p->e->cols, p->step);
     for (size_t m = begin; m < end; m++) {
-        int16_t *fixed = (int16_t *)(void *)p->packed + m * p->blocks * QINS_BLOCK;
-        p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, fixed, p->fixed_scale + m * p->blocks);
+        const size_t in_set = m % QINS_BATCH, set = m - in_set, next = least(p->batch - set, QINS_BATCH) * p->step;
+        int16_t *fixed = (int16_t *)(void *)p->packed + set * steps * p->step + in_set * p->step;
+        float *scale = p->fixed_scale + set * steps + in_set;
+        p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, p->step, fixed, next, scale);
     }
 }
 
@@ -238,7 +275,8 @@ static const qins_panels *choose_panels(const qins_kernels *k, method how, size_
     if (how == BY_TILES) {
         return batch > QINS_FEW ? k->planes : NULL;
     }
-    return batch >= (how == BY_WORDS ? FLOATS_FROM_WORDS : PANELS_FROM) ? k->floats : NULL;
+    size_t from = how == BY_WORDS ? k->floats_from_words : how == BY_FACTORS ? k->floats_from_factors : PANELS_FROM;
+    return batch >= from ? k->floats : NULL;
 }
 
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
@@ -257,13 +295,21 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         const qins_log8_words *words = by_words ? words_of(e->mu, &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
+    if (batch > MOST_BATCH) { /* bounds the memory for activations */
+        const size_t size = item_size(dtype), left = batch - MOST_BATCH;
+        const void *rest = (const char *)x + MOST_BATCH * e->cols * size;
+        return qins_linear(kernels, e, x, MOST_BATCH, dtype, y, threads) != 0
+                   ? -1
+                   : qins_linear(kernels, e, rest, left, dtype, (char *)y + MOST_BATCH * e->rows * size, threads);
+    }
     size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;
     size_t packed = 0, scales = 0; /* bytes, a multiple of 64; floats */
     p.step = scale_step(e);
     switch (p.how) {
     case BY_WORDS:
-        scales = batch * p.blocks;
-        packed = scales * QINS_BLOCK * sizeof(int16_t);
+        p.step = least(p.step, kernels->word_step);
+        scales = ceil_div(batch, QINS_BATCH) * QINS_BATCH * ceil_div(e->cols, p.step);
+        packed = batch * ceil_div(e->cols, p.step) * p.step * sizeof(int16_t);
         break;
     case BY_BYTES:
         scales = ceil_div(e->cols, p.step);
@@ -301,6 +347,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     case BY_WORDS:
         p.words = words_of(e->mu, &own);
         qins_parallel(batch, row_grain, threads, fix_rows, &p);
+        multiply = product_words;
         break;
     case BY_BYTES:
         p.words = words_of(e->mu, &own);

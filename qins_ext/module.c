@@ -433,12 +433,18 @@ static PyObject *isa(PyObject *module, PyObject *unused)
     return PyUnicode_FromString(atomic_load(&active)->name);
 }
 
-PyDoc_STRVAR(has_bf16_doc, "has_bf16()\n--\n\nWhether the instruction set in use has bfloat16 arithmetic.");
+PyDoc_STRVAR(has_bf16_doc,
+             "has_bf16(name, /)\n--\n\nWhether this instruction set runs here and has bfloat16 arithmetic.");
 
-static PyObject *has_bf16(PyObject *module, PyObject *unused)
+static PyObject *has_bf16(PyObject *module, PyObject *arg)
 {
-    (void)module, (void)unused;
-    return PyBool_FromLong(atomic_load(&active)->halves != NULL);
+    (void)module;
+    const char *name = PyUnicode_AsUTF8(arg);
+    if (name == NULL) {
+        return NULL;
+    }
+    const qins_kernels *k = qins_isa_find(name);
+    return PyBool_FromLong(k != NULL && k->halves != NULL);
 }
 
 PyDoc_STRVAR(set_isa_doc, "set_isa(name, /)\n--\n\nUse this instruction set from now on, in the whole process.");
@@ -493,7 +499,7 @@ static PyMethodDef methods[] = {
     {"levels", levels, METH_VARARGS, levels_doc},
     {"isas", isas, METH_NOARGS, isas_doc},
     {"isa", isa, METH_NOARGS, isa_doc},
-    {"has_bf16", has_bf16, METH_NOARGS, has_bf16_doc},
+    {"has_bf16", has_bf16, METH_O, has_bf16_doc},
     {"set_isa", set_isa, METH_O, set_isa_doc},
     {"set_fork_join", set_fork_join, METH_O, set_fork_join_doc},
     {NULL, NULL, 0, NULL},

@@ -62,10 +62,10 @@ typedef struct {
 } qins_golden_tables;
 
 /* The levels of one mu as 16-bit fixed point, for products. Kernels use the form that suits them:
- *   word[c]   = round(f(c & 127) * 32767), negated where c >= 128; its value is word / 32767
- *   f(16h + l) = (a[h] * b[l] - c) * unit, in units of 1/32767: a[h] with h = c >> 4 carries the sign,
- *   rounded products (a*b + 2^14) >> 15 give value * unit exactly enough only for mu >= QINS_FACTORS_MU
- *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
+ *   word[c]   = f(c & 127) * QINS_WORD_MAX, rounded so that the low byte is 0 only for 0; negated where c >= 128
+ *   f(16h + l) = (((a[h] * b[l] + 2^14) >> 15) - c) * factor_unit, of words up to QINS_WORD_MAX; a[h] with h = code >>
+ * 4 carries the sign. Exact enough only for mu >= QINS_FACTORS_MU 256 * plane_high[m] + plane_low[m] = f(m) *
+ * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
  */
 typedef struct {
     float mu;
@@ -80,8 +80,9 @@ typedef struct {
     int16_t c;
     float multiplier[256];        /* (group_scale + 1)/256 */
     float word_unit, factor_unit; /* what 1 stands for, in levels */
+    void *room;                   /* whoever allocated it keeps what is to be freed here */
 } qins_log8_words;
-#define QINS_FACTORS_MU 1.25f /* relative error of a product about 1.4e-4 there, growing as (1 + mu)/mu */
+#define QINS_FACTORS_MU 0.75f /* relative error of a product about 1e-4 there and less above, 1.6e-4 at 0.5 */
 
 /* golden's value(stored) = high[stored >> 4] * low[stored & 15]
  *                      = eighth[0][stored & 7] * eighth[1][stored >> 3 & 7] * eighth[2][stored >> 6],
@@ -92,18 +93,36 @@ typedef struct {
     QINS_ALIGNED(32) float eighth[3][8];
 } qins_golden_factors;
 
+/* How far ahead a streaming loop asks for memory, into the second cache. Measured: of one distance for each line, 5 to
+ * 7 KiB are the best, and requests for the first cache only get in their way. */
+enum { QINS_AHEAD = 6144 }; /* bytes */
+
+/* The same in loops that read only `cols` of `row` bytes before they go on to the next row: a multiple of rows. */
+static inline size_t qins_rows_ahead(size_t cols, size_t row)
+{
+    return cols < row && cols > 0 ? (QINS_AHEAD + cols - 1) / cols * row : QINS_AHEAD;
+}
+
 enum {
-    QINS_BLOCK = 64,   /* activations that share one fixed-point scale */
-    QINS_BATCH = 8,    /* most rows of activations that a kernel takes at once */
-    QINS_X_MAX = 16383 /* 4 * QINS_X_MAX * 32767 < 2^31: a block's sums fit 32 bits in every lane */
+    QINS_BLOCK = 64, /* codes that a kernel takes at once */
+    QINS_BATCH = 8,  /* most rows of activations that a kernel takes at once */
+    /* of codes that are decoded once for many rows of activations, into words of 2 bytes */
+    QINS_WORD_ROWS = 64,
+    QINS_WORD_COLS = 1024,
+    QINS_WORD_ROOM = 2 * QINS_WORD_ROWS * QINS_WORD_COLS,
+    /* Largest words of activations and of weights: 8 products of them, a step's sums in a lane, stay below 2^31. Where
+     * one of a step's activations is far larger than the others, these lose as much as the words of weights do. */
+    QINS_X_MAX = 23170,
+    QINS_WORD_MAX = 11585
 };
 
-/* Rows of activations, prepared for dot_log8: blocks of 64 in the order that the kernel reads. */
+/* Rows of activations in fixed point for dot_log8: sets of up to QINS_BATCH rows, one after the other. A set goes step
+ * by step, of each row `step` words: blocks of 64, in the order that the kernel reads. */
 typedef struct {
-    const int16_t *x;   /* batch x blocks x 64 */
-    const float *scale; /* batch x blocks */
-    size_t blocks;
-    int batch; /* 1 to QINS_BATCH */
+    const int16_t *x;
+    const float *scale; /* of a set QINS_BATCH for each step */
+    size_t steps;       /* a step: the kernel's word_step columns, or 64 where groups are no multiple of these */
+    int batch;          /* rows of all sets */
 } qins_fixed;
 
 /* Memory that a kernel asks for on its way, line by line: `lines` of each piece, pieces `jump` bytes from the end of
@@ -248,16 +267,22 @@ typedef struct {
                               int8_t *sign);
     void (*decode_golden_row)(const uint8_t *stored, const int8_t *sign, size_t n, float first, float step, float *out);
     /* Products. Sums depend on the instruction set, but not on how rows are grouped into calls. */
-    float least_mu; /* dot_log8 is exact enough from this mu on */
-    /* one row of n activations: fixed point in blocks of 64, the last padded with zeros */
-    void (*fix_activations)(const float *x, size_t n, int16_t *fixed, float *scale);
-    /* out[row][m] = sum over a row of f(codes) * group scale * x[m], batch to a row. group_scale: NULL, or that of all
-     * rows, for a group_size of 32 or a multiple of 64 */
+    float least_mu;                                /* dot_log8 is exact enough from this mu on */
+    size_t word_step;                              /* columns of activations that share a scale, see qins_fixed */
+    size_t floats_from_words, floats_from_factors; /* rows of activations from which on panels of floats are faster */
+    /* n activations, a row of a set: `next` words from one of its steps to the next, the last padded with zeros; its
+     * scales are QINS_BATCH apart */
+    void (*fix_activations)(const float *x, size_t n, size_t step, int16_t *fixed, size_t next, float *scale);
+    /* out[row][m] = sum over a row of f(codes) * group scale * x[m], batch to a row, with room for an even number of
+     * rows. group_scale: NULL, or that of all rows, for a group_size of 32 or a multiple of 64. room: QINS_WORD_ROOM
+     * bytes, aligned to 64, for at most QINS_WORD_ROWS rows of codes, so that many rows of activations find them
+     * decoded; or NULL */
     void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
-                     const qins_log8_words *t, const qins_fixed *x, float *out);
+                     const qins_log8_words *t, const qins_fixed *x, void *room, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with
-     * zeros to blocks of 64: elements 0, 4, 8 and so on of a block, then 1, 5, 9, then 2, then 3 */
-    void (*dot_golden)(const uint8_t *stored, const int8_t *sign, const uint8_t *sign_bits, size_t n,
+     * zeros to blocks of 64: elements 0, 4, 8 and so on of a block, then 1, 5, 9, then 2, then 3. ahead: bytes to what
+     * is asked for */
+    void (*dot_golden)(const uint8_t *stored, const int8_t *sign, const uint8_t *sign_bits, size_t n, size_t ahead,
                        const qins_golden_factors *t, const float *x, size_t stride, int batch, float *out);
     /* out[m] = sum of w * x[m] */
     void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);

@@ -258,7 +258,55 @@ void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
 
 /* -- products --------------------------------------------------------------------------------- */
 
-static int16_t fixed_point(double x) { return (int16_t)(x * 32767.0 + (x < 0.0 ? -0.5 : 0.5)); }
+static int16_t fixed_point(double x, double one) { return (int16_t)(x * one + (x < 0.0 ? -0.5 : 0.5)); }
+
+/* Factors of f in 16 bits: (1 + mu)^(m/127) is a[m / 16] * b[m % 16], and 1 is c. How well so few bits do depends on
+ * what 1 stands for, by luck of rounding: of many choices, the best is taken. It halves the error of a product. */
+static void build_factors(qins_log8_words *t, const float *level)
+{
+    enum { CHOICES = 128 };
+    double mu = (double)t->mu, step = log_1_plus(mu) / (QINS_LEVELS - 1), power[8], least = DBL_MAX;
+    double most = QINS_WORD_MAX * (1.0 + mu); /* where words of f are at most QINS_WORD_MAX, times mu */
+    most = mu > 0.0 && most < 32767.0 * mu ? most / mu : 32767.0;
+    memset(t->a, 0, sizeof t->a); /* all stays 0 for mu = 0 */
+    t->c = 0;
+    t->factor_unit = 0.0f;
+    for (int i = 0; i < 16; i++) {
+        t->b[i] = fixed_point(qins_exp(step * (i - 15)), 32767.0);
+    }
+    for (int h = 0; h < 8; h++) {
+        power[h] = qins_exp(step * (16 * h + 15 - (QINS_LEVELS - 1)));
+    }
+    for (int choice = 0; choice < CHOICES; choice++) {
+        const double one = most * (1.0 - 0.1 * choice / CHOICES);
+        const int16_t c = fixed_point(1.0 / (1.0 + mu), one);
+        int word[QINS_LEVELS], top = 0;
+        double of_level = 0.0, of_word = 0.0, error = 0.0;
+        for (int m = 0; m < QINS_LEVELS; m++) {
+            word[m] = ((fixed_point(power[m / 16], one) * t->b[m % 16] + (1 << 14)) >> 15) - c;
+            top = word[m] > top ? word[m] : top;
+            of_level += (double)word[m] * (double)level[m];
+            of_word += (double)word[m] * word[m];
+        }
+        if (top > QINS_WORD_MAX || of_word == 0.0) {
+            continue;
+        }
+        const double unit = of_level / of_word; /* by least squares */
+        for (int m = 0; m < QINS_LEVELS; m++) {
+            const double e = word[m] * unit - (double)level[m];
+            error += e * e;
+        }
+        if (error < least) {
+            least = error;
+            for (int i = 0; i < 16; i++) {
+                const int16_t a = fixed_point(power[i & 7], one);
+                t->a[i] = (int16_t)(i < 8 ? a : -a);
+            }
+            t->c = c;
+            t->factor_unit = (float)unit;
+        }
+    }
+}
 
 void qins_log8_words_build(qins_log8_words *t, float mu)
 {
@@ -266,13 +314,15 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
     qins_log8_levels(mu, level);
     t->mu = mu;
     for (int code = 0; code < 256; code++) {
-        int16_t w = fixed_point(code < 128 ? (double)level[code] : -(double)level[code - 128]);
+        int16_t w = fixed_point((double)level[code & 127], QINS_WORD_MAX);
+        w = (int16_t)(w + ((w & 255) == 0 && (code & 127) > 0)); /* see vw_decode of AVX-512 */
+        w = (int16_t)(code < 128 ? w : -w);
         t->word[code] = w;
         t->word_low[code] = (uint8_t)(uint16_t)w;
         t->word_high[code] = (uint8_t)((uint16_t)w >> 8);
         t->multiplier[code] = (float)(code + 1) / 256.0f;
     }
-    t->word_unit = 1.0f / 32767.0f;
+    t->word_unit = 1.0f / (float)QINS_WORD_MAX;
     for (int m = 0; m < QINS_LEVELS; m++) {
         t->plane[m] = level[m] * (float)QINS_PLANE_MAX;
         int word = (int)((double)level[m] * QINS_PLANE_MAX + 0.5);
@@ -282,15 +332,7 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
         t->plane_high[m] = (int8_t)((word - low) / 256);
     }
 
-    /* (1 + mu) f mu = (1 + mu)^(m/127) - 1; divided by 1 + mu all of it lies within 1 */
-    double growth = 1.0 + (double)mu, step = log_1_plus((double)mu) / (QINS_LEVELS - 1);
-    for (int i = 0; i < 16; i++) {
-        int16_t a = fixed_point(qins_exp(step * (16 * (i & 7) + 15 - (QINS_LEVELS - 1))));
-        t->a[i] = (int16_t)(i < 8 ? a : -a);
-        t->b[i] = fixed_point(qins_exp(step * (i - 15)));
-    }
-    t->c = fixed_point(1.0 / growth);
-    t->factor_unit = mu > 0.0f ? (float)(growth / (double)mu / 32767.0) : 0.0f;
+    build_factors(t, level);
 }
 
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max)

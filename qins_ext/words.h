@@ -13,16 +13,20 @@
  *           vi_load_u8 vi_store_u8 (low bytes)   vi_signs(mask): 0x80000000 where the mask's bit is set
  *           vi_sign_bytes(const int8_t *): 0x80000000 where negative
  *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
+ *           SUMS, if it has its own vf_sums(const vf *, int n, float *sums), those of n vectors
  *           vf_set2(a, b): a in lanes 0 to 7, b in the others
  *   golden  if GOLDEN_WORDS: 64 magnitudes with their signs, element 4j + k in byte k of lane j, and their values
  *           vg_load(const qins_golden_factors *)   vs_golden(stored, sign)   vs_log9(stored, sign_bits)
  *           vs_value(const vg *, const vs *, k): values of elements 4j + k in lane j; k is a literal
  *   words   64 weights of log8 as 16-bit fixed point, see qins_log8_words:
  *           vt_load(t)  vw_decode(const vt *, const uint8_t *codes)
- *           vw_dot(acc, vw, const int16_t *x, vf scale): acc + scale * (sums of products); lanes 0 to 7
- *           get elements 0 to 31, and x is in X_ORDER: x[i] belongs to element X_ORDER[i]
- *           WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
- *           WORD_ROWS: rows of weights whose sums with 8 rows of activations registers hold
+ *           vw_add(vi sums, const vw *, const int16_t *x): sums + products, four to a lane; lanes 0 to 7
+ *           get elements 0 to 31, and x is in X_ORDER: its eight i belongs to eight X_ORDER[i] of the elements
+ *           vf_of_ints(vi)     WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
+ *           WORD_STEP: columns whose sums fit 32 bits: 64 or, for words up to QINS_WORD_MAX, 128
+ *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations registers hold
+ *           WORD_SETS: up to so many sets of 8 rows of activations, decoding anew costs less than loading words
+ *           FLOATS_FROM_WORDS, FLOATS_FROM_FACTORS (golden's): rows of activations from which on float32 is faster
  *   panels  FLOAT_ROWS, FLOAT_PANELS: how many rows and panels of sums registers hold (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX's tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too
@@ -43,11 +47,8 @@
     memcpy(name, (src), (size_t)(n) * sizeof(type))
 #define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
 
-/* Asks for memory that a streaming loop will reach, into the second cache. Measured: of one distance for each line, 5
- * to 7 KiB are the best, and requests for the first cache only get in their way. The address may lie beyond the array:
- * prefetching never faults, but such a pointer must not be formed. */
-enum { PREFETCH_AHEAD = 6144 };
-#define AHEAD(p) ((uintptr_t)(p) + PREFETCH_AHEAD)
+/* The address may lie beyond the array: prefetching never faults, but such a pointer must not be formed. */
+#define AHEAD(p, bytes) ((const void *)((uintptr_t)(p) + (bytes)))
 
 static inline void fetch_lines(qins_fetch *f, size_t lines)
 {
@@ -73,3 +74,31 @@ static inline float sum_lanes(float *lane)
     }
     return lane[0];
 }
+
+/* A body for each number of rows of activations; CALL(n) is one for a constant n. */
+#define EACH_BATCH(n, CALL) \
+    switch (n) {            \
+    case 1:                 \
+        CALL(1);            \
+        break;              \
+    case 2:                 \
+        CALL(2);            \
+        break;              \
+    case 3:                 \
+        CALL(3);            \
+        break;              \
+    case 4:                 \
+        CALL(4);            \
+        break;              \
+    case 5:                 \
+        CALL(5);            \
+        break;              \
+    case 6:                 \
+        CALL(6);            \
+        break;              \
+    case 7:                 \
+        CALL(7);            \
+        break;              \
+    default:                \
+        CALL(8);            \
+    }

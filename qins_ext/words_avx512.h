@@ -1,4 +1,4 @@
-/* The vector words of AVX-512 but those for products of log8: 16 lanes are one register. */
+/* The vector words of AVX-512, most of those for products of log8 excepted: 16 lanes are one register. */
 typedef __m512 vf;
 typedef __m512i vi;
 /* 128 levels live in eight registers: four two-register permutations and three blends cost less
@@ -82,6 +82,7 @@ WORD vf vf_set2(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_s
 WORD vf vf_fma(vf x, vf y, vf z) { return _mm512_fmadd_ps(x, y, z); }
 WORD float vf_sum(vf x) { return _mm512_reduce_add_ps(x); }
 WORD vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
+WORD vf vf_of_ints(vi x) { return _mm512_cvtepi32_ps(x); }
 
 /* A permutation of two tables takes five bits of each lane: low bits of `stored`, above them the sign. */
 #define GOLDEN_WORDS 1
@@ -146,5 +147,34 @@ static FN void NAME(transpose)(const float *src, size_t src_stride, float *dst, 
         _mm512_storeu_ps(dst + (size_t)(4 + j) * dst_stride, _mm512_shuffle_f32x4(a, b, 0xdd));
         _mm512_storeu_ps(dst + (size_t)(8 + j) * dst_stride, _mm512_shuffle_f32x4(c, d, 0x88));
         _mm512_storeu_ps(dst + (size_t)(12 + j) * dst_stride, _mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+}
+
+/* Unpacking bytes to words works within the four 128-bit parts: 0-7 of each, then 8-15 of each. */
+#define X_ORDER {0, 2, 4, 6, 1, 3, 5, 7}
+
+/* Sums of pairs of lanes, of fours of them, of the eight and of all. */
+#define SUMS
+WORD __m512 sum_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+WORD __m512 sum_fours(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+WORD __m512 sum_parts(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+WORD void vf_sums(const vf *v, int n, float *sums)
+{
+    int i = 0;
+    for (; i + 16 <= n; i += 16, v += 16) {
+        __m512 four[4];
+        for (int j = 0; j < 4; j++) {
+            four[j] = sum_fours(sum_pairs(v[4 * j], v[4 * j + 1]), sum_pairs(v[4 * j + 2], v[4 * j + 3]));
+        }
+        _mm512_storeu_ps(sums + i, sum_parts(sum_parts(four[0], four[1]), sum_parts(four[2], four[3])));
+    }
+    for (; i < n; i++) {
+        sums[i] = vf_sum(*v++);
     }
 }

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from . import _core, _threads
+from ._isa import isas
 from ._threads import get_num_threads
 from ._torch import dtype_name
 from .array import SCALARS, array_names
@@ -42,14 +43,17 @@ def _borrow_scratch() -> Iterator[Tensor]:
 
 
 # Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
-# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. None: all, if the
-# core has bfloat16 arithmetic on this processor, else a few.
+# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. None: all, in an
+# instruction set that has bfloat16 arithmetic, else see below.
 _fused_rows: dict[torch.dtype, int | None] = {
     torch.float32: sys.maxsize,
     torch.bfloat16: None,
     torch.float16: sys.maxsize,
 }
-_FUSED_ROWS_BF16 = 32
+_BF16_ISAS = frozenset(name for name in isas() if _core.has_bf16(name))
+# torch's bfloat16 is fast on processors that have such instructions, and slower than float32 on other x86 ones; what it
+# is on others has not been measured.
+_FUSED_ROWS_BF16 = 256 if _BF16_ISAS else sys.maxsize if "avx2" in isas() else 32
 
 _CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
 _DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -58,7 +62,7 @@ _DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def _is_fused(dtype: torch.dtype, batch: int) -> bool:
     most = _fused_rows.get(dtype, 0)
     if most is None:
-        return batch <= _FUSED_ROWS_BF16 or _core.has_bf16()
+        return batch <= _FUSED_ROWS_BF16 or _core.isa() in _BF16_ISAS
     return batch <= most
 
 

@@ -247,15 +247,57 @@ static void feedback_at(const qins_kernels *k, size_t cols, int at_end)
 
 /* -- products -------------------------------------------------------------------------------------- */
 
+enum { MANY = 5 * QINS_BATCH + 3 }; /* more rows of activations than are multiplied without decoding once for all */
+
+/* Rows of activations, batch x n, as words; step: columns that share a scale. */
+static qins_fixed fixed_rows(const qins_kernels *k, const float *x, size_t n, int batch, size_t step, int at_end)
+{
+    static int16_t fixed[MANY * (MOST + 2 * QINS_BLOCK)];
+    static float scale[(MANY + QINS_BATCH) * (MOST / QINS_BLOCK + 1)];
+    const size_t steps = (n + step - 1) / step;
+    for (int m = 0; m < batch; m++) {
+        const int in_set = m % QINS_BATCH, set = m - in_set, rows = batch - set < QINS_BATCH ? batch - set : QINS_BATCH;
+        const float *row = place(in_f, x + (size_t)m * n, n * 4, at_end);
+        k->fix_activations(row, n, step, fixed + ((size_t)set * steps + (size_t)in_set) * step, (size_t)rows * step,
+                           scale + (size_t)set * steps + in_set);
+    }
+    return (qins_fixed){fixed, scale, steps, batch};
+}
+
 /* What fixed point may cost: half a step of the activations and 1e-4 of the largest level, a product. */
+static void check_dots(const qins_kernels *k, const float *x, const uint8_t *u, size_t rows, size_t n, int batch,
+                       size_t group_size, const uint8_t *group, int at_end, int decoded_once)
+{
+    static QINS_ALIGNED(64) uint8_t room[QINS_WORD_ROOM];
+    static qins_log8_words words;
+    float out[4 * MANY];
+    qins_log8_words_build(&words, log8.mu);
+    const size_t step = group_size % k->word_step == 0 ? k->word_step : QINS_BLOCK;
+    const size_t groups = group_size ? (n + group_size - 1) / group_size : 0;
+    const qins_fixed fixed = fixed_rows(k, x, n, batch, step, at_end);
+    k->dot_log8(u, rows, n, group, group_size, &words, &fixed, decoded_once ? room : NULL, out);
+    for (size_t row = 0; row < rows; row++, u += n) {
+        for (int m = 0; m < batch; m++) {
+            const size_t in_set = (size_t)m % QINS_BATCH, set = (size_t)m - in_set;
+            const float *scale = fixed.scale + set * fixed.steps + in_set;
+            double sum = 0.0, bound = 1e-30;
+            for (size_t i = 0; i < n; i++) {
+                double v = (double)x[(size_t)m * n + i];
+                double s = group ? (group[row * groups + i / group_size] + 1) / 256.0 : 1.0;
+                double f = (double)log8.level[u[i] & 127] * s;
+                sum += (u[i] & 128 ? -f : f) * v;
+                bound += 1e-4 * s * fabs(v) +
+                         f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX * (double)scale[i / step * QINS_BATCH];
+            }
+            check(fabs((double)out[row * (size_t)batch + (size_t)m] - sum) <= bound, "dot_log8", k->name, n,
+                  group_size);
+        }
+    }
+}
+
 static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_size, int at_end)
 {
-    static float x[QINS_BATCH * MOST];
-    static int16_t fixed[QINS_BATCH * (MOST + QINS_BLOCK)];
-    static float fixed_scale[QINS_BATCH * (MOST / QINS_BLOCK + 1)];
-    static qins_log8_words words;
-    size_t blocks = (n + QINS_BLOCK - 1) / QINS_BLOCK;
-    qins_log8_words_build(&words, log8.mu);
+    static float x[MANY * MOST];
     for (size_t i = 0; i < n * (size_t)batch; i++) {
         x[i] = normal() * (i % 97 == 5 ? 50000.0f : 50.0f);
     }
@@ -263,28 +305,25 @@ static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_siz
     const size_t rows = n <= 200 ? 1 + n % 3 : 1, groups = group_size ? (n + group_size - 1) / group_size : 0;
     const uint8_t *u = place(in_u, codes, rows * n, at_end);
     const uint8_t *group = group_size ? place(in_v, more, rows * groups, at_end) : NULL;
-    for (int m = 0; m < batch; m++) {
-        const float *row = place(in_f, x + (size_t)m * n, n * 4, at_end);
-        k->fix_activations(row, n, fixed + (size_t)m * blocks * QINS_BLOCK, fixed_scale + (size_t)m * blocks);
+    for (int decoded_once = 0; decoded_once < (batch > QINS_BATCH ? 2 : 1); decoded_once++) {
+        check_dots(k, x, u, rows, n, batch, group_size, group, at_end, decoded_once);
     }
-    qins_fixed fx = {fixed, fixed_scale, blocks, batch};
-    float out[3 * QINS_BATCH];
-    k->dot_log8(u, rows, n, group, group_size, &words, &fx, out);
-    for (size_t row = 0; row < rows; row++, u += n) {
-        for (int m = 0; m < batch; m++) {
-            double sum = 0.0, bound = 1e-30;
-            for (size_t i = 0; i < n; i++) {
-                double v = (double)x[(size_t)m * n + i];
-                double s = group ? (more[row * groups + i / group_size] + 1) / 256.0 : 1.0;
-                double f = (double)log8.level[u[i] & 127] * s;
-                sum += (u[i] & 128 ? -f : f) * v;
-                bound += 1e-4 * s * fabs(v) + f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX *
-                                                  (double)fixed_scale[(size_t)m * blocks + i / QINS_BLOCK];
-            }
-            check(fabs((double)out[row * (size_t)batch + (size_t)m] - sum) <= bound, "dot_log8", k->name, n,
-                  group_size);
+}
+
+/* Every product as large as it can be, and all of one sign. */
+static void largest_dots(const qins_kernels *k, int batch, size_t group_size)
+{
+    enum { N = 320 };
+    static float x[MANY * N];
+    uint8_t u[N], group[N / 32];
+    for (size_t i = 0; i < N; i++) {
+        u[i] = i % 3 == 0 ? 0xff : 0x7f;
+        for (size_t m = 0; m < (size_t)batch; m++) {
+            x[m * N + i] = i % 3 == 0 ? -2.0f : 2.0f;
         }
     }
+    memset(group, 255, sizeof group);
+    check_dots(k, x, u, 1, N, batch, group_size, group_size ? group : NULL, 0, 1);
 }
 
 static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end)
@@ -309,8 +348,8 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
     const int8_t *sign = place(in_v, more, n, at_end);
     const uint8_t *bits = place(out_d, more, (n + 7) / 8, at_end);
     float by_sign[QINS_BATCH], by_bits[QINS_BATCH], plain[QINS_BATCH];
-    k->dot_golden(u, sign, NULL, n, &factors, rows, stride, batch, by_sign);
-    k->dot_golden(u, NULL, bits, n, &factors, rows, stride, batch, by_bits);
+    k->dot_golden(u, sign, NULL, n, QINS_AHEAD, &factors, rows, stride, batch, by_sign);
+    k->dot_golden(u, NULL, bits, n, QINS_AHEAD, &factors, rows, stride, batch, by_bits);
     rows = place(in_f, x, n * (size_t)batch * 4, at_end);
     const float *w = place(out_c, weights_small, n * 4, at_end);
     k->dot_f32(w, n, rows, n, batch, plain);
@@ -336,16 +375,25 @@ static void dots(const qins_kernels *k)
     static const size_t LENGTH[] = {0,  1,   2,   7,   15,  16,  17,  31,  32,  33,  63,  64,  65,   95,   96,
                                     97, 127, 128, 129, 130, 160, 191, 192, 193, 255, 256, 576, 1000, 1536, 4097};
     static const size_t GROUP[] = {0, 32, 64, 128, 192, 4096, 8192};
-    for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
-        for (int batch = 1; batch <= QINS_BATCH; batch++) {
-            for (int at_end = 0; at_end < 2; at_end++) {
-                for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
-                    dots_at(k, LENGTH[i], batch, GROUP[g], at_end);
-                }
-                if (LENGTH[i] <= 1000) {
-                    float_dots_at(k, LENGTH[i], batch, at_end);
-                }
+    for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
+        for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
+            for (int batch = 1; batch <= QINS_BATCH; batch++) {
+                dots_at(k, LENGTH[i], batch, GROUP[g], 0);
+                dots_at(k, LENGTH[i], batch, GROUP[g], 1);
             }
+            if (i % 3 == 2) {
+                dots_at(k, LENGTH[i], QINS_BATCH + 1, GROUP[g], 1);
+                dots_at(k, LENGTH[i], MANY, GROUP[g], 0);
+            }
+        }
+        for (int batch = 1; batch <= MANY; batch += 3) {
+            largest_dots(k, batch, GROUP[g]);
+        }
+    }
+    for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH && LENGTH[i] <= 1000; i++) {
+        for (int batch = 1; batch <= QINS_BATCH; batch++) {
+            float_dots_at(k, LENGTH[i], batch, 0);
+            float_dots_at(k, LENGTH[i], batch, 1);
         }
     }
     /* tiny and huge activations keep their precision; NaN and infinity make their row NaN, and no other */
@@ -358,7 +406,7 @@ static void dots(const qins_kernels *k)
             x[i] = (float)(i + 1) * SCALES[s];
             exact += (double)x[i];
         }
-        k->fix_activations(x, QINS_BLOCK, fixed, &scale);
+        k->fix_activations(x, QINS_BLOCK, QINS_BLOCK, fixed, QINS_BLOCK, &scale);
         for (int i = 0; i < QINS_BLOCK; i++) {
             sum += fixed[i] * (double)scale;
         }
@@ -366,19 +414,15 @@ static void dots(const qins_kernels *k)
     }
     static const float BAD[] = {NAN, INFINITY, -INFINITY};
     for (int b = 0; b < 3; b++) {
-        float x[2][100], out[2];
-        int16_t fixed[2 * 128];
-        float scale[4];
+        float x[2][100], out[4];
         static qins_log8_words words;
         qins_log8_words_build(&words, 2.5f);
         for (int i = 0; i < 100; i++) {
             x[0][i] = x[1][i] = 1.0f;
         }
         x[0][77] = BAD[b];
-        k->fix_activations(x[0], 100, fixed, scale);
-        k->fix_activations(x[1], 100, fixed + 128, scale + 2);
-        qins_fixed fx = {fixed, scale, 2, 2};
-        k->dot_log8(codes, 1, 100, NULL, 0, &words, &fx, out);
+        const qins_fixed fixed = fixed_rows(k, x[0], 100, 2, k->word_step, 0);
+        k->dot_log8(codes, 1, 100, NULL, 0, &words, &fixed, NULL, out);
         check(isnan(out[0]) && isfinite(out[1]), "not finite activations", k->name, (size_t)b, 0);
     }
 }
