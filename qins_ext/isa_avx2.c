@@ -274,6 +274,7 @@ typedef struct {
 #define WORD_ROWS 1
 #define WORD_SETS 1
 #define FLOATS_FROM_WORDS SIZE_MAX
+#define FLOATS_FROM_BLOCKS SIZE_MAX
 #define FLOATS_FROM_FACTORS 25
 
 /* Low and high bytes of 16 words, each repeated in both halves. */

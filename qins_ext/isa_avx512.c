@@ -25,6 +25,7 @@ typedef struct {
 #define WORD_ROWS 2
 #define WORD_SETS 1
 #define FLOATS_FROM_WORDS SIZE_MAX
+#define FLOATS_FROM_BLOCKS SIZE_MAX
 #define FLOATS_FROM_FACTORS 9
 
 /* Low and high bytes of 16 words, each repeated in all four parts. */

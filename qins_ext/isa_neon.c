@@ -168,6 +168,7 @@ typedef struct {
 #define WORD_ROWS 1
 #define WORD_SETS 1
 #define FLOATS_FROM_WORDS 33
+#define FLOATS_FROM_BLOCKS 33
 #define FLOATS_FROM_FACTORS 9
 WORD vt vt_load(const qins_log8_words *t)
 {

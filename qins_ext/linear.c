@@ -151,8 +151,9 @@ static void product_words(void *context, size_t begin, size_t end)
         most = room != NULL ? p->batch : QINS_BATCH;
         results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;
     }
-    for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
-        const size_t rows = least(end - row, ROWS_AT_ONCE);
+    const size_t blocks = ceil_div(end - begin, ROWS_AT_ONCE), at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
+    for (size_t row = begin; row < end; row += at_once) {
+        const size_t rows = least(end - row, at_once);
         for (size_t i = 0; i < rows; i++) {
             scale[i] = float_at(e->scale, row + i);
         }
@@ -266,7 +267,8 @@ static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
 }
 
 /* The form for `batch` rows of x, or NULL where `how` is faster. */
-static const qins_panels *choose_panels(const qins_kernels *k, method how, size_t batch, qins_dtype dtype)
+static const qins_panels *choose_panels(const qins_kernels *k, const qins_codes *e, method how, size_t batch,
+                                        qins_dtype dtype)
 {
     if (k->halves != NULL && dtype == QINS_BF16) {
         size_t from = how == BY_TILES ? HALVES_FROM_TILES : how == BY_WORDS ? HALVES_FROM_WORDS : PANELS_FROM;
@@ -275,7 +277,10 @@ static const qins_panels *choose_panels(const qins_kernels *k, method how, size_
     if (how == BY_TILES) {
         return batch > QINS_FEW ? k->planes : NULL;
     }
-    size_t from = how == BY_WORDS ? k->floats_from_words : how == BY_FACTORS ? k->floats_from_factors : PANELS_FROM;
+    size_t from = how == BY_FACTORS ? k->floats_from_factors : PANELS_FROM;
+    if (how == BY_WORDS) {
+        from = e->group_size % k->word_step == 0 ? k->floats_from_words : k->floats_from_blocks;
+    }
     return batch >= from ? k->floats : NULL;
 }
 
@@ -289,7 +294,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     if (batch == 0 || e->rows == 0) {
         return 0;
     }
-    const qins_panels *form = choose_panels(kernels, p.how, batch, dtype);
+    const qins_panels *form = choose_panels(kernels, e, p.how, batch, dtype);
     if (form != NULL) {
         const int by_words = form != kernels->floats && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
         const qins_log8_words *words = by_words ? words_of(e->mu, &own) : NULL;

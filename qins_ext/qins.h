@@ -267,9 +267,11 @@ typedef struct {
                               int8_t *sign);
     void (*decode_golden_row)(const uint8_t *stored, const int8_t *sign, size_t n, float first, float step, float *out);
     /* Products. Sums depend on the instruction set, but not on how rows are grouped into calls. */
-    float least_mu;                                /* dot_log8 is exact enough from this mu on */
-    size_t word_step;                              /* columns of activations that share a scale, see qins_fixed */
-    size_t floats_from_words, floats_from_factors; /* rows of activations from which on panels of floats are faster */
+    float least_mu;   /* dot_log8 is exact enough from this mu on */
+    size_t word_step; /* columns of activations that share a scale, see qins_fixed */
+    /* rows of activations from which on panels of floats are faster: than words in steps of word_step and of 64
+     * columns, and than golden's factors */
+    size_t floats_from_words, floats_from_blocks, floats_from_factors;
     /* n activations, a row of a set: `next` words from one of its steps to the next, the last padded with zeros; its
      * scales are QINS_BATCH apart */
     void (*fix_activations)(const float *x, size_t n, size_t step, int16_t *fixed, size_t next, float *scale);

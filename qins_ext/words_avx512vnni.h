@@ -15,6 +15,7 @@ typedef struct {
 #define WORD_ROWS 2
 #define WORD_SETS 4
 #define FLOATS_FROM_WORDS SIZE_MAX
+#define FLOATS_FROM_BLOCKS 49
 #define FLOATS_FROM_FACTORS 9
 #define BYTES 1
 
