@@ -69,9 +69,12 @@ typedef struct {
     method how;
     size_t batch, blocks, padded; /* padded: floats from one row of x, or of packed ones, to the next */
     const float *x;               /* batch x padded */
-    char *packed;                 /* BY_WORDS: see qins_fixed; BY_BYTES, BY_TILES: see qins_single and qins_few */
-    float *fixed_scale;           /* of what is packed */
-    size_t step;                  /* columns of activations that share a scale */
+    float *rest;                  /* room for x without outliers, which may be x; NULL: threads take a row's */
+    qins_outliers *outliers;      /* of each row of x, in fixed point */
+    atomic_int_least32_t failed;
+    char *packed;       /* BY_WORDS: see qins_fixed; BY_BYTES, BY_TILES: see qins_single and qins_few */
+    float *fixed_scale; /* of what is packed */
+    size_t step;        /* columns of activations that share a scale */
     const qins_log8_words *words;
     qins_golden_factors factors;
     qins_decoder from; /* BY_FLOATS */
@@ -104,9 +107,14 @@ static void store_results(const product *p, const float *results, const float *s
                           size_t batch)
 {
     float one[ROWS_AT_ONCE];
+    qins_columns columns;
+    qins_start_columns(&columns, row, rows);
     for (size_t b = 0; b < batch; b++) {
         for (size_t i = 0; i < rows; i++) {
             one[i] = results[i * batch + b] * scale[i];
+        }
+        if (p->outliers != NULL) {
+            qins_add_outliers(p->e, p->words, &p->outliers[m + b], &columns, one);
         }
         p->kernels->narrow[p->dtype](one, rows, p->y + ((m + b) * p->e->rows + row) * item_size(p->dtype));
     }
@@ -171,15 +179,31 @@ static void product_words(void *context, size_t begin, size_t end)
     }
 }
 
+/* Row m of x without its outliers: x, or where it has some, `rest`. */
+static const float *take_outliers(const product *p, size_t m, float *rest)
+{
+    const float *x = p->x + m * p->padded;
+    return qins_take_outliers(p->kernels, x, p->e->cols, rest, &p->outliers[m]) ? rest : x;
+}
+
 static void fix_rows(void *context, size_t begin, size_t end)
 {
     product *p = context;
     const size_t steps = ceil_div(p->e->cols, p->step);
+    float *room = p->rest == NULL ? qins_scratch_take(p->padded * sizeof *room) : NULL;
+    if (p->rest == NULL && room == NULL) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
     for (size_t m = begin; m < end; m++) {
         const size_t in_set = m % QINS_BATCH, set = m - in_set, next = least(p->batch - set, QINS_BATCH) * p->step;
         int16_t *fixed = (int16_t *)(void *)p->packed + set * steps * p->step + in_set * p->step;
         float *scale = p->fixed_scale + set * steps + in_set;
-        p->kernels->fix_activations(p->x + m * p->padded, p->e->cols, p->step, fixed, next, scale);
+        const float *x = take_outliers(p, m, room != NULL ? room : p->rest + m * p->padded);
+        p->kernels->fix_activations(x, p->e->cols, p->step, fixed, next, scale);
+    }
+    if (room != NULL) {
+        qins_scratch_give(room);
     }
 }
 
@@ -200,11 +224,24 @@ static void quarter_rows(void *context, size_t begin, size_t end)
     }
 }
 
+/* All rows, so that those without outliers are beside the others. */
+static void copy_rows(void *context, size_t begin, size_t end)
+{
+    const product *p = context;
+    for (size_t m = begin; m < end; m++) {
+        float *rest = p->rest + m * p->padded;
+        const float *x = take_outliers(p, m, rest);
+        if (x != rest) {
+            memcpy(rest, x, p->e->cols * sizeof *x);
+        }
+    }
+}
+
 static void pack_steps(void *context, size_t begin, size_t end)
 {
     product *p = context;
     size_t from = begin * p->step, to = least(end * p->step, p->e->cols), panels = qins_few_panels(p->batch);
-    p->kernels->few->pack(p->x + from, p->padded, (int)p->batch, to - from, p->step,
+    p->kernels->few->pack(p->rest + from, p->padded, (int)p->batch, to - from, p->step,
                           p->packed + from * panels * qins_few_lanes(p->batch),
                           p->fixed_scale + begin * panels * QINS_PANEL);
 }
@@ -214,14 +251,14 @@ static void product_single(void *context, size_t begin, size_t end)
     const product *p = context;
     const qins_codes *e = p->e;
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
-        float out[ROWS_AT_ONCE];
+        float out[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
         const size_t rows = least(end - row, ROWS_AT_ONCE);
         p->kernels->single->multiply(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size,
                                      p->words, p->packed, p->fixed_scale, p->step, out);
         for (size_t i = 0; i < rows; i++) {
-            out[i] *= float_at(e->scale, row + i);
+            scale[i] = float_at(e->scale, row + i);
         }
-        p->kernels->narrow[p->dtype](out, rows, p->y + row * item_size(p->dtype));
+        store_results(p, out, scale, row, rows, 0, 1);
     }
 }
 
@@ -241,7 +278,10 @@ static void product_blocks(void *context, size_t begin, size_t end)
         const uint8_t *codes = e->codes + row * e->cols, *next = codes + (block + 1 < end ? QINS_PANEL * e->cols : 0);
         p->kernels->few->multiply(codes, rows, e->cols, scale, group_row(e, row), e->group_size, p->words, p->packed,
                                   p->fixed_scale, p->step, (int)p->batch, next, out);
+        qins_columns columns;
+        qins_start_columns(&columns, row, rows);
         for (size_t m = 0; m < p->batch; m++) {
+            qins_add_outliers(e, p->words, &p->outliers[m], &columns, out[m]);
             p->kernels->narrow[p->dtype](out[m], rows, p->y + (m * e->rows + row) * size);
         }
     }
@@ -289,6 +329,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
 {
     product p = {.kernels = kernels, .e = e, .how = choose(kernels, e, batch), .batch = batch, .dtype = dtype, .y = y};
     qins_log8_words own;
+    atomic_init(&p.failed, 0);
     p.blocks = ceil_div(e->cols, QINS_BLOCK);
     p.padded = e->cols;
     if (batch == 0 || e->rows == 0) {
@@ -307,8 +348,11 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
                    ? -1
                    : qins_linear(kernels, e, rest, left, dtype, (char *)y + MOST_BATCH * e->rows * size, threads);
     }
-    size_t floats = dtype == QINS_F32 ? 0 : ceil_div(batch * e->cols * sizeof(float), 64) * 64;
-    size_t packed = 0, scales = 0; /* bytes, a multiple of 64; floats */
+    const int fixed = p.how == BY_WORDS || p.how == BY_BYTES || p.how == BY_TILES;
+    const int copied = dtype != QINS_F32 || p.how == BY_BYTES || p.how == BY_TILES;
+    /* bytes, multiples of 64; scales: floats */
+    size_t floats = copied ? ceil_div(batch * e->cols * sizeof(float), 64) * 64 : 0;
+    size_t outliers = fixed ? ceil_div(batch * sizeof(qins_outliers), 64) * 64 : 0, packed = 0, scales = 0;
     p.step = scale_step(e);
     switch (p.how) {
     case BY_WORDS:
@@ -331,18 +375,24 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     case BY_FLOATS:
         break;
     }
-    size_t all = floats + packed + scales * sizeof(float);
+    size_t all = floats + outliers + packed + scales * sizeof(float);
     char *room = all > 0 ? qins_scratch_take(all) : NULL;
     if (all > 0 && room == NULL) {
         return -1;
     }
     p.x = x;
-    if (floats > 0) {
-        kernels->widen[dtype](x, batch * e->cols, (float *)(void *)room);
-        p.x = (const float *)(const void *)room;
+    if (copied) {
+        p.rest = (float *)(void *)room;
+    }
+    if (dtype != QINS_F32) {
+        kernels->widen[dtype](x, batch * e->cols, p.rest);
+        p.x = p.rest;
+    }
+    if (fixed) {
+        p.outliers = (qins_outliers *)(void *)(room + floats);
     }
     if (packed > 0) {
-        p.packed = room + floats;
+        p.packed = room + floats + outliers;
         p.fixed_scale = (float *)(void *)(p.packed + packed);
     }
     const size_t row_grain = ceil_div(GRAIN, e->cols + 1);
@@ -356,11 +406,12 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         break;
     case BY_BYTES:
         p.words = words_of(e->mu, &own);
-        kernels->single->pack(p.x, e->cols, p.step, p.packed, p.fixed_scale);
+        kernels->single->pack(take_outliers(&p, 0, p.rest), e->cols, p.step, p.packed, p.fixed_scale);
         multiply = product_single;
         break;
     case BY_TILES:
         p.words = words_of(e->mu, &own);
+        qins_parallel(batch, row_grain, threads, copy_rows, &p);
         qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
         multiply = product_blocks;
         at_once = QINS_PANEL;
@@ -373,11 +424,14 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         qins_decoder_init(&p.from, kernels, e);
         break;
     }
-    qins_parallel(ceil_div(e->rows, at_once), ceil_div(GRAIN, at_once * e->cols * batch + 1), threads, multiply, &p);
+    if (atomic_load(&p.failed) == 0) {
+        qins_parallel(ceil_div(e->rows, at_once), ceil_div(GRAIN, at_once * e->cols * batch + 1), threads, multiply,
+                      &p);
+    }
     if (room != NULL) {
         qins_scratch_give(room);
     }
-    return 0;
+    return atomic_load(&p.failed) == 0 ? 0 : -1;
 }
 
 /* -- a plain read, for comparison ---------------------------------------------------------------- */

@@ -432,6 +432,27 @@ int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_
 int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,
                        const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
                        int threads);
+/* outliers.c: activations that products of log8 leave to float32 ------------------------------------ */
+enum { QINS_OUTLIERS = 32, QINS_COLUMNS = 16 };
+/* Those of one row of activations. */
+typedef struct {
+    uint32_t count, col[QINS_OUTLIERS];
+    float value[QINS_OUTLIERS];
+} qins_outliers;
+/* Whether the n activations at x have some; then `rest` (which may be x) is x with zeros in their place. */
+int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *rest, qins_outliers *o);
+/* Weights of some rows of codes in the columns that were asked for last. */
+typedef struct {
+    size_t row, rows, decoded; /* decoded: columns, those that were replaced included */
+    uint32_t col[QINS_COLUMNS];
+    float weight[QINS_COLUMNS][QINS_WORD_ROWS];
+} qins_columns;
+/* Those of rows [row, row + rows), at most QINS_WORD_ROWS. */
+void qins_start_columns(qins_columns *c, size_t row, size_t rows);
+/* y[i] += product of row i of the columns' rows of codes and the outliers. */
+void qins_add_outliers(const qins_codes *e, const qins_log8_words *t, const qins_outliers *o, qins_columns *c,
+                       float *y);
+
 /* linear.c: reads an array with all threads, as fast as this instruction set does. */
 void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
 

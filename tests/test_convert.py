@@ -137,6 +137,7 @@ def test_meta_model():
     assert report.converted[0].bytes_after == 20 * 300 + 20 * 3 + 4 * 20 + 4
 
 
+@pytest.mark.once
 def test_resident_memory_shrinks():
     """A process that holds the converted model is smaller than one that holds the float model, by the codes' saving.
 

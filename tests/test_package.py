@@ -118,6 +118,7 @@ def test_help():
     assert "model" in command("demo", "--help").stdout
 
 
+@pytest.mark.once
 def test_user_errors_are_one_line(tmp_path):
     run = command("demo", "--model", str(tmp_path / "nothing"), HF_HUB_OFFLINE="1")
     assert run.returncode == 1
@@ -128,6 +129,7 @@ def test_user_errors_are_one_line(tmp_path):
     assert "codec: expected one of" in run.stderr
 
 
+@pytest.mark.once
 def test_demo(tmp_path):
     picture = tmp_path / "picture.png"
     run = command("demo", "--tokens", "64", "--json", "--picture", str(picture))
@@ -142,6 +144,7 @@ def test_demo(tmp_path):
     assert min(result["tokens_per_second"].values()) > 0
 
 
+@pytest.mark.once
 def test_bench():
     run = command("bench", "--shape", "64x96", "--rows", "1", "--rows", "20", "--seconds", "0.01", "--json")
     assert run.returncode == 0, run.stderr
@@ -154,6 +157,7 @@ def test_bench():
     assert "shape: expected OUTxIN" in wrong.stderr
 
 
+@pytest.mark.once
 def test_names_are_not_shadowed_by_modules():
     """Importing any submodule must not replace a public function of the package."""
     run = python(

@@ -30,6 +30,7 @@ def layers(model):
     return {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("codec", "group", "least"),
     [("golden", None, 37.4), ("log8", None, 43.6), ("log8", 128, 45.0), ("log8", 64, 45.7), ("log8", 32, 46.5)],
@@ -98,6 +99,28 @@ def test_fused_and_decoded_paths_agree(loaded, ids):
         ops._fused_rows.update(before)
     fused, decoded = results
     assert (decoded.exp() * (decoded - fused)).sum(-1).mean() < 1e-5
+
+
+@pytest.mark.parametrize("group", [None, 128])
+def test_products_of_real_activations(loaded, ids, group):
+    """Every layer, against float64; some activations of the first token are a thousand times the others."""
+    seen = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
+        for name, module in layers(loaded[0]).items()
+    ]
+    with torch.no_grad():
+        loaded[0](ids[:, :40])
+    for hook in hooks:
+        hook.remove()
+    model = copy.deepcopy(loaded[0])
+    qins.convert(model, "log8", group_size=group)
+    for name, x in seen.items():
+        layer = model.get_submodule(name)
+        exact = x.double() @ layer.weight.double().T
+        for rows in (slice(0, 1), slice(1, 2), slice(0, 8), slice(0, 40)):
+            error = (layer(x[rows]) - exact[rows]).norm() / exact[rows].norm()
+            assert error < 2e-4, (name, rows)
 
 
 def test_a_shuffled_layer_is_noticed(loaded, ids):
