@@ -24,19 +24,11 @@ static size_t cache_row(const caching *p, size_t item)
     return item / p->tokens * p->c->room + p->start + item % p->tokens;
 }
 
-static float from_pattern(int32_t i)
-{
-    float x;
-    memcpy(&x, &i, sizeof x);
-    return x;
-}
-
-static float from_bfloat16(uint16_t h) { return from_pattern((int32_t)((uint32_t)h << 16)); }
+static float from_bfloat16(uint16_t h) { return from_bits32((int32_t)((uint32_t)h << 16)); }
 
 static uint16_t to_bfloat16(float x) /* finite */
 {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
+    const uint32_t u = (uint32_t)bits32(x);
     uint32_t rounded = u + 0x7fffu + (u >> 16 & 1u);
     return (uint16_t)((rounded < 0x7f800000u ? rounded : u) >> 16); /* never up to infinity */
 }
@@ -52,17 +44,17 @@ static void golden_row(const caching *p, const float *w, size_t row)
     float log_min = -10.0f, log_max = 0.0f; /* the seed's range of a tensor of zeros */
     double range = 0.0;
     if (r.lo <= r.hi) {
-        log_min = (float)qins_log((double)from_pattern(r.lo));
-        log_max = (float)qins_log((double)from_pattern(r.hi));
+        log_min = (float)qins_log((double)from_bits32(r.lo));
+        log_max = (float)qins_log((double)from_bits32(r.hi));
         range = (double)log_max - (double)log_min;
         log_max = range < 1e-8 ? log_min : log_max;
     }
     /* Near the largest magnitude logarithms of ratios to it are the more exact; a wide range would send them out of
      * the normal numbers. */
     int ratios = range < 80.0;
-    float inverse = ratios && range > 0.0 ? 1.0f / from_pattern(r.hi) : 1.0f;
+    float inverse = ratios && range > 0.0 ? 1.0f / from_bits32(r.hi) : 1.0f;
     double slope = range < 1e-8 ? 0.0 : 254.0 / range;
-    double offset = (ratios && range > 0.0 ? qins_log((double)from_pattern(r.hi)) : 0.0) - (double)log_min;
+    double offset = (ratios && range > 0.0 ? qins_log((double)from_bits32(r.hi)) : 0.0) - (double)log_min;
     p->kernels->encode_golden_row(w, n, inverse, (float)slope, (float)(255.0 - slope * offset), stored,
                                   c->sign + row * n);
     if (range < 1e-8) {
@@ -132,7 +124,7 @@ static void encode_rows(void *context, size_t begin, size_t end)
         if (p->c->codec == QINS_golden) {
             golden_row(p, w, cache_row(p, i));
         } else {
-            log8_row(p, w, from_pattern(most), cache_row(p, i));
+            log8_row(p, w, from_bits32(most), cache_row(p, i));
         }
     }
     if (wide != NULL) {

@@ -7,20 +7,6 @@
 /* A part handed to a thread has at least this many elements: about 20 microseconds of work. */
 enum { GRAIN = 32768 };
 
-static int32_t bits32(float x)
-{
-    int32_t i;
-    memcpy(&i, &x, sizeof i);
-    return i;
-}
-
-static float from_bits32(int32_t i)
-{
-    float x;
-    memcpy(&x, &i, sizeof x);
-    return x;
-}
-
 static const int32_t INFINITY_BITS = 0x7f800000;
 
 /* -- reading any matrix as float32 ------------------------------------------------------------ */

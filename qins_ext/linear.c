@@ -36,8 +36,7 @@ static const qins_log8_words *make_words(float mu)
 
 static const qins_log8_words *words_of(float mu, qins_log8_words *own)
 {
-    uint32_t bits;
-    memcpy(&bits, &mu, sizeof bits);
+    const uint32_t bits = (uint32_t)bits32(mu);
     for (uint32_t i = 0; i < CACHED; i++) {
         _Atomic(const qins_log8_words *) *slot = &cache[(((bits * 2654435761u) >> 24) + i) % CACHED];
         const qins_log8_words *found = atomic_load(slot);
@@ -102,18 +101,22 @@ static void add_product(const product *p, size_t row, size_t k, size_t n, size_t
     }
 }
 
-/* results[i][b] times scale[i], of rows row + i of codes and m + b of x, to y. */
-static void store_results(const product *p, const float *results, const float *scale, size_t row, size_t rows, size_t m,
-                          size_t batch)
+/* results[i][b], of rows row + i of codes and m + b of x, to y; in fixed point times the rows' scales, and with the
+ * outliers' products. */
+static void store_results(const product *p, const float *results, size_t row, size_t rows, size_t m, size_t batch)
 {
-    float one[ROWS_AT_ONCE];
+    const int fixed = p->outliers != NULL;
+    float one[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
     qins_columns columns;
     qins_start_columns(&columns, row, rows);
+    for (size_t i = 0; i < rows; i++) {
+        scale[i] = fixed ? float_at(p->e->scale, row + i) : 1.0f;
+    }
     for (size_t b = 0; b < batch; b++) {
         for (size_t i = 0; i < rows; i++) {
             one[i] = results[i * batch + b] * scale[i];
         }
-        if (p->outliers != NULL) {
+        if (fixed) {
             qins_add_outliers(p->e, p->words, &p->outliers[m + b], &columns, one);
         }
         p->kernels->narrow[p->dtype](one, rows, p->y + ((m + b) * p->e->rows + row) * item_size(p->dtype));
@@ -123,13 +126,10 @@ static void store_results(const product *p, const float *results, const float *s
 static void product_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
-    float results[ROWS_AT_ONCE * QINS_BATCH], scale[ROWS_AT_ONCE];
+    float results[ROWS_AT_ONCE * QINS_BATCH];
     /* some columns of all rows of codes at a time, so that activations stay in the first cache */
     const size_t cols = p->e->cols, parts = least(p->batch, QINS_BATCH) * cols * sizeof(float) / NEAR_BYTES + 1;
     const size_t span = least(ceil_div(ceil_div(cols, parts), QINS_BLOCK) * QINS_BLOCK, QINS_WINDOW);
-    for (size_t i = 0; i < ROWS_AT_ONCE; i++) {
-        scale[i] = 1.0f;
-    }
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
         const size_t rows = least(end - row, ROWS_AT_ONCE);
         for (size_t m = 0; m < p->batch; m += QINS_BATCH) {
@@ -141,7 +141,7 @@ static void product_rows(void *context, size_t begin, size_t end)
                     add_product(p, row + i, k, n, qins_rows_ahead(span, cols), m, (int)batch, results + i * batch);
                 }
             }
-            store_results(p, results, scale, row, rows, m, batch);
+            store_results(p, results, row, rows, m, batch);
         }
     }
 }
@@ -151,7 +151,7 @@ static void product_words(void *context, size_t begin, size_t end)
     const product *p = context;
     const qins_codes *e = p->e;
     const size_t steps = ceil_div(e->cols, p->step);
-    float few[ROWS_AT_ONCE * QINS_BATCH], scale[ROWS_AT_ONCE], *results = few;
+    float few[ROWS_AT_ONCE * QINS_BATCH], *results = few;
     size_t most = QINS_BATCH; /* rows of x at a time: so many where there is no memory for more */
     char *room = NULL;
     if (p->batch > QINS_BATCH) {
@@ -162,16 +162,13 @@ static void product_words(void *context, size_t begin, size_t end)
     const size_t blocks = ceil_div(end - begin, ROWS_AT_ONCE), at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
     for (size_t row = begin; row < end; row += at_once) {
         const size_t rows = least(end - row, at_once);
-        for (size_t i = 0; i < rows; i++) {
-            scale[i] = float_at(e->scale, row + i);
-        }
         for (size_t m = 0; m < p->batch; m += most) {
             const size_t batch = least(p->batch - m, most);
             const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * steps * p->step,
                                   p->fixed_scale + m * steps, steps, (int)batch};
             p->kernels->dot_log8(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size, p->words,
                                  &x, room, results);
-            store_results(p, results, scale, row, rows, m, batch);
+            store_results(p, results, row, rows, m, batch);
         }
     }
     if (room != NULL) {
@@ -251,14 +248,11 @@ static void product_single(void *context, size_t begin, size_t end)
     const product *p = context;
     const qins_codes *e = p->e;
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
-        float out[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
+        float out[ROWS_AT_ONCE];
         const size_t rows = least(end - row, ROWS_AT_ONCE);
         p->kernels->single->multiply(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size,
                                      p->words, p->packed, p->fixed_scale, p->step, out);
-        for (size_t i = 0; i < rows; i++) {
-            scale[i] = float_at(e->scale, row + i);
-        }
-        store_results(p, out, scale, row, rows, 0, 1);
+        store_results(p, out, row, rows, 0, 1);
     }
 }
 

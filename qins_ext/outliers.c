@@ -11,21 +11,13 @@
  * SmolLM2-135M: 0.9 a row, and the largest relative error of a row's products falls from 1.1e-3 to 2.2e-4 (AVX2). */
 static const float OUTLIER = 10.0f;
 
-static float largest(const qins_kernels *k, const float *x, size_t n)
-{
-    const int32_t bits = k->absmax(x, n);
-    float most;
-    memcpy(&most, &bits, sizeof most);
-    return most;
-}
-
 int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *rest, qins_outliers *o)
 {
     const float share = OUTLIER * OUTLIER / ((float)n + OUTLIER * OUTLIER);
     o->count = 0;
     while (o->count < QINS_OUTLIERS) {
         const float *left = o->count > 0 ? rest : x;
-        float most = largest(k, left, n), energy;
+        float most = from_bits32(k->absmax(left, n)), energy;
         k->dot_f32(left, n, left, n, 1, &energy);
         const float limit = share * energy; /* a^2 > OUTLIER^2 (energy - a^2)/n, without the difference */
         if (!(most * most > limit)) {       /* nor where something is not a number */
@@ -36,7 +28,7 @@ int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *r
         }
         for (size_t b = 0; b < n; b += QINS_BLOCK) {
             const size_t end = least(b + QINS_BLOCK, n);
-            most = largest(k, rest + b, end - b);
+            most = from_bits32(k->absmax(rest + b, end - b));
             for (size_t i = b; most * most > limit && i < end && o->count < QINS_OUTLIERS; i++) {
                 if (rest[i] * rest[i] > limit) {
                     o->col[o->count] = (uint32_t)i;
@@ -60,12 +52,9 @@ static void decode_column(const qins_codes *e, const qins_log8_words *t, const q
                           float *weight)
 {
     for (size_t i = 0; i < c->rows; i++) {
-        const uint8_t code = e->codes[(c->row + i) * e->cols + col], *group = group_row(e, c->row + i);
-        float scale = float_at(e->scale, c->row + i) * (1.0f / QINS_PLANE_MAX);
-        if (group != NULL) {
-            scale *= t->multiplier[group[col / e->group_size]];
-        }
-        const float signs[2] = {scale, -scale}; /* a branch would be mispredicted every other time */
+        const uint8_t code = e->codes[(c->row + i) * e->cols + col];
+        const float unit = plane_unit(e, t, c->row + i, col);
+        const float signs[2] = {unit, -unit}; /* a branch would be mispredicted every other time */
         weight[i] = signs[code >> 7] * t->plane[code & 127];
     }
 }

@@ -71,10 +71,8 @@ static void pack_panels(void *context, size_t begin, size_t end)
 /* What one step in a word of a row's weights stands for, for each `step` columns from k on. */
 static void word_factors(const panels *p, size_t row, size_t k, size_t steps, float *factor)
 {
-    const uint8_t *group = group_row(p->e, row);
-    float scale = float_at(p->e->scale, row) * (1.0f / QINS_PLANE_MAX);
     for (size_t s = 0; s < steps; s++) {
-        factor[s] = group != NULL ? scale * p->words->multiplier[group[(k + s * p->step) / p->e->group_size]] : scale;
+        factor[s] = plane_unit(p->e, p->words, row, k + s * p->step);
     }
 }
 

@@ -62,10 +62,12 @@ typedef struct {
 } qins_golden_tables;
 
 /* The levels of one mu as 16-bit fixed point, for products. Kernels use the form that suits them:
- *   word[c]   = f(c & 127) * QINS_WORD_MAX, rounded so that the low byte is 0 only for 0; negated where c >= 128
- *   f(16h + l) = (((a[h] * b[l] + 2^14) >> 15) - c) * factor_unit, of words up to QINS_WORD_MAX; a[h] with h = code >>
- * 4 carries the sign. Exact enough only for mu >= QINS_FACTORS_MU 256 * plane_high[m] + plane_low[m] = f(m) *
- * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
+ *   word[c] = f(c & 127) * QINS_WORD_MAX, rounded so that the low byte is 0 only for 0; negated where c >= 128
+ *
+ *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
+ *
+ *   f(16h + l) = (((a[h] * b[l] + 2^14) >> 15) - c) * factor_unit, of words up to QINS_WORD_MAX, where a[h] with
+ *   h = code >> 4 carries the sign; exact enough only for mu >= QINS_FACTORS_MU
  */
 typedef struct {
     float mu;
@@ -432,6 +434,9 @@ int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_
 int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,
                        const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
                        int threads);
+/* linear.c: reads an array with all threads, as fast as this instruction set does. */
+void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
+
 /* outliers.c: activations that products of log8 leave to float32 ------------------------------------ */
 enum { QINS_OUTLIERS = 32, QINS_COLUMNS = 16 };
 /* Those of one row of activations. */
@@ -452,8 +457,5 @@ void qins_start_columns(qins_columns *c, size_t row, size_t rows);
 /* y[i] += product of row i of the columns' rows of codes and the outliers. */
 void qins_add_outliers(const qins_codes *e, const qins_log8_words *t, const qins_outliers *o, qins_columns *c,
                        float *y);
-
-/* linear.c: reads an array with all threads, as fast as this instruction set does. */
-void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
 
 #endif

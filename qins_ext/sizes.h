@@ -1,4 +1,4 @@
-/* Small arithmetic that the drivers of whole matrices share. */
+/* Small arithmetic that files of the core share. */
 #ifndef QINS_SIZES_H
 #define QINS_SIZES_H
 
@@ -8,6 +8,20 @@
 
 static inline size_t ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+static inline int32_t bits32(float x)
+{
+    int32_t i;
+    memcpy(&i, &x, sizeof i);
+    return i;
+}
+
+static inline float from_bits32(int32_t i)
+{
+    float x;
+    memcpy(&x, &i, sizeof x);
+    return x;
+}
 
 /* Arrays that come from mapped files may be unaligned, so floats in them go through memcpy. */
 static inline float float_at(const float *p, size_t i)
@@ -33,6 +47,14 @@ static inline size_t scale_step(const qins_codes *e)
 static inline const uint8_t *group_row(const qins_codes *e, size_t row)
 {
     return e->group_size > 0 ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
+}
+
+/* What 1 of log8's planes stands for in a row of codes at column k. */
+static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)
+{
+    const float scale = float_at(e->scale, row) * (1.0f / QINS_PLANE_MAX);
+    const uint8_t *group = group_row(e, row);
+    return group != NULL ? scale * t->multiplier[group[k / e->group_size]] : scale;
 }
 
 #endif

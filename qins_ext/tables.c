@@ -4,7 +4,7 @@
  * platform; libm's log and exp may differ in the last bit and are not used. */
 #include <string.h>
 
-#include "qins.h"
+#include "sizes.h"
 
 static uint64_t bits64(double x)
 {
@@ -17,20 +17,6 @@ static double from_bits64(uint64_t u)
 {
     double x;
     memcpy(&x, &u, sizeof x);
-    return x;
-}
-
-static int32_t bits32(float x)
-{
-    int32_t i;
-    memcpy(&i, &x, sizeof i);
-    return i;
-}
-
-static float from_bits32(int32_t i)
-{
-    float x;
-    memcpy(&x, &i, sizeof x);
     return x;
 }
 
@@ -265,7 +251,7 @@ static int16_t fixed_point(double x, double one) { return (int16_t)(x * one + (x
 static void build_factors(qins_log8_words *t, const float *level)
 {
     enum { CHOICES = 128 };
-    double mu = (double)t->mu, step = log_1_plus(mu) / (QINS_LEVELS - 1), power[8], least = DBL_MAX;
+    double mu = (double)t->mu, step = log_1_plus(mu) / (QINS_LEVELS - 1), power[8], smallest = DBL_MAX;
     double most = QINS_WORD_MAX * (1.0 + mu); /* where words of f are at most QINS_WORD_MAX, times mu */
     most = mu > 0.0 && most < 32767.0 * mu ? most / mu : 32767.0;
     memset(t->a, 0, sizeof t->a); /* all stays 0 for mu = 0 */
@@ -296,8 +282,8 @@ static void build_factors(qins_log8_words *t, const float *level)
             const double e = word[m] * unit - (double)level[m];
             error += e * e;
         }
-        if (error < least) {
-            least = error;
+        if (error < smallest) {
+            smallest = error;
             for (int i = 0; i < 16; i++) {
                 const int16_t a = fixed_point(power[i & 7], one);
                 t->a[i] = (int16_t)(i < 8 ? a : -a);

@@ -431,6 +431,15 @@ static void dots(const qins_kernels *k)
 
 /* -- whole products ------------------------------------------------------------------------------- */
 
+static double exact_product(const float *w, const float *x, size_t n)
+{
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)w[i] * (double)x[i];
+    }
+    return sum;
+}
+
 /* Codes of every kind with some scales; the arrays end where their pages end. */
 static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t group_size, float mu)
 {
@@ -501,10 +510,7 @@ static void product_at(const qins_kernels *k, const qins_codes *e, size_t batch,
             size_of += v * v * mean_square * (double)e->rows;
         }
         for (size_t i = 0; i < e->rows; i++) {
-            double sum = 0.0;
-            for (size_t j = 0; j < e->cols; j++) {
-                sum += (double)w[i * e->cols + j] * (double)x[m * e->cols + j];
-            }
+            const double sum = exact_product(w + i * e->cols, x + m * e->cols, e->cols);
             double d = (double)y[m * e->rows + i] - sum;
             error += d * d;
             rounding += dtype == QINS_F32 ? 0.0 : sum * sum / 65536.0;
@@ -626,11 +632,8 @@ static void outliers_at(const qins_kernels *k, size_t batch, size_t group_size, 
     for (size_t m = 0; m < batch; m++) {
         double error = 0.0, size = 0.0;
         for (size_t i = 0; i < ROWS; i++) {
-            double sum = 0.0;
-            for (size_t j = 0; j < COLS; j++) {
-                sum += (double)w[i * COLS + j] * (double)x[m * COLS + j];
-            }
-            error += ((double)y[m * ROWS + i] - sum) * ((double)y[m * ROWS + i] - sum);
+            const double sum = exact_product(w + i * COLS, x + m * COLS, COLS), d = (double)y[m * ROWS + i] - sum;
+            error += d * d;
             size += sum * sum;
         }
         const double limit = dtype == QINS_F32 ? (m % 5 == 4 ? 4e-4 : 4e-5) : 5e-4;
