@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _autoload as _autoload
+import _qins_autoload
+
 from . import rational
+from ._extras import naming_extras
 from ._isa import isa, isas, use_isa
 from ._threads import get_num_threads, set_num_threads
 from .array import EncodedArray, decode, encode, matmul
@@ -95,12 +97,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'qins' has no attribute {name!r}")
     import importlib
 
-    from . import _torch  # noqa: F401 - says which extra is missing where torch is
-
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    with naming_extras():
+        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
+
+
+_qins_autoload.install()

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ._extras import naming_extras
+
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
@@ -230,7 +232,8 @@ def _add_file(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _read_safetensors(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
-    from safetensors import SafetensorError, safe_open
+    with naming_extras():
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as f:
@@ -321,10 +324,8 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
 
 
 def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
-    try:
+    with naming_extras():
         import gguf
-    except ImportError as e:
-        raise ImportError("reading GGUF files needs gguf: pip install 'qins[hf]'") from e
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(24)

@@ -1,7 +1,7 @@
 """transformers: quantising while a model loads, loading and saving codes.
 
 `qins.QinsConfig` is the quantization_config; transformers finds the quantizer under quant_method "qins" once this
-module is imported, which `import qins` sees to (see _autoload.py).
+module is imported, which torch or `import qins` sees to (see _qins_autoload.py).
 """
 
 from __future__ import annotations

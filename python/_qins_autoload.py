@@ -1,0 +1,109 @@
+"""Registers qins with transformers and PEFT as soon as they are imported, without importing either.
+
+transformers has no entry point for quantizers: for a quant_method that it does not know, it warns and goes on with
+random weights. torch has one (group `torch.backends`, since 2.5): it calls `install` at the end of `import torch`, so
+that a checkpoint of codes loads in any program of an environment that qins is installed in. `import qins` calls it as
+well, for torch 2.4 and for TORCH_DEVICE_BACKEND_AUTOLOAD=0.
+
+This module is outside the package: importing anything inside it would import NumPy and the extension, in programs that
+may never need them. It must not fail either, since torch turns an exception here into one of `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_QUANTIZERS = "transformers.quantizers.auto"
+# A module of theirs, and the one of ours that is to be imported after it.
+_AFTER = {
+    _QUANTIZERS: "qins.hf",
+    "peft.tuners.lora.config": "qins._peft",
+    # imported after the quantizers: the next chance, where torch was first imported by them
+    "transformers.modeling_utils": "qins.hf",
+}
+
+
+def _register(theirs: str) -> None:
+    """Import our module; where that is impossible, see to it that codes are refused and all else works."""
+    try:
+        importlib.import_module(_AFTER[theirs])
+    except Exception as e:
+        if theirs.startswith("transformers"):
+            _refuse_codes(e)
+        else:
+            warnings.warn(f"qins: {theirs.partition('.')[0]} cannot use layers of codes: {e}", stacklevel=2)
+
+
+def _refuse_codes(error: Exception) -> None:
+    """Register a quantization config that only raises: without one, codes would be replaced by random weights."""
+
+    class Unusable:
+        @classmethod
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            raise ImportError(
+                f"the checkpoint's weights are codes of qins, which cannot be used here: {error}"
+            ) from error
+
+    known = sys.modules[_QUANTIZERS].__dict__
+    known["AUTO_QUANTIZATION_CONFIG_MAPPING"].setdefault("qins", Unusable)
+    known["AUTO_QUANTIZER_MAPPING"].setdefault("qins", Unusable)
+
+
+class _Loader(importlib.abc.Loader):
+    """Another loader, and then our registration."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register(module.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a loader offers, such as the module's source."""
+        return getattr(self.loader, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Steps in for one module, once."""
+
+    def __init__(self, theirs: str) -> None:
+        self.theirs = theirs
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.theirs:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether a module has been imported, to its end."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+def install() -> None:
+    """Register now where their module is loaded, else when it is."""
+    waiting = {f.theirs for f in sys.meta_path if isinstance(f, _Finder)}
+    for theirs in _AFTER:
+        if _is_loaded(theirs):
+            _register(theirs)
+        elif theirs not in sys.modules and theirs not in waiting:
+            sys.meta_path.insert(0, _Finder(theirs))
