@@ -13,6 +13,8 @@ try:
 except ImportError:  # pragma: no cover - depends on the environment
     sys.exit("the qins command needs typer and rich: pip install 'qins[cli]'")
 
+from ._extras import naming_extras, require
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -35,6 +37,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Quantise a real language model and compare it with its float original."""
+    require("torch", "transformers", "matplotlib")
     from .demo import run
 
     size: int | str | None = "default" if group_size is None else group_size or None
@@ -86,7 +89,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
-    from . import _torch  # noqa: F401 - says which extra is missing where torch is
     from .inspection import inspect as look
 
     report = look(path, against, histograms=histogram)
@@ -177,7 +179,7 @@ def evaluate(
     calibrated, 'calibrated to N bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
     'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'.
     """
-    from . import _torch  # noqa: F401 - says which extra is missing where torch is
+    require("torch", "transformers", *(["matplotlib", "jinja2"] if report is not None else []))
     from . import evaluation as ev
     from .models import read_text
     from .peers import PEERS
@@ -267,7 +269,8 @@ def chat(
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
     try:
-        app()
+        with naming_extras():
+            app()
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         Console(stderr=True).print(f"[red]error:[/] {e}", highlight=False)
         sys.exit(1)
