@@ -1,10 +1,10 @@
-/* Arguments from Python, for module.c. All return 0, or -1 with an exception set. */
+/* What the files of the glue share. Checks of arguments return 0, or -1 with an exception set. */
 #ifndef QINS_ARGS_H
 #define QINS_ARGS_H
 
 #include <Python.h>
 
-/* One table of NumPy's functions for both files; module.c fills it. */
+/* One table of NumPy's functions for all files; module.c fills it. */
 #define PY_ARRAY_UNIQUE_SYMBOL qins_numpy_api
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <numpy/arrayobject.h>
@@ -38,5 +38,13 @@ int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays);
 /* A codec's scalars, in the order of qins.array.SCALARS. */
 int qins_read_scalars(qins_codes *e, PyObject *scalars);
 int qins_check_group_size(Py_ssize_t group_size);
+
+/* module.c: the instruction set in use, and the tables of log8 in KV caches */
+const qins_kernels *qins_active(void);
+extern qins_log8_tables qins_cache_tables;
+/* Work shorter than this, in elements, is done with the GIL held: releasing it costs more. */
+enum { QINS_RELEASE_GIL_ABOVE = 4096 };
+/* module_codes.c, module_products.c: functions of the module */
+extern PyMethodDef qins_code_methods[], qins_product_methods[];
 
 #endif

@@ -273,9 +273,6 @@ typedef struct {
 #define LEAST_MU QINS_FACTORS_MU
 #define WORD_ROWS 1
 #define WORD_SETS 1
-#define FLOATS_FROM_WORDS SIZE_MAX
-#define FLOATS_FROM_BLOCKS SIZE_MAX
-#define FLOATS_FROM_FACTORS 25
 
 /* Low and high bytes of 16 words, each repeated in both halves. */
 WORD void split_words(const int16_t *word, __m256i *low, __m256i *high)

@@ -24,9 +24,6 @@ typedef struct {
 #define LEAST_MU QINS_FACTORS_MU
 #define WORD_ROWS 2
 #define WORD_SETS 1
-#define FLOATS_FROM_WORDS SIZE_MAX
-#define FLOATS_FROM_BLOCKS SIZE_MAX
-#define FLOATS_FROM_FACTORS 9
 
 /* Low and high bytes of 16 words, each repeated in all four parts. */
 WORD void split_words(const int16_t *word, __m512i *low, __m512i *high)

@@ -167,9 +167,6 @@ typedef struct {
 #define LEAST_MU 0.0f
 #define WORD_ROWS 1
 #define WORD_SETS 1
-#define FLOATS_FROM_WORDS 33
-#define FLOATS_FROM_BLOCKS 33
-#define FLOATS_FROM_FACTORS 9
 WORD vt vt_load(const qins_log8_words *t)
 {
     vt r;

@@ -172,9 +172,6 @@ typedef struct {
 #define LEAST_MU 0.0f
 #define WORD_ROWS 1
 #define WORD_SETS 1
-#define FLOATS_FROM_WORDS 9
-#define FLOATS_FROM_BLOCKS 9
-#define FLOATS_FROM_FACTORS 9
 QINS_ALWAYS_INLINE vt vt_load(const qins_log8_words *t) { return t->word; }
 QINS_ALWAYS_INLINE vw vw_decode(const vt *table, const uint8_t *codes)
 {

@@ -1,82 +1,29 @@
 /* y = x W^T straight from the codes, for a few rows of x: rows of codes shared among threads. */
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "sizes.h"
+#include "ways.h"
 
 /* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
 enum { GRAIN = 32768, ROWS_AT_ONCE = QINS_WORD_ROWS, MOST_BATCH = 512, NEAR_BYTES = 40 << 10 };
 
-/* From how many rows of x on each way is the fastest. Measured: benchmarks/linear.py. */
-enum { TILES_FROM = 2, TILES_FROM_64 = 4, PANELS_FROM = 9 };
-/* likewise for bfloat16 in an instruction set that has it */
-enum { HALVES_FROM_WORDS = 16, HALVES_FROM_TILES = 49 };
-
-/* -- tables of log8, by mu ---------------------------------------------------------------------- */
-
-/* mu comes from a grid of a few dozen values, so the tables of a model's layers fit a small cache.
- * Entries are made once and never freed; once all are taken, others are built anew by every call. */
-enum { CACHED = 256 };
-static _Atomic(const qins_log8_words *) cache[CACHED];
-
-/* NULL: no memory. */
-static const qins_log8_words *make_words(float mu)
-{
-    /* 64 more bytes to align by hand: aligned_alloc is not everywhere */
-    char *room = malloc(sizeof(qins_log8_words) + 64);
-    if (room == NULL) {
-        return NULL;
-    }
-    qins_log8_words *made = (qins_log8_words *)(void *)(room + (64 - (uintptr_t)room % 64));
-    qins_log8_words_build(made, mu);
-    made->room = room;
-    return made;
-}
-
-static const qins_log8_words *words_of(float mu, qins_log8_words *own)
-{
-    const uint32_t bits = (uint32_t)bits32(mu);
-    for (uint32_t i = 0; i < CACHED; i++) {
-        _Atomic(const qins_log8_words *) *slot = &cache[(((bits * 2654435761u) >> 24) + i) % CACHED];
-        const qins_log8_words *found = atomic_load(slot);
-        if (found == NULL) {
-            const qins_log8_words *made = make_words(mu);
-            if (made == NULL) {
-                break;
-            }
-            if (atomic_compare_exchange_strong(slot, &found, made)) {
-                return made;
-            }
-            free(made->room); /* another thread was faster */
-        }
-        if (memcmp(&found->mu, &mu, sizeof mu) == 0) {
-            return found;
-        }
-    }
-    qins_log8_words_build(own, mu);
-    return own;
-}
-
 /* -- one call ------------------------------------------------------------------------------------ */
-
-typedef enum { BY_WORDS, BY_FACTORS, BY_FLOATS, BY_BYTES, BY_TILES } method;
 
 typedef struct {
     const qins_kernels *kernels;
     const qins_codes *e;
-    method how;
+    qins_way way;
     size_t batch, blocks, padded; /* padded: floats from one row of x, or of packed ones, to the next */
     const float *x;               /* batch x padded */
     float *rest;                  /* room for x without outliers, which may be x; NULL: threads take a row's */
     qins_outliers *outliers;      /* of each row of x, in fixed point */
     atomic_int_least32_t failed;
-    char *packed;       /* BY_WORDS: see qins_fixed; BY_BYTES, BY_TILES: see qins_single and qins_few */
+    char *packed;       /* QINS_WORDS: see qins_fixed; QINS_BYTES, QINS_TILES: see qins_single and qins_few */
     float *fixed_scale; /* of what is packed */
     size_t step;        /* columns of activations that share a scale */
     const qins_log8_words *words;
     qins_golden_factors factors;
-    qins_decoder from; /* BY_FLOATS */
+    qins_decoder from; /* QINS_FLOATS */
     qins_dtype dtype;
     char *y;
 } product;
@@ -86,7 +33,7 @@ static void add_product(const product *p, size_t row, size_t k, size_t n, size_t
 {
     const qins_codes *e = p->e;
     float window[QINS_WINDOW], part[QINS_BATCH];
-    if (p->how == BY_FACTORS) {
+    if (p->way == QINS_FACTORS) {
         const size_t at = row * e->cols + k;
         const int8_t *sign = e->codec == QINS_golden ? e->sign + at : NULL;
         const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) + k / 8 : NULL;
@@ -282,46 +229,10 @@ static void product_blocks(void *context, size_t begin, size_t end)
     p->kernels->few->end();
 }
 
-/* The way for so many rows of x, up to where a form of qins_panels is faster. */
-static method choose(const qins_kernels *k, const qins_codes *e, size_t batch)
-{
-    if (e->codec != QINS_log8) {
-        return e->codec == QINS_rational ? BY_FLOATS : BY_FACTORS;
-    }
-    if (e->group_size % QINS_DEPTH == 0) {
-        if (k->single != NULL && batch == 1) {
-            return BY_BYTES;
-        }
-        if (k->few != NULL && batch >= (scale_step(e) > QINS_DEPTH ? TILES_FROM : TILES_FROM_64)) {
-            return BY_TILES;
-        }
-    }
-    int fits = e->group_size == 0 || e->group_size == QINS_BLOCK / 2 || e->group_size % QINS_BLOCK == 0;
-    return fits && e->mu >= k->least_mu ? BY_WORDS : BY_FLOATS;
-}
-
-/* The form for `batch` rows of x, or NULL where `how` is faster. */
-static const qins_panels *choose_panels(const qins_kernels *k, const qins_codes *e, method how, size_t batch,
-                                        qins_dtype dtype)
-{
-    if (k->halves != NULL && dtype == QINS_BF16) {
-        size_t from = how == BY_TILES ? HALVES_FROM_TILES : how == BY_WORDS ? HALVES_FROM_WORDS : PANELS_FROM;
-        return batch >= from ? k->halves : NULL;
-    }
-    if (how == BY_TILES) {
-        return batch > QINS_FEW ? k->planes : NULL;
-    }
-    size_t from = how == BY_FACTORS ? k->floats_from_factors : PANELS_FROM;
-    if (how == BY_WORDS) {
-        from = e->group_size % k->word_step == 0 ? k->floats_from_words : k->floats_from_blocks;
-    }
-    return batch >= from ? k->floats : NULL;
-}
-
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
                 void *y, int threads)
 {
-    product p = {.kernels = kernels, .e = e, .how = choose(kernels, e, batch), .batch = batch, .dtype = dtype, .y = y};
+    product p = {.kernels = kernels, .e = e, .batch = batch, .dtype = dtype, .y = y};
     qins_log8_words own;
     atomic_init(&p.failed, 0);
     p.blocks = ceil_div(e->cols, QINS_BLOCK);
@@ -329,10 +240,11 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     if (batch == 0 || e->rows == 0) {
         return 0;
     }
-    const qins_panels *form = choose_panels(kernels, e, p.how, batch, dtype);
+    p.way = qins_choose_way(kernels, e, batch, dtype);
+    const qins_panels *form = qins_panels_of(kernels, p.way);
     if (form != NULL) {
         const int by_words = form != kernels->floats && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
-        const qins_log8_words *words = by_words ? words_of(e->mu, &own) : NULL;
+        const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
     if (batch > MOST_BATCH) { /* bounds the memory for activations */
@@ -342,31 +254,31 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
                    ? -1
                    : qins_linear(kernels, e, rest, left, dtype, (char *)y + MOST_BATCH * e->rows * size, threads);
     }
-    const int fixed = p.how == BY_WORDS || p.how == BY_BYTES || p.how == BY_TILES;
-    const int copied = dtype != QINS_F32 || p.how == BY_BYTES || p.how == BY_TILES;
+    const int fixed = p.way == QINS_WORDS || p.way == QINS_BYTES || p.way == QINS_TILES;
+    const int copied = dtype != QINS_F32 || p.way == QINS_BYTES || p.way == QINS_TILES;
     /* bytes, multiples of 64; scales: floats */
     size_t floats = copied ? ceil_div(batch * e->cols * sizeof(float), 64) * 64 : 0;
     size_t outliers = fixed ? ceil_div(batch * sizeof(qins_outliers), 64) * 64 : 0, packed = 0, scales = 0;
     p.step = scale_step(e);
-    switch (p.how) {
-    case BY_WORDS:
+    switch (p.way) {
+    case QINS_WORDS:
         p.step = least(p.step, kernels->word_step);
         scales = ceil_div(batch, QINS_BATCH) * QINS_BATCH * ceil_div(e->cols, p.step);
         packed = batch * ceil_div(e->cols, p.step) * p.step * sizeof(int16_t);
         break;
-    case BY_BYTES:
+    case QINS_BYTES:
         scales = ceil_div(e->cols, p.step);
         packed = scales * p.step * 2;
         break;
-    case BY_TILES:
+    case QINS_TILES:
         scales = p.blocks * qins_few_panels(batch) * QINS_PANEL;
         packed = p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
         break;
-    case BY_FACTORS:
+    case QINS_FACTORS:
         p.padded = p.blocks * QINS_BLOCK;
         packed = batch * p.padded * sizeof(float);
         break;
-    case BY_FLOATS:
+    default:
         break;
     }
     size_t all = floats + outliers + packed + scales * sizeof(float);
@@ -392,29 +304,29 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     const size_t row_grain = ceil_div(GRAIN, e->cols + 1);
     size_t at_once = 1; /* rows of codes */
     void (*multiply)(void *, size_t, size_t) = product_rows;
-    switch (p.how) {
-    case BY_WORDS:
-        p.words = words_of(e->mu, &own);
+    switch (p.way) {
+    case QINS_WORDS:
+        p.words = qins_log8_words_of(e->mu, &own);
         qins_parallel(batch, row_grain, threads, fix_rows, &p);
         multiply = product_words;
         break;
-    case BY_BYTES:
-        p.words = words_of(e->mu, &own);
+    case QINS_BYTES:
+        p.words = qins_log8_words_of(e->mu, &own);
         kernels->single->pack(take_outliers(&p, 0, p.rest), e->cols, p.step, p.packed, p.fixed_scale);
         multiply = product_single;
         break;
-    case BY_TILES:
-        p.words = words_of(e->mu, &own);
+    case QINS_TILES:
+        p.words = qins_log8_words_of(e->mu, &own);
         qins_parallel(batch, row_grain, threads, copy_rows, &p);
         qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
         multiply = product_blocks;
         at_once = QINS_PANEL;
         break;
-    case BY_FACTORS:
+    case QINS_FACTORS:
         qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
         qins_parallel(batch, row_grain, threads, quarter_rows, &p);
         break;
-    case BY_FLOATS:
+    default:
         qins_decoder_init(&p.from, kernels, e);
         break;
     }
@@ -426,26 +338,4 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
         qins_scratch_give(room);
     }
     return atomic_load(&p.failed) == 0 ? 0 : -1;
-}
-
-/* -- a plain read, for comparison ---------------------------------------------------------------- */
-
-typedef struct {
-    const qins_kernels *kernels;
-    const char *data;
-    atomic_int_least32_t seen;
-} reading;
-
-static void read_part(void *context, size_t begin, size_t end)
-{
-    reading *r = context;
-    enum { CHUNK = 1024 };
-    atomic_fetch_xor(&r->seen, r->kernels->read(r->data + begin * CHUNK, (end - begin) * CHUNK));
-}
-
-void qins_read(const qins_kernels *kernels, const void *data, size_t bytes, int threads)
-{
-    reading r = {.kernels = kernels, .data = data};
-    atomic_init(&r.seen, 0);
-    qins_parallel(bytes / 1024, GRAIN / 1024, threads, read_part, &r);
 }

@@ -3,7 +3,7 @@
  * Matrices are rows x cols, row-major, where a row is an output feature of a linear layer. All sizes
  * are in elements unless a name says bytes. Pointers may be unaligned and none is read or written
  * outside its array. Outputs may not overlap inputs. Nothing here allocates, raises or fails:
- * callers (module.c) have checked every argument.
+ * callers (module*.c) have checked every argument.
  *
  * Formats. value() is what a code decodes to, in float32, on every platform the same bit for bit.
  *   golden  stored 1..255, sign -1 or +1, scalars log_min, log_max:
@@ -229,9 +229,16 @@ typedef struct {
                        hi >= 0x7f800000 says that a NaN or an infinity is among them */
 } qins_range;
 
+enum {
+#define X(name, guard, features) QINS_ISA_##name,
+#include "isas.def"
+#undef X
+};
+
 /* One instruction set. Elements are contiguous; n may be any size, 0 included. */
 typedef struct {
     const char *name;
+    unsigned isa; /* QINS_ISA_<name> */
     /* Conversions from and to float32, round to nearest even, overflow to infinity. */
     void (*widen[4])(const void *src, size_t n, float *dst);  /* by qins_dtype */
     void (*narrow[4])(const float *src, size_t n, void *dst); /* by qins_dtype */
@@ -271,9 +278,6 @@ typedef struct {
     /* Products. Sums depend on the instruction set, but not on how rows are grouped into calls. */
     float least_mu;   /* dot_log8 is exact enough from this mu on */
     size_t word_step; /* columns of activations that share a scale, see qins_fixed */
-    /* rows of activations from which on panels of floats are faster: than words in steps of word_step and of 64
-     * columns, and than golden's factors */
-    size_t floats_from_words, floats_from_blocks, floats_from_factors;
     /* n activations, a row of a set: `next` words from one of its steps to the next, the last padded with zeros; its
      * scales are QINS_BATCH apart */
     void (*fix_activations)(const float *x, size_t n, size_t step, int16_t *fixed, size_t next, float *scale);
@@ -344,10 +348,12 @@ void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, f
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
 void qins_log8_words_build(qins_log8_words *t, float mu);
+/* log8_words.c: those of mu, kept for good, or built in `own` where many have been asked for */
+const qins_log8_words *qins_log8_words_of(float mu, qins_log8_words *own);
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f
 
-/* codec.c: whole matrices --------------------------------------------------------------------- */
+/* reader.c, encode.c, encode_log8.c, decode.c: whole matrices ------------------------------------- */
 typedef struct {
     const void *data;
     qins_dtype dtype;
@@ -434,7 +440,7 @@ int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_
 int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,
                        const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
                        int threads);
-/* linear.c: reads an array with all threads, as fast as this instruction set does. */
+/* read.c: reads an array with all threads, as fast as this instruction set does. */
 void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
 
 /* outliers.c: activations that products of log8 leave to float32 ------------------------------------ */

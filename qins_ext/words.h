@@ -26,8 +26,6 @@
  *           WORD_STEP: columns whose sums fit 32 bits: 64 or, for words up to QINS_WORD_MAX, 128
  *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations registers hold
  *           WORD_SETS: up to so many sets of 8 rows of activations, decoding anew costs less than loading words
- *           FLOATS_FROM_WORDS, FLOATS_FROM_BLOCKS (where a step is a block), FLOATS_FROM_FACTORS (golden's): rows of
- *           activations from which on float32 is faster
  *   panels  FLOAT_ROWS, FLOAT_PANELS: how many rows and panels of sums registers hold (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX's tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too

@@ -14,9 +14,6 @@ typedef struct {
 #define LEAST_MU 0.0f
 #define WORD_ROWS 2
 #define WORD_SETS 4
-#define FLOATS_FROM_WORDS SIZE_MAX
-#define FLOATS_FROM_BLOCKS 49
-#define FLOATS_FROM_FACTORS 9
 #define BYTES 1
 
 WORD vt vt_load(const qins_log8_words *t)

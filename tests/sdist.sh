@@ -30,8 +30,10 @@ echo "== glue: warnings are errors, gcc and clang"
 includes=$("$BIN/python" -c 'import numpy, sysconfig; print("-I" + sysconfig.get_paths()["include"], "-I" + numpy.get_include())')
 for compiler in gcc clang; do
     if command -v "$compiler" >/dev/null; then
-        # shellcheck disable=SC2086
-        "$compiler" -std=c11 -O1 -Wall -Wextra -Werror -fPIC $includes -c "$here/qins_ext/module.c" -o "$work/module.o"
+        for file in "$here"/qins_ext/module*.c "$here"/qins_ext/args.c; do
+            # shellcheck disable=SC2086
+            "$compiler" -std=c11 -O1 -Wall -Wextra -Werror -fPIC $includes -c "$file" -o "$work/glue.o"
+        done
     else
         echo "NOT RUN: glue with $compiler (not installed)"
     fi

@@ -15,6 +15,6 @@ compile() { # FILE FLAGS...
 }
 export -f compile
 export compiler core objects
-find "$core" "$here" -maxdepth 1 -name '*.c' ! -name module.c ! -name args.c -print0 | sort -z |
+find "$core" "$here" -maxdepth 1 -name '*.c' ! -name 'module*.c' ! -name args.c -print0 | sort -z |
     xargs -0 -P "$(nproc)" -I{} bash -c 'file=$1; shift; compile "$file" "$@"' compile {} "$@"
 "$compiler" "$@" "$objects"/*.o -o "$out" -pthread -lm

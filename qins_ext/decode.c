@@ -1,0 +1,68 @@
+/* Codes to values: spans of rows for kernels, and whole matrices. */
+#include "reader.h"
+
+typedef struct {
+    qins_decoder from;
+    size_t row, col, cols, stride, windows;
+    qins_dtype dtype;
+    char *out;
+} decoding;
+
+void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_codes *e)
+{
+    d->kernels = kernels;
+    d->e = e;
+    if (e->codec == QINS_log8) {
+        qins_log8_levels(e->mu, d->table);
+    } else if (e->codec == QINS_rational) {
+        qins_rational_levels(e->alpha, e->z_min, e->z_max, d->table);
+    } else {
+        qins_golden_values(e->log_min, e->log_max, d->table);
+    }
+}
+
+void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out)
+{
+    const qins_codes *e = d->e;
+    const uint8_t *codes = e->codes + row * e->cols + k;
+    switch (e->codec) {
+    case QINS_golden:
+        d->kernels->decode_golden(codes, e->sign + row * e->cols + k, n, d->table, out);
+        break;
+    case QINS_log9:
+        d->kernels->decode_log9(codes, e->sign_bits + row * ceil_div(e->cols, 8) + k / 8, n, d->table, out);
+        break;
+    case QINS_rational:
+        d->kernels->decode_log8(codes, k, n, 1.0f, NULL, 0, d->table, out);
+        break;
+    default:
+        d->kernels->decode_log8(codes, k, n, float_at(e->scale, row), group_row(e, row), e->group_size, d->table, out);
+    }
+}
+
+static void decode_items(void *context, size_t begin, size_t end)
+{
+    const decoding *d = context;
+    float window[QINS_WINDOW + 8];
+    for (size_t item = begin, i, k; item < end; item++) {
+        size_t n = item_columns(item, d->windows, d->cols, &i, &k);
+        char *out = d->out + (i * d->stride + k) * item_size(d->dtype);
+        size_t before = d->from.e->codec == QINS_log9 ? (d->col + k) % 8 : 0;
+        if (d->dtype == QINS_F32 && before == 0) {
+            qins_decode_span(&d->from, d->row + i, d->col + k, n, (float *)(void *)out);
+        } else {
+            qins_decode_span(&d->from, d->row + i, d->col + k - before, n + before, window);
+            d->from.kernels->narrow[d->dtype](window + before, n, out);
+        }
+    }
+}
+
+void qins_decode(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t rows, size_t col, size_t cols,
+                 int threads, qins_dtype dtype, void *out, size_t stride)
+{
+    decoding d = {.row = row, .col = col, .cols = cols, .stride = stride, .dtype = dtype, .out = out};
+    qins_decoder_init(&d.from, kernels, e);
+    d.windows = ceil_div(cols, QINS_WINDOW);
+    size_t grain = items_per_grain(cols < QINS_WINDOW ? cols : QINS_WINDOW);
+    qins_parallel(rows * d.windows, grain, threads, decode_items, &d);
+}

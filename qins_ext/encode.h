@@ -1,0 +1,32 @@
+/* What encode.c and encode_log8.c share. */
+#ifndef QINS_ENCODE_H
+#define QINS_ENCODE_H
+
+#include <stdatomic.h>
+
+#include "reader.h"
+
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_matrix *w;
+    qins_codes *e;
+    const float *importance; /* log8: of each column, or NULL */
+    size_t windows;          /* in a row */
+    union {
+        const qins_golden_tables *golden;
+        const qins_log8_tables *log8;
+    } tables;
+    atomic_int_least32_t lo, hi; /* golden: the range; hi also tells non-finite weights */
+} qins_encoding;
+
+static inline void atomic_raise(atomic_int_least32_t *a, int32_t x)
+{
+    int_least32_t seen = atomic_load(a);
+    while (seen < x && !atomic_compare_exchange_weak(a, &seen, x)) {
+    }
+}
+
+/* encode_log8.c: returns 0, or 1 if a weight is not finite */
+int qins_encode_log8(qins_encoding *c, int threads);
+
+#endif

@@ -1,0 +1,260 @@
+/* Whole matrices to log8: the search for mu, the scales of rows and groups. */
+#include "encode.h"
+
+/* Scales that a row tries, in hundredths of its largest magnitude: clipping a few large weights a
+ * little makes every other level finer. First COARSE, then NEAR the best of those. */
+static const int COARSE[] = {100, 96, 92, 88}, NEAR[] = {2, 1, -1, -2};
+enum { SCALES = 4, MULTIPLIERS = 3 };
+
+/* Outside, reciprocals or squares would leave float32's normal range; such rows are not searched. */
+static int searchable(float scale) { return scale > 7.9e-31f && scale < 1.2e30f; }
+
+/* Squared error of elements [k, k + n) of a row under each candidate scale. */
+static void span_errors(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, const float *scale,
+                        int candidates, double *error)
+{
+    float inverse[QINS_CANDIDATES], part_error[QINS_CANDIDATES];
+    for (int c = 0; c < candidates; c++) {
+        inverse[c] = 1.0f / scale[c];
+        error[c] = 0.0;
+    }
+    for (size_t part; n > 0; k += part, n -= part) {
+        part = n;
+        const float *w = qins_read_row(r, row, k, &part);
+        r->kernels->errors_log8(w, e->importance != NULL ? e->importance + k : NULL, part, inverse, candidates,
+                                e->tables.log8, part_error);
+        for (int c = 0; c < candidates; c++) {
+            error[c] += (double)part_error[c];
+        }
+    }
+    for (int c = 0; c < candidates; c++) {
+        error[c] *= (double)scale[c] * (double)scale[c];
+    }
+}
+
+static int smallest(const double *error, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++) {
+        best = error[i] < error[best] ? i : best;
+    }
+    return best;
+}
+
+static int best_percent(qins_reader *r, const qins_encoding *e, size_t row, size_t n, float most, const int *percent,
+                        double *least)
+{
+    float scale[SCALES];
+    double error[SCALES];
+    for (int i = 0; i < SCALES; i++) {
+        scale[i] = most * ((float)percent[i] * 0.01f);
+    }
+    span_errors(r, e, row, 0, n, scale, SCALES, error);
+    int best = smallest(error, SCALES);
+    *least = error[best];
+    return percent[best];
+}
+
+/* The scale of a row of n elements whose largest magnitude is `most`; adds its squared error. */
+static float row_scale(qins_reader *r, const qins_encoding *e, size_t row, size_t n, float most, double *total)
+{
+    if (!searchable(most)) {
+        return most;
+    }
+    double error, near_error;
+    int near[SCALES], percent = best_percent(r, e, row, n, most, COARSE, &error);
+    for (int i = 0; i < SCALES; i++) {
+        near[i] = percent + NEAR[i] < 100 ? percent + NEAR[i] : 100;
+    }
+    int near_percent = best_percent(r, e, row, n, most, near, &near_error);
+    if (near_error < error) {
+        percent = near_percent;
+        error = near_error;
+    }
+    *total += error;
+    return most * ((float)percent * 0.01f);
+}
+
+static float group_scale(float scale, int multiplier) { return scale * ((float)multiplier / 256.0f); }
+
+/* The multiplier 1..256 of a group: the least that covers its largest magnitude, or one or two less. */
+static int group_multiplier(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
+                            double *total)
+{
+    float most = from_bits32(qins_absmax(r, row, k, n));
+    if (most == 0.0f) {
+        return 1;
+    }
+    int cover = (int)(most / scale * 256.0f);
+    cover = cover < 1 ? 1 : cover > 256 ? 256 : cover;
+    while (cover < 256 && group_scale(scale, cover) < most) {
+        cover++;
+    }
+    while (cover > 1 && group_scale(scale, cover - 1) >= most) {
+        cover--;
+    }
+    if (!searchable(scale)) {
+        return cover;
+    }
+    float candidate[MULTIPLIERS];
+    double error[MULTIPLIERS];
+    int candidates = cover < MULTIPLIERS ? cover : MULTIPLIERS;
+    for (int i = 0; i < candidates; i++) {
+        candidate[i] = group_scale(scale, cover - i);
+    }
+    span_errors(r, e, row, k, n, candidate, candidates, error);
+    int best = smallest(error, candidates);
+    *total += error[best];
+    return cover - best;
+}
+
+static void row_codes(qins_reader *r, size_t row, size_t k, size_t n, float scale, const qins_log8_tables *t,
+                      uint8_t *codes)
+{
+    for (size_t part; n > 0; k += part, n -= part, codes += part) {
+        part = n;
+        const float *w = qins_read_row(r, row, k, &part);
+        r->kernels->encode_log8(w, part, scale, t, codes);
+    }
+}
+
+static void log8_rows(void *context, size_t begin, size_t end)
+{
+    qins_encoding *c = context;
+    qins_codes *e = c->e;
+    const qins_log8_tables *t = c->tables.log8;
+    size_t cols = c->w->cols;
+    double ignored = 0.0;
+    qins_reader r;
+    qins_reader_init(&r, c->kernels, c->w);
+    for (size_t row = begin; row < end; row++) {
+        int32_t most = qins_absmax(&r, row, 0, cols);
+        if (most >= QINS_INFINITY_BITS) {
+            atomic_raise(&c->hi, most);
+            return;
+        }
+        uint8_t *codes = e->codes + row * cols;
+        float scale = from_bits32(most);
+        if (e->group_size == 0) {
+            e->scale[row] = scale = row_scale(&r, c, row, cols, scale, &ignored);
+            row_codes(&r, row, 0, cols, scale, t, codes);
+            continue;
+        }
+        e->scale[row] = scale;
+        uint8_t *group = e->group_scale + row * ceil_div(cols, e->group_size);
+        for (size_t k = 0, g = 0; k < cols; k += e->group_size, g++) {
+            size_t n = cols - k < e->group_size ? cols - k : e->group_size;
+            int multiplier = scale > 0.0f ? group_multiplier(&r, c, row, k, n, scale, &ignored) : 1;
+            group[g] = (uint8_t)(multiplier - 1);
+            row_codes(&r, row, k, n, group_scale(scale, multiplier), t, codes + k);
+        }
+    }
+}
+
+/* The search for mu tries whole rows, or the beginnings of long ones, spread over the matrix. */
+enum { SAMPLE_WEIGHTS = 1 << 17, SAMPLE_COLS = 8192, SAMPLE_ROWS = 1024, SAMPLE_ROWS_MIN = 16 };
+
+typedef struct {
+    qins_encoding *c;
+    size_t rows, cols;
+    double error[SAMPLE_ROWS];
+} sample;
+
+static void sample_rows(void *context, size_t begin, size_t end)
+{
+    sample *s = context;
+    const qins_encoding *c = s->c;
+    size_t group_size = c->e->group_size;
+    qins_reader r;
+    qins_reader_init(&r, c->kernels, c->w);
+    for (size_t i = begin; i < end; i++) {
+        /* i * rows / s->rows without overflow */
+        size_t row = c->w->rows / s->rows * i + c->w->rows % s->rows * i / s->rows;
+        int32_t most = qins_absmax(&r, row, 0, s->cols);
+        float scale = from_bits32(most);
+        s->error[i] = 0.0;
+        if (most == 0 || most >= QINS_INFINITY_BITS) {
+            continue; /* log8_rows reports non-finite weights */
+        }
+        if (group_size == 0) {
+            (void)row_scale(&r, c, row, s->cols, scale, &s->error[i]);
+            continue;
+        }
+        for (size_t k = 0; k < s->cols; k += group_size) {
+            size_t n = s->cols - k < group_size ? s->cols - k : group_size;
+            (void)group_multiplier(&r, c, row, k, n, scale, &s->error[i]);
+        }
+    }
+}
+
+/* mu = 2^(i/8 - 1), i in 0..MU_STEPS: 0.5 to 32. The error has one minimum over log mu, apart from
+ * noise that is far below what a step of an eighth of an octave changes. */
+enum { MU_STEPS = 48 };
+
+static float mu_at(int i)
+{
+    static const double eighth[8] = {1.0,
+                                     1.0905077326652577,
+                                     1.189207115002721,
+                                     1.2968395546510096,
+                                     1.4142135623730951,
+                                     1.5422108254079407,
+                                     1.681792830507429,
+                                     1.8340080864093424};
+    return (float)(eighth[i % 8] * (double)(1 << (i / 8)) * 0.5);
+}
+
+static double mu_error(sample *s, int i, int threads, qins_log8_tables *t)
+{
+    qins_log8_tables_build(t, mu_at(i));
+    s->c->tables.log8 = t;
+    qins_parallel(s->rows, items_per_grain(s->cols), threads, sample_rows, s);
+    double total = 0.0;
+    for (size_t row = 0; row < s->rows; row++) { /* one order, whatever the threads did */
+        total += s->error[row];
+    }
+    return total;
+}
+
+static float search_mu(qins_encoding *c, int threads, qins_log8_tables *t)
+{
+    sample s = {.c = c};
+    s.cols = c->w->cols < SAMPLE_COLS ? c->w->cols : SAMPLE_COLS;
+    s.rows = s.cols > 0 ? SAMPLE_WEIGHTS / s.cols : 0;
+    s.rows = s.rows < SAMPLE_ROWS_MIN ? SAMPLE_ROWS_MIN : s.rows > SAMPLE_ROWS ? SAMPLE_ROWS : s.rows;
+    s.rows = s.rows < c->w->rows ? s.rows : c->w->rows;
+    int best = 16; /* mu = 2 */
+    double least = mu_error(&s, best, threads, t);
+    if (least == 0.0) { /* nothing to choose by */
+        return mu_at(best);
+    }
+    for (int step = 8; step >= 1; step /= 2) {
+        for (int direction = -1; direction <= 1; direction += 2) {
+            for (int moved = 1; moved;) { /* walk on while it gets better */
+                int i = best + direction * step;
+                moved = 0;
+                if (i >= 0 && i <= MU_STEPS) {
+                    double error = mu_error(&s, i, threads, t);
+                    if (error < least) {
+                        least = error;
+                        best = i;
+                        moved = 1;
+                    }
+                }
+            }
+        }
+    }
+    return mu_at(best);
+}
+
+int qins_encode_log8(qins_encoding *c, int threads)
+{
+    qins_log8_tables t;
+    if (c->e->mu < 0.0f) {
+        c->e->mu = search_mu(c, threads, &t);
+    }
+    qins_log8_tables_build(&t, c->e->mu);
+    c->tables.log8 = &t;
+    qins_parallel(c->w->rows, items_per_grain(c->w->cols), threads, log8_rows, c);
+    return atomic_load(&c->hi) >= QINS_INFINITY_BITS;
+}

@@ -1,0 +1,49 @@
+/* Tables of log8 for products, kept by mu. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "sizes.h"
+
+/* mu comes from a grid of a few dozen values, so the tables of a model's layers fit a small cache.
+ * Entries are made once and never freed; once all are taken, others are built anew by every call. */
+enum { CACHED = 256 };
+static _Atomic(const qins_log8_words *) cache[CACHED];
+
+/* NULL: no memory. */
+static const qins_log8_words *make_words(float mu)
+{
+    /* 64 more bytes to align by hand: aligned_alloc is not everywhere */
+    char *room = malloc(sizeof(qins_log8_words) + 64);
+    if (room == NULL) {
+        return NULL;
+    }
+    qins_log8_words *made = (qins_log8_words *)(void *)(room + (64 - (uintptr_t)room % 64));
+    qins_log8_words_build(made, mu);
+    made->room = room;
+    return made;
+}
+
+const qins_log8_words *qins_log8_words_of(float mu, qins_log8_words *own)
+{
+    const uint32_t bits = (uint32_t)bits32(mu);
+    for (uint32_t i = 0; i < CACHED; i++) {
+        _Atomic(const qins_log8_words *) *slot = &cache[(((bits * 2654435761u) >> 24) + i) % CACHED];
+        const qins_log8_words *found = atomic_load(slot);
+        if (found == NULL) {
+            const qins_log8_words *made = make_words(mu);
+            if (made == NULL) {
+                break;
+            }
+            if (atomic_compare_exchange_strong(slot, &found, made)) {
+                return made;
+            }
+            free(made->room); /* another thread was faster */
+        }
+        if (memcmp(&found->mu, &mu, sizeof mu) == 0) {
+            return found;
+        }
+    }
+    qins_log8_words_build(own, mu);
+    return own;
+}

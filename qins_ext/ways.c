@@ -1,0 +1,137 @@
+/* Which way a product goes. To change a crossover: edit RULES; to measure it: benchmarks/crossovers.py. */
+#include "ways.h"
+
+#include <stdatomic.h>
+
+const char *const qins_way_names[QINS_WAY_COUNT] = {
+#define X(name) #name,
+#include "ways.def"
+#undef X
+};
+
+/* Which codes; bits of a set. */
+enum {
+    DECODED = 1,     /* rational, and log8 whose groups fit no words, or that words would not hold exactly enough */
+    FACTORED = 2,    /* golden, log9 */
+    WORDED = 4,      /* log8 with one scale a row, or groups of 32 or a multiple of 64 */
+    WORD_BLOCKS = 8, /* likewise, in groups that words meet in blocks of 64 columns, not in their longest step */
+    PLANED = 16,     /* log8 with one scale a row, or groups of a multiple of 64 */
+    PLANED_128 = 32, /* likewise, of a multiple of 128 */
+    ANY_CODES = DECODED | FACTORED | WORDED
+};
+
+static unsigned kinds_of(const qins_kernels *k, const qins_codes *e)
+{
+    if (e->codec != QINS_log8) {
+        return e->codec == QINS_rational ? DECODED : FACTORED;
+    }
+    const size_t group = e->group_size;
+    unsigned kinds = group % QINS_DEPTH == 0 ? PLANED : 0;
+    kinds |= scale_step(e) > QINS_DEPTH ? PLANED_128 : 0;
+    if (e->mu < k->least_mu || (group % QINS_BLOCK != 0 && group != QINS_BLOCK / 2)) {
+        return kinds | DECODED;
+    }
+    return kinds | WORDED | (group % k->word_step == 0 ? 0 : WORD_BLOCKS);
+}
+
+typedef struct {
+    unsigned codes;
+    unsigned dtypes;
+    unsigned isas;
+    qins_way way;
+    size_t from, to; /* rows of activations: from how many on it is the fastest, and how many it can take */
+} rule;
+
+#define ANY (~0u)
+#define BF16 (1u << QINS_BF16)
+#define ISA(name) (1u << QINS_ISA_##name)
+#define VNNI (ISA(avx512vnni) | ISA(avx512bf16) | ISA(amx))
+#define NEVER SIZE_MAX /* only where it is forced */
+#define ALL SIZE_MAX
+
+/* The last row that applies counts. Ways that an instruction set does not have (see available) are passed over. */
+/* clang-format off */
+static const rule RULES[] = {
+    /* codes       dtypes  isas           way                 from      to         measured on */
+    {ANY_CODES,    BF16,   ANY,           QINS_HALF_PANELS,   NEVER,    ALL},
+    {ANY_CODES,    ANY,    ANY,           QINS_FLOAT_PANELS,  NEVER,    ALL},
+    {ANY_CODES,    ANY,    ANY,           QINS_FLOATS,        1,        ALL},
+
+    {DECODED,      ANY,    ANY,           QINS_FLOAT_PANELS,  9,        ALL},   /* Zen 5, Granite Rapids */
+    {DECODED,      BF16,   ANY,           QINS_HALF_PANELS,   9,        ALL},   /* Zen 5, Granite Rapids */
+
+    {FACTORED,     ANY,    ANY,           QINS_FACTORS,       1,        ALL},
+    {FACTORED,     ANY,    ~ISA(avx2),    QINS_FLOAT_PANELS,  9,        ALL},   /* Zen 5, Granite Rapids */
+    {FACTORED,     ANY,    ISA(avx2),     QINS_FLOAT_PANELS,  25,       ALL},   /* Zen 5 */
+    {FACTORED,     BF16,   ANY,           QINS_HALF_PANELS,   9,        ALL},   /* Zen 5, Granite Rapids */
+
+    {WORDED,       ANY,    ANY,           QINS_WORDS,         1,        ALL},
+    {WORDED,       ANY,    ISA(scalar),   QINS_FLOAT_PANELS,  9,        ALL},   /* Zen 5 */
+    {WORDED,       ANY,    ISA(neon),     QINS_FLOAT_PANELS,  33,       ALL},   /* not measured: qemu alone */
+    {WORD_BLOCKS,  ANY,    VNNI,          QINS_FLOAT_PANELS,  49,       ALL},   /* Zen 5 */
+    {WORDED,       BF16,   ANY,           QINS_HALF_PANELS,   16,       ALL},   /* Zen 5 */
+
+    {PLANED,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
+    {PLANED_128,   ANY,    ANY,           QINS_TILES,         2,        QINS_FEW},     /* Granite Rapids */
+    {PLANED,       ANY,    ANY,           QINS_TILES,         4,        QINS_FEW},     /* Granite Rapids */
+    {PLANED,       ANY,    ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
+    {PLANED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   49,       ALL},   /* Granite Rapids */
+};
+/* clang-format on */
+
+const qins_panels *qins_panels_of(const qins_kernels *k, qins_way way)
+{
+    switch (way) {
+    case QINS_FLOAT_PANELS:
+        return k->floats;
+    case QINS_HALF_PANELS:
+        return k->halves;
+    case QINS_PLANE_PANELS:
+        return k->planes;
+    default:
+        return NULL;
+    }
+}
+
+static int available(const qins_kernels *k, qins_way way)
+{
+    switch (way) {
+    case QINS_BYTES:
+        return k->single != NULL;
+    case QINS_TILES:
+        return k->few != NULL;
+    case QINS_HALF_PANELS:
+    case QINS_PLANE_PANELS:
+        return qins_panels_of(k, way) != NULL;
+    default:
+        return 1;
+    }
+}
+
+static atomic_int forced = QINS_WAY_COUNT;
+
+void qins_force_way(qins_way way) { atomic_store(&forced, (int)way); }
+
+qins_way qins_choose_way(const qins_kernels *k, const qins_codes *e, size_t batch, qins_dtype dtype)
+{
+    const unsigned codes = kinds_of(k, e);
+    const int want = atomic_load_explicit(&forced, memory_order_relaxed);
+    int fastest = -1;
+    for (size_t i = sizeof RULES / sizeof *RULES; i-- > 0;) {
+        const rule *r = &RULES[i];
+        if ((r->codes & codes) == 0 || (r->dtypes & 1u << dtype) == 0 || (r->isas & 1u << k->isa) == 0 ||
+            batch > r->to || !available(k, r->way)) {
+            continue;
+        }
+        if ((int)r->way == want) {
+            return r->way;
+        }
+        if (fastest < 0 && batch >= r->from) {
+            fastest = (int)r->way;
+            if (want == QINS_WAY_COUNT) {
+                break;
+            }
+        }
+    }
+    return (qins_way)fastest; /* FLOATS take any product */
+}

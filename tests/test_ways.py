@@ -1,0 +1,85 @@
+"""Every way to multiply, forced, on every instruction set, against float64; and the table that chooses among them."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qins
+from qins import _core
+
+FORMATS = [("golden", None), ("log9", None), ("rational", None), *(("log8", g) for g in (None, 32, 64, 128, 10))]
+
+
+@pytest.fixture
+def forced_way():
+    yield _core.force_way
+    _core.force_way(None)
+
+
+def way(e, rows, dtype):
+    mu = float(e.fields["mu"]) if e.codec == "log8" else 0.0
+    return _core.way(e.codec, mu, e.group_size or 0, rows, dtype)
+
+
+@pytest.mark.parametrize("name", _core.WAYS)
+@pytest.mark.parametrize(("codec", "group_size"), FORMATS)
+def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_size):
+    w = rng.normal(0, 0.02, (70, 330)).astype(np.float32)
+    e = qins.encode(w, codec, group_size=group_size)
+    exact = e.decode().astype(np.float64)
+    forced_way(name)
+    for dtype, limit in ((np.float32, 2e-4), (ml_dtypes.bfloat16, 4e-3)):
+        for rows in (1, 2, 7, 17, 50, 130):
+            if way(e, rows, np.dtype(dtype).name) != name:
+                continue  # not for these codes, or not on this instruction set
+            x = rng.normal(size=(rows, 330)).astype(dtype)
+            expected = x.astype(np.float64) @ exact.T
+            error = qins.matmul(x, e).astype(np.float64) - expected
+            assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < limit
+
+
+# what the table says, by (isa, codec, group size, dtype): from how many rows on, which way
+@pytest.mark.parametrize(
+    ("name", "codec", "group_size", "dtype", "expected"),
+    [
+        ("scalar", "log8", 0, "float32", {1: "WORDS", 9: "FLOAT_PANELS"}),
+        ("scalar", "golden", 0, "float32", {1: "FACTORS", 9: "FLOAT_PANELS"}),
+        ("scalar", "rational", 0, "bfloat16", {1: "FLOATS", 9: "FLOAT_PANELS"}),
+        ("avx2", "log8", 128, "float32", {1: "WORDS"}),
+        ("avx2", "log9", 0, "float32", {1: "FACTORS", 25: "FLOAT_PANELS"}),
+        ("avx2", "log8", 100, "float32", {1: "FLOATS", 9: "FLOAT_PANELS"}),
+        ("neon", "log8", 64, "float32", {1: "WORDS", 33: "FLOAT_PANELS"}),
+        ("avx512", "log8", 32, "bfloat16", {1: "WORDS"}),
+        ("avx512vnni", "log8", 0, "float32", {1: "BYTES", 2: "WORDS"}),
+        ("avx512vnni", "log8", 64, "float32", {1: "BYTES", 2: "WORDS", 49: "FLOAT_PANELS"}),
+        ("avx512bf16", "log8", 64, "bfloat16", {1: "BYTES", 2: "WORDS", 16: "HALF_PANELS"}),
+        ("avx512bf16", "golden", 0, "bfloat16", {1: "FACTORS", 9: "HALF_PANELS"}),
+        ("amx", "log8", 128, "float32", {1: "BYTES", 2: "TILES", 129: "PLANE_PANELS"}),
+        ("amx", "log8", 64, "float32", {1: "BYTES", 2: "WORDS", 4: "TILES", 129: "PLANE_PANELS"}),
+        ("amx", "log8", 0, "bfloat16", {1: "BYTES", 2: "TILES", 49: "HALF_PANELS"}),
+        ("amx", "log8", 32, "bfloat16", {1: "WORDS", 16: "HALF_PANELS"}),
+    ],
+)
+def test_choice(name, codec, group_size, dtype, expected):
+    if name not in qins.isas():
+        pytest.skip(f"NOT RUN: {name} does not run on this processor")
+    with qins.use_isa(name):
+        for rows in range(1, 600):
+            from_rows = max(n for n in expected if n <= rows)
+            assert _core.way(codec, 2.5, group_size, rows, dtype) == expected[from_rows], rows
+
+
+def test_words_that_are_not_exact_enough_are_not_chosen():
+    """AVX2's words are products of two factors, which a small mu leaves too little of."""
+    if "avx2" not in qins.isas():
+        pytest.skip("NOT RUN: avx2 does not run on this processor")
+    with qins.use_isa("avx2"):
+        assert [_core.way("log8", mu, 0, 1, "float32") for mu in (0.5, 0.75)] == ["FLOATS", "WORDS"]
+
+
+def test_unknown_way():
+    with pytest.raises(ValueError, match="way: expected one of _core.WAYS, got 'FAST'"):
+        _core.force_way("FAST")
+    assert _core.way("log8", 2.5, 0, 1, "float32") in _core.WAYS
