@@ -1,4 +1,5 @@
-# make demo | test | test-slow | lint | docs | bench | measurements    Each makes .venv and installs what it needs.
+# make demo | test | check | test-all | test-slow | lint | docs | bench | measurements
+# Each makes .venv and installs what it needs. test: minutes; check: what a change needs at once; test-all: everything.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,19 +10,36 @@ OTHER_TRANSFORMERS := 4.57.6 5.0.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,hf moe embedding checkpoint cache chat)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
-.PHONY: demo test test-python test-transformers test-core test-sdist test-wheel test-slow lint docs bench measurements clean
+# workers of the Python suite, one thread each
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+
+.PHONY: demo test check test-all test-python test-isas test-transformers test-core test-core-others test-sdist test-wheel \
+    test-extras test-pythons test-slow lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
 
-test: test-core test-python test-transformers test-sdist test-wheel
+# the core with every instruction set that runs here, and the Python suite with the best of them
+test: test-core test-python
 
-# the Python suite under each instruction set that runs here, the best one first
+# every instruction set, compiler, emulated processor, version and package that this machine has a way to test
+test-all: test test-isas test-core-others test-transformers test-sdist test-wheel test-extras test-pythons
+
+# for the edit loop: style, types, and the tests of what is not committed yet
+check: lint
+	files=$$($(BIN)/python tests/changed.py); \
+	    if [ -n "$$files" ]; then $(PYTEST) -m "not slow" $$files; else echo "no test of what changed"; fi
+	if ! git diff --quiet HEAD -- qins_ext tests/core; then tests/core/run.sh native; fi
+
 test-python: $(VENV)/installed-dev
-	set -e; which="not slow"; for isa in $$($(BIN)/python -c 'import qins; print(*qins.isas())'); do \
+	$(PYTEST) -m "not slow" tests
+
+# what depends on the instruction set, under each but the best
+test-isas: $(VENV)/installed-dev
+	set -e; for isa in $$($(BIN)/python -c 'import qins; print(*qins.isas()[1:])'); do \
 	    echo "== Python suite, $$isa"; \
-	    QINS_ISA=$$isa $(BIN)/python -m pytest -q -m "$$which" tests; \
-	    which="not slow and not once"; \
+	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once" tests; \
 	done
 
 # other versions of transformers than constraints.txt has, each in a directory that comes first on the path
@@ -34,17 +52,26 @@ test-transformers: $(VENV)/installed-dev
 	        $(BIN)/pip install --quiet --disable-pip-version-check --target $$there transformers==$$version numpy==$$numpy; \
 	        touch $$there/installed; \
 	    }; \
-	    PYTHONPATH=$$there $(BIN)/python -m pytest -q -W ignore -k "not kill and not test_peak_memory[" $(OTHER_TRANSFORMERS_TESTS); \
+	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[" $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
 test-core:
-	tests/core/run.sh
+	tests/core/run.sh native
+
+test-core-others:
+	tests/core/run.sh others
 
 test-sdist: $(VENV)/installed-dev
 	BIN=$(abspath $(BIN)) tests/sdist.sh
 
 test-wheel: $(VENV)/installed-dev
 	BIN=$(abspath $(BIN)) tests/wheel.sh
+
+test-extras:
+	PYTHON=$(PYTHON) tests/extras.sh
+
+test-pythons:
+	tests/pythons.sh
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests

@@ -58,10 +58,12 @@ make_venv() { # make_venv NAME: a new environment, and the name of its programs'
     bin="$work/$1/bin"
     "$PYTHON" -m venv "$work/$1"
 }
+"$bin/pip" wheel --quiet --no-deps -w "$work/wheel" "$work/clone" # once for all environments
+qins=$(echo "$work"/wheel/qins-*.whl)
 install() { "$bin/pip" install --quiet -c "$here/constraints.txt" "$@"; }
 echo "== . alone"
 make_venv numpy
-install "$work/clone"
+install "$qins"
 expect "(2, 3)" "$bin/python" -c "
 import numpy as np, qins
 w = np.ones((3, 64), np.float32)
@@ -77,12 +79,12 @@ done
 refuse "qins[cli]" "$bin/qins" --help
 echo "== .[plot]"
 make_venv plot
-install "$work/clone[plot]"
+install "$qins[plot]"
 expect "drawn" "$bin/python" -c "import matplotlib, jinja2, qins; print('drawn')"
 refuse "qins[cli]" "$bin/qins" --help
 echo "== .[cli]"
 make_venv cli
-install "$work/clone[cli]"
+install "$qins[cli]"
 expect "quantize" "$bin/qins" --help
 for command in "demo" "bench" "inspect x" "quantize x y" "eval x" "generate x -p y" "chat x"; do
     # shellcheck disable=SC2086
@@ -91,7 +93,7 @@ done
 echo "== .[torch]"
 make_venv torch
 install torch
-install "$work/clone[torch]"
+install "$qins[torch]"
 expect "QINSLinear" "$bin/python" -c "
 import torch, qins
 model = torch.nn.Sequential(torch.nn.Linear(64, 8))
@@ -113,7 +115,7 @@ try:
 except ImportError as e:
     sys.exit(str(e))"
 echo "== .[hf]"
-install "$work/clone[hf]"
+install "$qins[hf]"
 expect "codes" "$bin/python" -c "
 import qins, transformers
 print('codes', qins.load('$work/out').model.layers[0].mlp.up_proj)
@@ -121,7 +123,7 @@ model = transformers.AutoModelForCausalLM.from_pretrained('$smollm2', quantizati
 expect "log8" "$bin/python" -c "import qins; print(qins.inspect('$work/from-gguf'))"
 refuse "qins[cli]" "$bin/qins" --help
 echo "== .[hf,cli]"
-install "$work/clone[hf,cli]"
+install "$qins[hf,cli]"
 expect "Paris" "$bin/qins" generate "$work/out" -p "The capital of France is" --tokens 8
 refuse "qins[plot]" "$bin/qins" demo
 refuse "qins[plot]" "$bin/qins" eval "$work/out" --against "$smollm2" --report "$work/page.html"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs the core's test program every way that this machine allows, as many ways at a time as it has
-# processors, and says which it does not.
+# Builds and runs the core's test program as many ways at a time as there are processors, and says which ways this machine
+# does not allow: run.sh native (gcc, every instruction set that runs here), run.sh others (all other ways), run.sh (both).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
@@ -32,37 +32,42 @@ run() {
     jobs+=($!)
 }
 
-sanitize=(-g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
-run "gcc, ASan and UBSan" gcc "${sanitize[@]}" -fno-var-tracking-assignments --
-if have clang; then
-    run "clang, ASan and UBSan" clang "${sanitize[@]}" --
-    run "clang" clang --
-else
-    not_run+=("clang (not installed)")
+which=${1:-all}
+if [ "$which" != others ]; then
+    run "gcc" gcc --
 fi
-if have qemu-x86_64 && [ "$(uname -m)" = x86_64 ]; then
-    # qemu 7.2 takes a gather's index in xmm4 for no index at all, so the compiler is kept off that register
-    run "an x86-64 processor of 2006 (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Conroe
-    run "Haswell (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
-else
-    not_run+=("x86-64 processors under qemu-x86_64")
+if [ "$which" != native ]; then
+    sanitize=(-g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+    run "gcc, ASan and UBSan" gcc "${sanitize[@]}" -fno-var-tracking-assignments --
+    if have clang; then
+        run "clang, ASan and UBSan" clang "${sanitize[@]}" --
+        run "clang" clang --
+    else
+        not_run+=("clang (not installed)")
+    fi
+    if have qemu-x86_64 && [ "$(uname -m)" = x86_64 ]; then
+        # qemu 7.2 takes a gather's index in xmm4 for no index at all, so the compiler is kept off that register
+        run "an x86-64 processor of 2006 (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Conroe
+        run "Haswell (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
+    else
+        not_run+=("x86-64 processors under qemu-x86_64")
+    fi
+    if have qemu-aarch64 && have aarch64-linux-gnu-gcc; then
+        run "AArch64 (qemu)" aarch64-linux-gnu-gcc -- qemu-aarch64 -L /usr/aarch64-linux-gnu
+    else
+        not_run+=("AArch64 under qemu-aarch64")
+    fi
+    if have musl-gcc; then
+        run "gcc, musl libc" musl-gcc -static --
+    else
+        not_run+=("musl libc (no musl-gcc)")
+    fi
+    if grep -qs avx512_bf16 /proc/cpuinfo && ! grep -qs amx_tile /proc/cpuinfo; then
+        run "gcc, AMX's tiles in software" gcc -include "$here/software_tiles.h" --
+    elif ! grep -qs amx_tile /proc/cpuinfo; then
+        not_run+=("AMX's tiles in software, which needs AVX512_BF16")
+    fi
 fi
-if have qemu-aarch64 && have aarch64-linux-gnu-gcc; then
-    run "AArch64 (qemu)" aarch64-linux-gnu-gcc -- qemu-aarch64 -L /usr/aarch64-linux-gnu
-else
-    not_run+=("AArch64 under qemu-aarch64")
-fi
-if have musl-gcc; then
-    run "gcc, musl libc" musl-gcc -static --
-else
-    not_run+=("musl libc (no musl-gcc)")
-fi
-if grep -qs avx512_bf16 /proc/cpuinfo && ! grep -qs amx_tile /proc/cpuinfo; then
-    run "gcc, AMX's tiles in software" gcc -include "$here/software_tiles.h" --
-elif ! grep -qs amx_tile /proc/cpuinfo; then
-    not_run+=("AMX's tiles in software, which needs AVX512_BF16")
-fi
-run "gcc" gcc --
 failed=0
 for i in "${!jobs[@]}"; do
     wait "${jobs[$i]}" || failed=1

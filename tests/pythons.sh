@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The tests that need NumPy alone, with every CPython from 3.10 to 3.14 that is found, in the PATH or by pyenv, each in an
+# environment of its own; says which were not found.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp "$here"/tests/{conftest,reference,test_array,test_feedback,test_ways}.py "$work"
+cp -r "$here/pyproject.toml" "$here/setup.py" "$here/MANIFEST.in" "$here/README.md" "$here/LICENSE" "$here/constraints.txt" \
+    "$here/python" "$here/qins_ext" "$work/"
+rm -f "$work"/python/qins/*.so
+find_python() { # find_python VERSION: the path of one that runs
+    local candidate
+    for candidate in "$(command -v "python$1" || true)" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import ensurepip, ctypes' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+for version in 3.10 3.11 3.12 3.13 3.14; do
+    python=$(find_python "$version")
+    if [ -z "$python" ]; then
+        echo "NOT RUN: CPython $version (not found)"
+        continue
+    fi
+    echo "== NumPy suite, CPython $version"
+    "$python" -m venv "$work/$version"
+    pip=("$work/$version/bin/pip" install --quiet --disable-pip-version-check -c "$work/constraints.txt")
+    "${pip[@]}" numpy pytest hypothesis ml_dtypes
+    "${pip[@]}" "$work"
+    (cd "$work" && "$work/$version/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" test_array.py test_feedback.py test_ways.py)
+done
