@@ -306,6 +306,47 @@ def test_damaged_checkpoints(tiny, damage):
         load(path / "out")
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.codes", "model.norm.weight"])
+def test_verify(tiny, monkeypatch, shards, key):
+    """One bit of a code, or of a norm: only the checksums tell, where they are asked."""
+    _, path = tiny
+    out = path / "out"
+    size = "30KB" if shards > 1 else "1GB"
+    load(path / "float", quantization_config=qins.QinsConfig(verify=True)).save_pretrained(out, max_shard_size=size)
+    config = (out / "config.json").read_text()
+    assert '"verify"' not in config
+    sound = qins.load(out, verify=True)
+    file = next(p for p in out.glob("*.safetensors") if key in load_file(p))
+    state = load_file(file)
+    state[key] = state[key].clone()
+    state[key].view(torch.uint8)[3] ^= 16
+    save_file(state, file, {"format": "pt"})
+    damaged = load(out)
+    assert not torch.equal(damaged.state_dict()[key], sound.state_dict()[key])
+    message = rf"{file.name}: {key}: expected checksum [0-9a-f]{{8}}, got [0-9a-f]{{8}}: the file is damaged"
+    with pytest.raises(ValueError, match=message):
+        qins.load(out, verify=True)
+    with pytest.raises(ValueError, match=message):
+        load(out, quantization_config=qins.QinsConfig(verify=True))
+    with monkeypatch.context() as patch:
+        patch.setenv("QINS_VERIFY", "1")
+        with pytest.raises(ValueError, match=message):
+            load(out)
+        patch.setenv("QINS_VERIFY", "0")
+        load(out)
+        patch.setenv("QINS_VERIFY", "yes")
+        with pytest.raises(ValueError, match="QINS_VERIFY: expected 0 or 1, got 'yes'"):
+            load(out)
+    with pytest.warns(UserWarning, match="quantization_config` from the model will be used"):
+        load(out, quantization_config=qins.QinsConfig("golden"))
+    told = json.loads(config)
+    told["quantization_config"]["checksums"] = None
+    (out / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"verify: expected checksums in config\.json, got none"):
+        qins.load(out, verify=True)
+
+
 def test_a_converted_model_saves_and_loads(tiny):
     model, path = tiny
     converted = copy.deepcopy(model)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
@@ -43,7 +46,7 @@ from ._pages import page_out
 from .coded import CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .experts import QINSExperts, projections, stack_sizes
-from .files import checksum, fingerprint, open_checkpoint
+from .files import checksum, fingerprint, open_checkpoint, verify
 from .linear import QINSEmbedding, QINSLinear
 from .models import read_text
 
@@ -102,19 +105,34 @@ class QinsHfQuantizer(HfQuantizer):
     # -- before the weights -----------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
-            self._expect_codes(model)
-            return
         files = kwargs.get("checkpoint_files")
         if _VERSION < 5 and files is None and model.config._name_or_path:  # it does not say which
             with suppress(OSError, ValueError):  # a hub's name, or files that open_checkpoint does not choose among
                 files = open_checkpoint(model.config._name_or_path).files
+        if self.pre_quantized:
+            if self.quantization_config.verify or _environment_asks_to_verify():
+                self._verify(files)
+            self._expect_codes(model)
+            return
         self.quantization_config.source = fingerprint(files) if files else None
         expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
             read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
             self._expect_floats(model)
+
+    def _verify(self, files: Iterable[str | Path] | None) -> None:
+        """Raise unless the files' tensors have the checksums of config.json."""
+        checksums = self.quantization_config.checksums
+        if not checksums:
+            raise ValueError("verify: expected checksums in config.json, got none; an early qins wrote it")
+        if not files:
+            raise ValueError("verify: expected a checkpoint in files, got none: only files have checksums")
+        problems: list[str] = []
+        for file in files:
+            problems += verify(open_checkpoint(file), checksums)[1]
+        if problems:
+            raise ValueError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else ""))
 
     def _expect_codes(self, model: Any) -> None:
         """Replace the modules that the checkpoint has codes for."""
@@ -449,17 +467,27 @@ def attach(model: Any) -> None:
     model.quantization_method = "qins"
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
+def _environment_asks_to_verify() -> bool:
+    told = os.environ.get("QINS_VERIFY", "")
+    if told not in ("", "0", "1"):
+        raise ValueError(f"environment variable QINS_VERIFY: expected 0 or 1, got {told!r}")
+    return told == "1"
+
+
+def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
     """Load a model that was saved with codes, as its own class; for those who would forget `import qins`.
 
     Args:
         path: directory or hub name.
+        verify: compare every tensor with its checksum first, which reads all of the files.
         **kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: it was not saved by qins.
+        ValueError: it was not saved by qins, or is not what was saved.
 
     """
+    if verify:
+        kwargs["quantization_config"] = QinsConfig(verify=True)
     config = transformers.AutoConfig.from_pretrained(path)
     method = getattr(config, "quantization_config", None) or {}
     method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
@@ -475,6 +503,24 @@ def register() -> None:
         register_quantization_config("qins")(QinsConfig)
     if "qins" not in AUTO_QUANTIZER_MAPPING:
         register_quantizer("qins")(QinsHfQuantizer)
+        _merge_loading_attributes()
+
+
+def _merge_loading_attributes() -> None:
+    """Let a QinsConfig say how to load codes: transformers does so for a closed list of its own classes."""
+    merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merged(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        given = quantization_config_from_args
+        if not isinstance(given, QinsConfig):
+            return merge(quantization_config, given)
+        # which warns that the rest of it is ignored
+        result = merge(quantization_config, given if given.to_dict() != QinsConfig().to_dict() else None)
+        if isinstance(result, QinsConfig):
+            vars(result).update(given.get_loading_attributes())
+        return result
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merged)  # type: ignore[method-assign]
 
 
 register()
