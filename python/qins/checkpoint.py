@@ -18,6 +18,7 @@ import torch
 
 from ._ahead import ReadAhead
 from ._atomic import atomically, locked, write_json
+from ._card import CARD, hub_name, write_card
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from ._hf_config import QinsConfig
 from .array import encode
@@ -163,7 +164,8 @@ def quantize_checkpoint(
                 else:
                     checksums |= _convert_shard(ahead, planned, store, file, out / name, advance)
         config.checksums = dict(sorted(checksums.items()))
-        _finish(checkpoint, planned, config, out)
+        base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
+        _finish(checkpoint, planned, config, out, base, spending)
         return {
             "layers": len(planned.encoded),
             "bytes_before": total,
@@ -254,12 +256,14 @@ def _encode(output: Output, floats: Any, write: Write) -> None:
             write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
 
 
-def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path) -> None:
-    """Write the index and the configuration; from then on the directory is a model."""
+def _finish(
+    checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path, base: str | None, spending: str | None
+) -> None:
+    """Write the index, the configuration and the card; from then on the directory is a model."""
     if isinstance(checkpoint, GgufCheckpoint):  # what lies beside it may belong to other models
         checkpoint.save_tokenizer(out)
     for path in sorted(_directory(checkpoint).iterdir()) if checkpoint.format != "gguf" else ():
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", CARD):
             shutil.copyfile(path, out / path.name)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
@@ -268,6 +272,9 @@ def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path
     config.modules = {o.module: [o.codec, o.group_size] for o in planned.encoded}
     config.modules |= {m: list(about) for m, about in planned.shared.items()}
     write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
+    beside = None if isinstance(checkpoint, GgufCheckpoint) else _directory(checkpoint)
+    estimate = None if spending is None else f"Estimated when the bits were spent:\n\n```\n{spending}\n```"
+    write_card(out, base, beside, estimate)
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)
     (out / _PROGRESS).unlink()

@@ -27,6 +27,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from ._card import UploadWithCard
 from ._hf_calibration import calibrate_loaded
 from ._hf_config import QinsConfig
 from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output
@@ -351,7 +352,7 @@ class QinsHfQuantizer(HfQuantizer):
             model.config._pre_quantization_dtype = self._dtype
             model.to(self._dtype)
         model.config.quantization_config = self.quantization_config
-        self._keep_names_on_saving(model)
+        self._prepare_saving(model)
         self.audit(model)
         return model
 
@@ -367,6 +368,11 @@ class QinsHfQuantizer(HfQuantizer):
             conversions = get_model_conversion_mapping(model, add_legacy=False)
             conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
+
+    def _prepare_saving(self, model: Any) -> None:
+        """Have codes saved under names that are theirs, and uploaded with a card that says how to read them."""
+        model._upload_modified_files = UploadWithCard(str(model.config._name_or_path or ""))
+        self._keep_names_on_saving(model)
 
     def audit(self, model: Any) -> ConversionReport:
         """List what is quantised and what is not; raise if it is less than min_quantized asks for."""
@@ -460,7 +466,7 @@ def attach(model: Any) -> None:
     """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
     quantizer = QinsHfQuantizer(QinsConfig(), pre_quantized=True)
     quantizer.audit(model)
-    quantizer._keep_names_on_saving(model)
+    quantizer._prepare_saving(model)
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = True
