@@ -27,8 +27,8 @@ _TEXT = """\
 
 # {title}
 
-**This needs `pip install "qins[hf]"`.** Without it transformers does not know how to read the weights: it warns of an
-"unknown quantization type, got qins" and gives nonsense.
+**This needs `pip install "qins[hf]"`.** Without it transformers warns of an "Unknown quantization type, got qins" and
+stops at an empty tensor whose size does not match; told to ignore that, it gives nonsense.
 
 ```python
 import qins

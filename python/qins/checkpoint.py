@@ -34,6 +34,7 @@ Write = Callable[..., None]  # as ShardWriter.write
 _WAITING = 64 << 20  # bytes that wait to be written, before one more tensor
 _PROGRESS = "qins-progress.json"
 _LOCK = "qins.lock"
+_FILES = 2  # changes when other tensors are written: conversions that another version began are not resumed
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -62,7 +63,7 @@ def _directory(checkpoint: Checkpoint) -> Path:
 
 def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
     """What must be the same for a conversion to be resumed: the source's headers and files, and how it is quantised."""
-    h = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    h = hashlib.sha256(json.dumps([_FILES, config.to_dict()], sort_keys=True, default=str).encode())
     for path, size in checkpoint.files.items():
         h.update(f"{path.name} {size} {path.stat().st_mtime_ns}".encode())
     for name, t in checkpoint.tensors.items():
@@ -234,6 +235,8 @@ def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: It
     if any(c is None for c in chosen.values()):
         made = converted(item, planned.model, ahead.load)
     for output in item.outputs:
+        if output.guard:
+            write(output.guard, torch.empty(0, dtype=torch.uint8))
         choice = chosen[output.name]
         if choice is not None:
             for n, array in choice.encoded.fields.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -42,7 +43,7 @@ from ._hf_modules import (
     pending_layers,
     sizes,
 )
-from ._hf_names import saved_names, with_and_without_prefix
+from ._hf_names import guard, saved_names, with_and_without_prefix
 from ._pages import page_out
 from .coded import CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
@@ -170,6 +171,10 @@ class QinsHfQuantizer(HfQuantizer):
                 "model again with this version"
             )
         self._shared = share_codes(model, shared)
+        if guarded := _guard(model):
+            ignored = [re.escape(n) + "$" for n in with_and_without_prefix(model, guarded)]
+            ignored += model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = set(ignored) if _VERSION >= 5 else ignored
         found = len(modules) - len(left)
         # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
         coded = {part for n, _ in coded_modules(model) for part in n.split(".")}
@@ -414,12 +419,15 @@ class QinsHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
         """What transformers calls first when it saves: the checksums are of what is saved."""
         state: dict[tuple[int, Any], tuple[str, torch.Tensor]] = {}
-        for name, tensor in model.state_dict().items():  # of those that share memory the first is saved
+        saved = model.state_dict()
+        if guarded := _guard(model):
+            saved[guarded] = torch.empty(0, dtype=torch.uint8)
+        for name, tensor in saved.items():  # of those that share memory the first is saved
             key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor), name)
             state.setdefault(key, (name, tensor))
         names = saved_names(model, (name for name, _ in state.values()))
         self.quantization_config.checksums = dict(sorted((names[n], checksum(t)) for n, t in state.values()))
-        return None, {}
+        return None if getattr(model, "_hf_peft_config_loaded", False) else saved, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace codes by the floats that they stand for."""
@@ -448,6 +456,11 @@ def _is_loaded(tensor: torch.Tensor | None) -> bool:
     if tensor is None or tensor.is_meta:
         return False
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _guard(model: Any) -> str | None:
+    layers = ((n, m) for n, m in coded_modules(model) if not m._non_persistent_buffers_set)
+    return guard((part, isinstance(m, QINSExperts)) for n, m in layers for part, *_ in m.matrices(n))
 
 
 def _submodule(model: Any, path: str) -> nn.Module | None:

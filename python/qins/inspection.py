@@ -433,7 +433,11 @@ def load_seed_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
         encoded = EncodedArray(layer.codec, layer.shape, kept, layer.group_size)
         new[layer.name] = QINSLinear.from_encoded(module, encoded, layer.codec, layer.group_size)
     coded = {key for layer in layers for key in layer.fields.values()}
-    rest = {key: checkpoint.load(key) for key in checkpoint.tensors if key not in coded}
+    guards = {f"{name}.weight" for name in new}  # empty, see _hf_names.guard
+    rest = {
+        key: checkpoint.load(key) for key, t in checkpoint.tensors.items()
+        if key not in coded and (t.elements or key not in guards)
+    }  # fmt: skip
     _check_rest(model, rest, new, file)
     for name, module in new.items():
         parent, _, key = name.rpartition(".")
