@@ -86,6 +86,19 @@ def test_originals_without_a_head(source, tmp_path, original):
     assert original.strip() in text
 
 
+def test_of_the_hub(source, tmp_path, monkeypatch):
+    """The base model is what was asked for, not what the original's card calls its own base."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(source))
+    quantize_checkpoint("some/tiny", tmp_path / "out")
+    head, text = parts((tmp_path / "out" / "README.md").read_text())
+    assert head["base_model"] == "some/tiny"
+    assert head["license"] == "apache-2.0"
+    assert "# some/tiny in 8-bit logarithmic codes" in text
+    assert "## Fidelity" not in text
+    write_card(tmp_path / "out", "some/tiny", source, "Mean KL divergence 1e-3.")
+    assert "\n## Fidelity\n\nMean KL divergence 1e-3.\n\n## The" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_card_that_somebody_wrote_stays(source, tmp_path):
     out = tmp_path / "out"
     quantize_checkpoint(source, out)
