@@ -415,24 +415,27 @@ def test_two_at_once(source, tmp_path):
     """The second is told, the first is not disturbed, and of one that was killed no lock is left."""
     quantize_checkpoint(source, tmp_path / "undisturbed")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", _SLOW.replace("0.004", "0.02"), str(source), str(out)]
+    # until it is told to go on
+    command = [sys.executable, "-c", _SLOW.replace("time.sleep(0.004)", "sys.stdin.readline()"), str(source), str(out)]
 
     def started():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         while not (out / "qins-progress.json").exists():
             assert process.poll() is None
             time.sleep(0.01)
         return process
 
     process = started()
-    with process, pytest.raises(BlockingIOError, match=r"out: another process is converting into it"):
-        quantize_checkpoint(source, out)
+    with process:  # and then close its input
+        with pytest.raises(BlockingIOError, match=r"out: another process is converting into it"):
+            quantize_checkpoint(source, out)
+        assert list(out.glob("*.safetensors")) == []
     assert process.returncode == 0
     assert tree(out) == tree(tmp_path / "undisturbed")
     shutil.rmtree(out)
     process = started()
-    process.kill()
-    process.communicate()
+    with process:
+        process.kill()
     assert (out / "qins.lock").exists()
     quantize_checkpoint(source, out)
     assert tree(out) == tree(tmp_path / "undisturbed")
