@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qins
+from qins._atomic import locked
 from qins.checkpoint import quantize_checkpoint
 from qins.files import fingerprint
 from qins.shards import ShardWriter, Target
@@ -405,6 +409,57 @@ def test_killed_before_the_first_file(source, tmp_path):
     quantize_checkpoint(source, out)
     assert "config.json" in tree(out)
     assert not list(out.glob("*progress*"))
+
+
+def test_two_at_once(source, tmp_path):
+    """The second is told, the first is not disturbed, and of one that was killed no lock is left."""
+    quantize_checkpoint(source, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    # until it is told to go on
+    command = [sys.executable, "-c", _SLOW.replace("time.sleep(0.004)", "sys.stdin.readline()"), str(source), str(out)]
+
+    def started():
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        while not (out / "qins-progress.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        return process
+
+    process = started()
+    with process:  # and then close its input
+        with pytest.raises(BlockingIOError, match=r"out: another process is converting into it"):
+            quantize_checkpoint(source, out)
+        assert list(out.glob("*.safetensors")) == []
+    assert process.returncode == 0
+    assert tree(out) == tree(tmp_path / "undisturbed")
+    shutil.rmtree(out)
+    process = started()
+    with process:
+        process.kill()
+    assert (out / "qins.lock").exists()
+    quantize_checkpoint(source, out)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_a_lock_whose_file_goes(tmp_path):
+    """Of many that come and go, one at a time holds it, though each removes the file."""
+    held, most = [], []
+
+    def hold(i):
+        for _ in range(50):
+            with suppress(BlockingIOError), locked(tmp_path / "lock", "held"):
+                held.append(i)
+                time.sleep(0.0005)
+                most.append(len(held))
+                held.remove(i)
+
+    threads = [threading.Thread(target=hold, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert max(most) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_conversion_is_not_resumed(source, tmp_path):

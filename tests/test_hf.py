@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qins
+import qins.files
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_while_loading  # noqa: E402
@@ -306,6 +307,47 @@ def test_damaged_checkpoints(tiny, damage):
         load(path / "out")
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.codes", "model.norm.weight"])
+def test_verify(tiny, monkeypatch, shards, key):
+    """One bit of a code, or of a norm: only the checksums tell, where they are asked."""
+    _, path = tiny
+    out = path / "out"
+    size = "30KB" if shards > 1 else "1GB"
+    load(path / "float", quantization_config=qins.QinsConfig(verify=True)).save_pretrained(out, max_shard_size=size)
+    config = (out / "config.json").read_text()
+    assert '"verify"' not in config
+    sound = qins.load(out, verify=True)
+    file = next(p for p in out.glob("*.safetensors") if key in load_file(p))
+    state = load_file(file)
+    state[key] = state[key].clone()
+    state[key].view(torch.uint8)[3] ^= 16
+    save_file(state, file, {"format": "pt"})
+    damaged = load(out)
+    assert not torch.equal(damaged.state_dict()[key], sound.state_dict()[key])
+    message = rf"{file.name}: {key}: expected checksum [0-9a-f]{{8}}, got [0-9a-f]{{8}}: the file is damaged"
+    with pytest.raises(ValueError, match=message):
+        qins.load(out, verify=True)
+    with pytest.raises(ValueError, match=message):
+        load(out, quantization_config=qins.QinsConfig(verify=True))
+    with monkeypatch.context() as patch:
+        patch.setenv("QINS_VERIFY", "1")
+        with pytest.raises(ValueError, match=message):
+            load(out)
+        patch.setenv("QINS_VERIFY", "0")
+        load(out)
+        patch.setenv("QINS_VERIFY", "yes")
+        with pytest.raises(ValueError, match="QINS_VERIFY: expected 0 or 1, got 'yes'"):
+            load(out)
+    with pytest.warns(UserWarning, match="quantization_config` from the model will be used"):
+        load(out, quantization_config=qins.QinsConfig("golden"))
+    told = json.loads(config)
+    told["quantization_config"]["checksums"] = None
+    (out / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"verify: expected checksums in config\.json, got none"):
+        qins.load(out, verify=True)
+
+
 def test_a_converted_model_saves_and_loads(tiny):
     model, path = tiny
     converted = copy.deepcopy(model)
@@ -347,6 +389,77 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "QINSLinear"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+WITHOUT_QINS = """
+import sys
+sys.modules["qins"] = sys.modules["_qins_autoload"] = None
+import transformers
+for architecture, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        getattr(transformers, architecture).from_pretrained(path)
+    except RuntimeError as e:
+        print("refused" if "ignore_mismatched_sizes" in str(e) or "size mismatch" in str(e) else e)
+    else:
+        print("loaded")
+"""
+
+
+def without_qins(*models):
+    """What becomes of checkpoints where qins is not installed: of (class, directory)."""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    arguments = [str(a) for model in models for a in model]
+    command = [sys.executable, "-c", WITHOUT_QINS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Unknown quantization type, got qins") >= len(models)
+    return done.stdout.split()
+
+
+def test_where_qins_is_not_installed(tmp_path):
+    """transformers would go on with random weights; an empty tensor of a weight's name stops it."""
+    cases = []
+    for name in MODELS:
+        model = make(name)
+        model.save_pretrained(tmp_path / "float")
+        model = type(model).from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig())
+        model.save_pretrained(tmp_path / name, max_shard_size="40KB" if name == "qwen2" else "1GB")
+        cases.append((type(model).__name__, tmp_path / name))
+        _, told = type(model).from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(told.values()), told
+        empty = [n for n, t in qins.files.open_checkpoint(tmp_path / name).tensors.items() if not t.elements]
+        assert len(empty) == 1
+        assert empty[0].endswith(".weight")
+    cases += [("AutoModelForCausalLM", tmp_path / "llama"), ("AutoModel", tmp_path / "llama"),
+              ("LlamaForSequenceClassification", tmp_path / "llama")]  # fmt: skip
+    # it is this tensor that does it
+    state = load_file(tmp_path / "llama" / "model.safetensors")
+    (guard,) = (n for n, t in state.items() if t.numel() == 0)
+    (tmp_path / "earlier").mkdir()
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    del config["quantization_config"]["checksums"][guard], state[guard]
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "earlier" / "model.safetensors", {"format": "pt"})
+    assert without_qins(*cases, ("LlamaForCausalLM", tmp_path / "earlier")) == ["refused"] * len(cases) + ["loaded"]
+    # which files of earlier versions lack
+    assert same_state(qins.load(tmp_path / "earlier", verify=True), qins.load(tmp_path / "llama"))
+
+
+def test_the_empty_tensor_is_no_weight(tiny):
+    """Whoever reads the file's tensors into a model of codes, or of floats."""
+    model, path = tiny
+    quantised = load(path / "float", quantization_config=qins.QinsConfig("golden"), device_map="auto")
+    quantised.save_pretrained(path / "out")
+    state = load_file(path / "out" / "model.safetensors")
+    assert state["model.layers.0.mlp.down_proj.weight"].numel() == 0
+    other = load(path / "out")
+    other.load_state_dict(state)
+    assert same_state(other, quantised)
+    names = qins.load_seed_checkpoint(model, path / "out")
+    assert len(names) == 14
+    assert same_state(model, quantised)
+    with pytest.raises(RuntimeError, match="size mismatch for model.layers.0.mlp.down_proj.weight"):
+        make("llama").load_state_dict(state, strict=False)
 
 
 def test_load_refuses_other_checkpoints(tiny):

@@ -18,7 +18,7 @@ from qins.evaluate import bytes_by_component
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_while_loading  # noqa: E402
-from test_hf import COMMON, close, outputs, same_state, with_decoded_weights  # noqa: E402
+from test_hf import COMMON, close, outputs, same_state, with_decoded_weights, without_qins  # noqa: E402
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 
@@ -71,6 +71,23 @@ def make(name):
 
 def experts_of(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, qins.QINSExperts)}
+
+
+def test_where_qins_is_not_installed(tmp_path):
+    """Also where experts are all that is codes."""
+    cases = []
+    for name in MODELS:
+        for what in ("all", "experts"):
+            include = ["*.experts"] if what == "experts" else None
+            make(name).save_pretrained(tmp_path / "float")
+            cls = type(make(name))
+            model = cls.from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig(include=include))
+            model.save_pretrained(tmp_path / f"{name} {what}")
+            loaded, told = cls.from_pretrained(tmp_path / f"{name} {what}", output_loading_info=True)
+            assert not any(told.values()), told
+            assert same_state(loaded, model)
+            cases.append((cls.__name__, tmp_path / f"{name} {what}"))
+    assert without_qins(*cases) == ["refused"] * len(cases)
 
 
 @pytest.mark.parametrize("name", MODELS)

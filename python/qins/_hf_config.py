@@ -36,6 +36,8 @@ class QinsConfig(QuantizationConfigMixin):
         source: of a saved checkpoint: what `qins.files.fingerprint` says of the files it was made of.
         modules: of a saved checkpoint: name of each quantised module, or stack of experts, to its codec and
             group_size, and to the module whose codes it shares if it does.
+        verify: while a checkpoint that has codes is loaded, compare its tensors with the checksums, which reads all
+            of its files; QINS_VERIFY=1 in the environment does so, too. It is not saved.
 
     Raises:
         ValueError, TypeError: an argument is unknown or out of range.
@@ -61,6 +63,7 @@ class QinsConfig(QuantizationConfigMixin):
         modules: dict[str, list[Any]] | None = None,
         checksums: dict[str, str] | None = None,
         source: str | None = None,
+        verify: bool = False,
         **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", "qins")
@@ -94,11 +97,23 @@ class QinsConfig(QuantizationConfigMixin):
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
         self.modules, self.checksums, self.source = modules, checksums, source
+        self.verify = bool(verify)
         for name, about in (modules or {}).items():
             try:
                 check_codec(about[0])
             except ValueError as e:
                 raise ValueError(f"modules[{name!r}]: {e}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: everything but how this process loads."""
+        saved: dict[str, Any] = super().to_dict()
+        for name in self.get_loading_attributes():
+            del saved[name]
+        return saved
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What counts of a config that is given for a checkpoint with a config of its own."""
+        return {"verify": self.verify}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything: transformers 4 asks for it and has no default."""

@@ -66,6 +66,21 @@ class Names:
         return name
 
 
+def guard(coded: Iterable[tuple[str, bool]]) -> str | None:
+    """The float parameter, by its name in the model, in whose place a checkpoint of codes has an empty tensor.
+
+    Where qins is not installed, transformers warns of an unknown quantization and goes on with random weights. What
+    stops it is a tensor that has not the shape of the model's. It is one of a layer, which models without a head have,
+    too.
+
+    Args:
+        coded: names of modules in codes, and whether each is a stack of experts, which is a parameter itself.
+
+    """
+    ordered = sorted((is_stack, not any(p.isdecimal() for p in n.split(".")), n) for n, is_stack in coded)
+    return next((n if is_stack else f"{n}.weight" for is_stack, _, n in ordered), None)
+
+
 def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """The names under which `save_pretrained` saves a model's tensors."""
     if _VERSION >= 5:

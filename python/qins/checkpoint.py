@@ -8,7 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ._ahead import ReadAhead
-from ._atomic import atomically, write_json
+from ._atomic import atomically, locked, write_json
+from ._card import CARD, hub_name, write_card
 from ._hf_calibration import Calibration, CheckpointCalibration, tokenized
 from ._hf_config import QinsConfig
 from .array import encode
@@ -32,6 +33,8 @@ Write = Callable[..., None]  # as ShardWriter.write
 
 _WAITING = 64 << 20  # bytes that wait to be written, before one more tensor
 _PROGRESS = "qins-progress.json"
+_LOCK = "qins.lock"
+_FILES = 2  # changes when other tensors are written: conversions that another version began are not resumed
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -60,7 +63,7 @@ def _directory(checkpoint: Checkpoint) -> Path:
 
 def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
     """What must be the same for a conversion to be resumed: the source's headers and files, and how it is quantised."""
-    h = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    h = hashlib.sha256(json.dumps([_FILES, config.to_dict()], sort_keys=True, default=str).encode())
     for path, size in checkpoint.files.items():
         h.update(f"{path.name} {size} {path.stat().st_mtime_ns}".encode())
     for name, t in checkpoint.tensors.items():
@@ -68,10 +71,16 @@ def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
     return h.hexdigest()
 
 
-def _prepare(out: Path, fingerprint: str, needed: int) -> None:
-    """Make the output directory, or see that the one there is this very conversion, begun before."""
+def _reserve(out: Path) -> AbstractContextManager[None]:
+    """Make the output directory, which no other process may write to meanwhile."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a directory or nothing, got a file")
+    out.mkdir(parents=True, exist_ok=True)
+    return locked(out / _LOCK, f"{out}: another process is converting into it; wait for it, or give another directory")
+
+
+def _prepare(out: Path, fingerprint: str, needed: int) -> None:
+    """See that the output directory is empty, or that what it holds is this very conversion, begun before."""
     begun = out / _PROGRESS
     if begun.is_file():
         try:
@@ -83,9 +92,8 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
                 f"{out}: holds an unfinished conversion of another source or with other settings; remove it, or give "
                 "another directory"
             )
-    elif out.exists() and any(p.name != begun.name + ".tmp" for p in out.iterdir()):  # begun, but not said yet
+    elif any(p.name not in (begun.name + ".tmp", _LOCK) for p in out.iterdir()):  # begun, but not said yet
         raise FileExistsError(f"{out}: is not empty; nothing is overwritten")
-    out.mkdir(parents=True, exist_ok=True)
     done = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     free = shutil.disk_usage(out).free
     if free < needed - done:
@@ -120,6 +128,7 @@ def quantize_checkpoint(
 
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: nothing half-written is left under a final name.
+        BlockingIOError: another process is converting into the directory.
 
     """
     config = config or QinsConfig()
@@ -134,35 +143,37 @@ def quantize_checkpoint(
         data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
         config.calibration = calibration.record(data)
     fingerprint = _fingerprint(checkpoint, config)
-    _prepare(out, fingerprint, planned.nbytes * (1 if data is None else 2))
-    total = sum(t.bytes for t in checkpoint.tensors.values())
-    store, spending = None, None
-    if calibration is not None and data is not None:
-        store = Store(out / _CALIBRATION, fingerprint)
-        work = CheckpointCalibration(_directory(checkpoint), architecture(checkpoint), data, store, show_progress)
-        if calibration.has_target:
-            spending = work.plan(planned.modules, calibration, config)
-            planned, quantizer = plan(checkpoint, config)
-        work.encode(planned.modules)
-    checksums: dict[str, str] = {}
-    bar = progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True)
-    with bar as advance, ReadAhead(checkpoint) as ahead:
-        for file, name in planned.names.items():
-            if (out / name).exists():
-                made = open_checkpoint(out / name)
-                checksums |= {k: checksum(made.load(k)) for k in made.tensors}
-                advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
-            else:
-                checksums |= _convert_shard(ahead, planned, store, file, out / name, advance)
-    config.checksums = dict(sorted(checksums.items()))
-    _finish(checkpoint, planned, config, out)
-    return {
-        "layers": len(planned.encoded),
-        "bytes_before": total,
-        "bytes_after": planned.nbytes,
-        "files": [planned.names[f] for f in planned.names],
-        "skipped": [vars(s) for s in quantizer.report.skipped],
-    } | ({} if spending is None else {"plan": spending})
+    with _reserve(out):
+        _prepare(out, fingerprint, planned.nbytes * (1 if data is None else 2))
+        total = sum(t.bytes for t in checkpoint.tensors.values())
+        store, spending = None, None
+        if calibration is not None and data is not None:
+            store = Store(out / _CALIBRATION, fingerprint)
+            work = CheckpointCalibration(_directory(checkpoint), architecture(checkpoint), data, store, show_progress)
+            if calibration.has_target:
+                spending = work.plan(planned.modules, calibration, config)
+                planned, quantizer = plan(checkpoint, config)
+            work.encode(planned.modules)
+        checksums: dict[str, str] = {}
+        bar = progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True)
+        with bar as advance, ReadAhead(checkpoint) as ahead:
+            for file, name in planned.names.items():
+                if (out / name).exists():
+                    made = open_checkpoint(out / name)
+                    checksums |= {k: checksum(made.load(k)) for k in made.tensors}
+                    advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
+                else:
+                    checksums |= _convert_shard(ahead, planned, store, file, out / name, advance)
+        config.checksums = dict(sorted(checksums.items()))
+        base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
+        _finish(checkpoint, planned, config, out, base, spending)
+        return {
+            "layers": len(planned.encoded),
+            "bytes_before": total,
+            "bytes_after": planned.nbytes,
+            "files": [planned.names[f] for f in planned.names],
+            "skipped": [vars(s) for s in quantizer.report.skipped],
+        } | ({} if spending is None else {"plan": spending})
 
 
 def _convert_shard(
@@ -224,6 +235,8 @@ def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: It
     if any(c is None for c in chosen.values()):
         made = converted(item, planned.model, ahead.load)
     for output in item.outputs:
+        if output.guard:
+            write(output.guard, torch.empty(0, dtype=torch.uint8))
         choice = chosen[output.name]
         if choice is not None:
             for n, array in choice.encoded.fields.items():
@@ -246,12 +259,14 @@ def _encode(output: Output, floats: Any, write: Write) -> None:
             write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
 
 
-def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path) -> None:
-    """Write the index and the configuration; from then on the directory is a model."""
+def _finish(
+    checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path, base: str | None, spending: str | None
+) -> None:
+    """Write the index, the configuration and the card; from then on the directory is a model."""
     if isinstance(checkpoint, GgufCheckpoint):  # what lies beside it may belong to other models
         checkpoint.save_tokenizer(out)
     for path in sorted(_directory(checkpoint).iterdir()) if checkpoint.format != "gguf" else ():
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != "config.json":
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", CARD):
             shutil.copyfile(path, out / path.name)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
@@ -260,6 +275,9 @@ def _finish(checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path
     config.modules = {o.module: [o.codec, o.group_size] for o in planned.encoded}
     config.modules |= {m: list(about) for m, about in planned.shared.items()}
     write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
+    beside = None if isinstance(checkpoint, GgufCheckpoint) else _directory(checkpoint)
+    estimate = None if spending is None else f"Estimated when the bits were spent:\n\n```\n{spending}\n```"
+    write_card(out, base, beside, estimate)
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)
     (out / _PROGRESS).unlink()

@@ -15,7 +15,7 @@ import transformers
 from ._hf_config import QinsConfig
 from ._hf_embeddings import input_embedding, tied_output
 from ._hf_modules import pending_experts, pending_layers
-from ._hf_names import Names
+from ._hf_names import Names, guard
 from .coded import field_layout
 from .files import Checkpoint
 from .hf import QinsHfQuantizer
@@ -34,6 +34,7 @@ class Output:
         module: the module whose weight it is, or the stack of experts, if it is to be encoded.
         codec, group_size: as codes; no codec for what stays as it is.
         transposed: whether the matrix, or each of a stack's, is (in_features, out_features).
+        guard: the name of an empty tensor that stops whoever does not know of codes.
         targets: what is written.
 
     """
@@ -45,6 +46,7 @@ class Output:
     group_size: int | None = None
     transposed: bool = False
     is_stack: bool = False
+    guard: str = ""
     targets: list[Target] = field(default_factory=list)
 
 
@@ -131,10 +133,13 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     wanted = _wanted(model, config, result, names)
     items = _without_copy(_items(names, checkpoint), checkpoint, names, config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    guarded = guard((o.module, o.is_stack) for outputs in wanted.values() for o in outputs if o.codec)
     for item in items:
         for name in _made_by(item):
             for output in wanted.pop(name, [Output(name)]):
                 output.stem = output.stem or (names.saved(name) if item.converter else item.all_keys[0])
+                if output.codec and guarded == (output.module if output.is_stack else f"{output.module}.weight"):
+                    output.guard = output.stem
                 item.outputs.append(output)
         _set_targets(checkpoint, shapes, item)
     missing = [o.module for outputs in wanted.values() for o in outputs]
@@ -249,6 +254,8 @@ def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]],
         o.stem = f"{o.stem}_" if o.is_stack else o.stem.removesuffix("weight")
         for n, (s, dtype) in field_layout(o.codec, shape, o.group_size).items():
             o.targets.append(Target(o.stem + n, str(dtype)[6:], s))
+        if o.guard:
+            o.targets.append(Target(o.guard, "uint8", (0,)))
 
 
 def converted(item: Item, model: Any, load: Callable[[str], torch.Tensor]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import json
 import pickletools
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,42 @@ class Checkpoint:
             tensor: torch.Tensor = f.get_tensor(name)
         return tensor
 
+    def load_each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return tensors as `load` does, in the files' order, each file opened once."""
+        wanted = set(names)
+        for path in self.files:
+            here = [n for n in self.tensors if n in wanted and self._where[n] == path]
+            if self.format != "safetensors":
+                yield from ((n, self.load(n)) for n in here)
+                continue
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as f:
+                for n in here:
+                    yield n, f.get_tensor(n)
+
 
 def checksum(tensor: torch.Tensor, before: str | None = None) -> str:
     """CRC-32 of a tensor's bytes, in hexadecimal; `before` is that of the bytes in front of them."""
     flat = tensor.detach().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
+
+
+def verify(checkpoint: Checkpoint, checksums: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Compare tensors with their checksums; return how many are right, and a sentence on each that is not."""
+
+    def compare(found: tuple[str, torch.Tensor]) -> str:
+        name, got = found[0], checksum(found[1])
+        if got == checksums[name]:
+            return ""
+        where = checkpoint.where(name)
+        return f"{where}: {name}: expected checksum {checksums[name]}, got {got}: the file is damaged"
+
+    with ThreadPoolExecutor() as pool:  # the sums release the GIL, and disks like to be asked for much at once
+        told = list(pool.map(compare, checkpoint.load_each(checksums)))
+    problems = [t for t in told if t]
+    return len(told) - len(problems), problems
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,11 +22,13 @@ from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
 
+from ._card import UploadWithCard
 from ._hf_calibration import calibrate_loaded
 from ._hf_config import QinsConfig
 from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output
@@ -38,12 +43,12 @@ from ._hf_modules import (
     pending_layers,
     sizes,
 )
-from ._hf_names import saved_names, with_and_without_prefix
+from ._hf_names import guard, saved_names, with_and_without_prefix
 from ._pages import page_out
 from .coded import CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .experts import QINSExperts, projections, stack_sizes
-from .files import checksum, fingerprint, open_checkpoint
+from .files import checksum, fingerprint, open_checkpoint, verify
 from .linear import QINSEmbedding, QINSLinear
 from .models import read_text
 
@@ -102,19 +107,34 @@ class QinsHfQuantizer(HfQuantizer):
     # -- before the weights -----------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
-            self._expect_codes(model)
-            return
         files = kwargs.get("checkpoint_files")
         if _VERSION < 5 and files is None and model.config._name_or_path:  # it does not say which
             with suppress(OSError, ValueError):  # a hub's name, or files that open_checkpoint does not choose among
                 files = open_checkpoint(model.config._name_or_path).files
+        if self.pre_quantized:
+            if self.quantization_config.verify or _environment_asks_to_verify():
+                self._verify(files)
+            self._expect_codes(model)
+            return
         self.quantization_config.source = fingerprint(files) if files else None
         expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
             read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
             self._expect_floats(model)
+
+    def _verify(self, files: Iterable[str | Path] | None) -> None:
+        """Raise unless the files' tensors have the checksums of config.json."""
+        checksums = self.quantization_config.checksums
+        if not checksums:
+            raise ValueError("verify: expected checksums in config.json, got none; an early qins wrote it")
+        if not files:
+            raise ValueError("verify: expected a checkpoint in files, got none: only files have checksums")
+        problems: list[str] = []
+        for file in files:
+            problems += verify(open_checkpoint(file), checksums)[1]
+        if problems:
+            raise ValueError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else ""))
 
     def _expect_codes(self, model: Any) -> None:
         """Replace the modules that the checkpoint has codes for."""
@@ -151,6 +171,10 @@ class QinsHfQuantizer(HfQuantizer):
                 "model again with this version"
             )
         self._shared = share_codes(model, shared)
+        if guarded := _guard(model):
+            ignored = [re.escape(n) + "$" for n in with_and_without_prefix(model, guarded)]
+            ignored += model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = set(ignored) if _VERSION >= 5 else ignored
         found = len(modules) - len(left)
         # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
         coded = {part for n, _ in coded_modules(model) for part in n.split(".")}
@@ -333,7 +357,7 @@ class QinsHfQuantizer(HfQuantizer):
             model.config._pre_quantization_dtype = self._dtype
             model.to(self._dtype)
         model.config.quantization_config = self.quantization_config
-        self._keep_names_on_saving(model)
+        self._prepare_saving(model)
         self.audit(model)
         return model
 
@@ -349,6 +373,11 @@ class QinsHfQuantizer(HfQuantizer):
             conversions = get_model_conversion_mapping(model, add_legacy=False)
             conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
+
+    def _prepare_saving(self, model: Any) -> None:
+        """Have codes saved under names that are theirs, and uploaded with a card that says how to read them."""
+        model._upload_modified_files = UploadWithCard(str(model.config._name_or_path or ""))
+        self._keep_names_on_saving(model)
 
     def audit(self, model: Any) -> ConversionReport:
         """List what is quantised and what is not; raise if it is less than min_quantized asks for."""
@@ -390,12 +419,15 @@ class QinsHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
         """What transformers calls first when it saves: the checksums are of what is saved."""
         state: dict[tuple[int, Any], tuple[str, torch.Tensor]] = {}
-        for name, tensor in model.state_dict().items():  # of those that share memory the first is saved
+        saved = model.state_dict()
+        if guarded := _guard(model):
+            saved[guarded] = torch.empty(0, dtype=torch.uint8)
+        for name, tensor in saved.items():  # of those that share memory the first is saved
             key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor), name)
             state.setdefault(key, (name, tensor))
         names = saved_names(model, (name for name, _ in state.values()))
         self.quantization_config.checksums = dict(sorted((names[n], checksum(t)) for n, t in state.values()))
-        return None, {}
+        return None if getattr(model, "_hf_peft_config_loaded", False) else saved, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace codes by the floats that they stand for."""
@@ -426,6 +458,11 @@ def _is_loaded(tensor: torch.Tensor | None) -> bool:
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
 
 
+def _guard(model: Any) -> str | None:
+    layers = ((n, m) for n, m in coded_modules(model) if not m._non_persistent_buffers_set)
+    return guard((part, isinstance(m, QINSExperts)) for n, m in layers for part, *_ in m.matrices(n))
+
+
 def _submodule(model: Any, path: str) -> nn.Module | None:
     try:
         module: nn.Module = model.get_submodule(path)
@@ -442,24 +479,34 @@ def attach(model: Any) -> None:
     """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
     quantizer = QinsHfQuantizer(QinsConfig(), pre_quantized=True)
     quantizer.audit(model)
-    quantizer._keep_names_on_saving(model)
+    quantizer._prepare_saving(model)
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = True
     model.quantization_method = "qins"
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
+def _environment_asks_to_verify() -> bool:
+    told = os.environ.get("QINS_VERIFY", "")
+    if told not in ("", "0", "1"):
+        raise ValueError(f"environment variable QINS_VERIFY: expected 0 or 1, got {told!r}")
+    return told == "1"
+
+
+def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
     """Load a model that was saved with codes, as its own class; for those who would forget `import qins`.
 
     Args:
         path: directory or hub name.
+        verify: compare every tensor with its checksum first, which reads all of the files.
         **kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: it was not saved by qins.
+        ValueError: it was not saved by qins, or is not what was saved.
 
     """
+    if verify:
+        kwargs["quantization_config"] = QinsConfig(verify=True)
     config = transformers.AutoConfig.from_pretrained(path)
     method = getattr(config, "quantization_config", None) or {}
     method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
@@ -475,6 +522,24 @@ def register() -> None:
         register_quantization_config("qins")(QinsConfig)
     if "qins" not in AUTO_QUANTIZER_MAPPING:
         register_quantizer("qins")(QinsHfQuantizer)
+        _merge_loading_attributes()
+
+
+def _merge_loading_attributes() -> None:
+    """Let a QinsConfig say how to load codes: transformers does so for a closed list of its own classes."""
+    merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merged(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        given = quantization_config_from_args
+        if not isinstance(given, QinsConfig):
+            return merge(quantization_config, given)
+        # which warns that the rest of it is ignored
+        result = merge(quantization_config, given if given.to_dict() != QinsConfig().to_dict() else None)
+        if isinstance(result, QinsConfig):
+            vars(result).update(given.get_loading_attributes())
+        return result
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merged)  # type: ignore[method-assign]
 
 
 register()
