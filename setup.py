@@ -21,11 +21,11 @@ else:
         flags.append("-g0")  # what Python itself was built with asks for -g: twice the time, ten times the bytes
 
 
-
 class BuildExtension(build_ext):
     """Compiles as many files at a time as there are processors; setuptools would compile one."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one extension."""
         compile_all = self.compiler.compile
 
         def compile_in_parallel(sources: list[str], *args: object, **kwargs: object) -> list[str]:
@@ -52,5 +52,5 @@ setup(
             include_dirs=["qins_ext", numpy.get_include()],
             extra_compile_args=flags,
         )
-    ]
+    ],
 )
