@@ -42,7 +42,7 @@ from .conversion import (
     tell_transformers,
 )
 from .feedback import DAMPING, ErrorFeedback
-from .linear import QINSLinear
+from .linear import QINSEmbedding, QINSLinear
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -382,7 +382,7 @@ def calibrate(
         ):
             pass
     for module, name in chosen.items():
-        new = ready[first[id(module.weight)]]
+        new: QINSLinear | QINSEmbedding = ready[first[id(module.weight)]]
         if first[id(module.weight)] != name:
             new = sharing_codes(name, module, new, report)
         _put_in_place(new, module, places)
@@ -396,7 +396,7 @@ def calibrate(
     return report
 
 
-def _put_in_place(new: QINSLinear, old: nn.Module, places: Places) -> None:
+def _put_in_place(new: nn.Module, old: nn.Module, places: Places) -> None:
     keep_hooks(old, new)
     for parent, key in places[old]:
         parent._modules[key] = new

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ._hf_calibration import calibrate_loaded
 from ._hf_config import QinsConfig
-from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output
+from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output, untie
 from ._hf_modules import (
     PendingExperts,
     PendingLinear,
@@ -40,7 +40,7 @@ from ._hf_modules import (
 )
 from ._hf_names import saved_names, with_and_without_prefix
 from ._pages import page_out
-from .coded import CodedWeight
+from .coded import Coded, CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule
 from .experts import QINSExperts, projections, stack_sizes
 from .files import checksum, fingerprint, open_checkpoint
@@ -139,7 +139,10 @@ class QinsHfQuantizer(HfQuantizer):
             told = entry(name)
             if told is None or not isinstance(module, (nn.Linear, conv1d(), nn.Embedding)):
                 continue
-            new = empty_module(module, *told[:2])
+            try:
+                new = empty_module(module, *told[:2])
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from None
             self.put(model, name, module, new)
             if len(told) > 2:
                 shared[name] = told[2]
@@ -331,7 +334,7 @@ class QinsHfQuantizer(HfQuantizer):
                 nn.init.zeros_(bias)
         if _VERSION < 5:
             model.config._pre_quantization_dtype = self._dtype
-            model.to(self._dtype)
+            _cast(model, self._dtype)
         model.config.quantization_config = self.quantization_config
         self._keep_names_on_saving(model)
         self.audit(model)
@@ -411,8 +414,7 @@ class QinsHfQuantizer(HfQuantizer):
                 new.weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
                 new.bias = module.bias
             elif isinstance(module, QINSEmbedding):
-                weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
-                new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, _weight=weight)
+                new = module.to_float(dtype)
             else:
                 continue
             model.set_submodule(name, new.train(module.training))
@@ -424,6 +426,19 @@ def _is_loaded(tensor: torch.Tensor | None) -> bool:
     if tensor is None or tensor.is_meta:
         return False
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast what a checkpoint holds; frequencies of rotations and the like stay as their modules made them."""
+    kept = [
+        (m, n, m._buffers[n])
+        for m in model.modules()
+        if not isinstance(m, Coded)
+        for n in m._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
 
 
 def _submodule(model: Any, path: str) -> nn.Module | None:
@@ -441,6 +456,7 @@ def _some(names: list[str]) -> str:
 def attach(model: Any) -> None:
     """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
     quantizer = QinsHfQuantizer(QinsConfig(), pre_quantized=True)
+    untie(model, {n for n, m in model.named_modules() if isinstance(m, CodedWeight)})
     quantizer.audit(model)
     quantizer._keep_names_on_saving(model)
     model.hf_quantizer = quantizer
