@@ -24,7 +24,7 @@ from ._pages import give_back_freed_memory, page_out
 from .activations import Layer, Statistics, Text, evaluating, forward_call, paged_out, split
 from .array import EncodedArray, encode
 from .blocks import BlockChain
-from .coded import resolve_group_size
+from .coded import resolve_group_size, warn_if_slow
 from .conversion import (
     ConversionReport,
     ConvertedModule,
@@ -345,6 +345,7 @@ def calibrate(
     """
     text = batches if isinstance(batches, Text) else split(batches, held_out)
     resolve_group_size("log8", group_size, 1)
+    warn_if_slow("log8", group_size)
     report = CalibrationReport(tokens=text.tokens[0], held_out=text.tokens[1])
     chosen = choose(model, include, exclude, report)
     if plan is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from ._affine import affine
 from ._pages import give_back_freed_memory
 from .array import EncodedArray, encode
-from .coded import resolve_group_size
+from .coded import resolve_group_size, warn_if_slow
 from .experts import QINSExperts, projections, stack_sizes
 from .linear import QINSEmbedding, QINSLinear
 
@@ -244,6 +244,7 @@ def convert(
 
     """
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
+    warn_if_slow(codec, group_size)
     report = ConversionReport()
     chosen: dict[Layer, str] = {m: n for m, n in choose(model, include, exclude, report).items()}
     if embeddings:  # first, so that what is tied to them shares their codes

@@ -9,7 +9,7 @@ from torch import nn
 
 from ._affine import Affine, affine
 from .array import EncodedArray, encode
-from .coded import CodedWeight, resolve_group_size
+from .coded import CodedWeight, resolve_group_size, warn_if_slow
 from .ops import embedding, multiply
 
 
@@ -72,6 +72,7 @@ class QINSLinear(CodedWeight, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
         size = resolve_group_size(codec, group_size, linear.in_features)
+        warn_if_slow(codec, size)
         encoded = None if weight.device.type == "meta" else encode(weight, codec, group_size=size, mu=mu)
         return cls.from_encoded(linear, encoded, codec, size)
 
@@ -177,6 +178,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
             raise TypeError(f"source: expected an nn.Embedding, got {type(source).__name__}")
         weight = source.weight
         new = cls.from_encoded(source, None, codec, group_size)
+        warn_if_slow(codec, new.group_size)
         if weight.device.type != "meta":
             new._take_codes(encode(weight, codec, group_size=new.group_size), weight.device)
         return new
