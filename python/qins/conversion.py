@@ -259,6 +259,16 @@ def convert(
     return report
 
 
+def other_matrices(module: nn.Module) -> str:
+    """Why a module that is not a linear layer is left, though its weight is made of matrices; empty for others."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution"
+    utils = sys.modules.get("transformers.pytorch_utils")
+    if utils is not None and isinstance(module, utils.Conv1D):
+        return "a linear layer with its weight transposed, which QinsConfig and qins quantize take"
+    return ""
+
+
 def choose(
     model: nn.Module,
     include: str | Iterable[str] | None = None,
@@ -270,6 +280,9 @@ def choose(
     chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module, QINSLinear):
+            other = other_matrices(module)
+            if other and report is not None:
+                report.skipped.append(SkippedModule(name, type(module).__name__, other))
             continue
         reason = "the model itself; wrap it" if module is model else _reason_to_skip(name, module, includes, excludes)
         if reason is None:

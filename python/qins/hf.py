@@ -41,7 +41,7 @@ from ._hf_modules import (
 from ._hf_names import saved_names, with_and_without_prefix
 from ._pages import page_out
 from .coded import Coded, CodedWeight
-from .conversion import ConversionReport, ConvertedModule, SkippedModule
+from .conversion import ConversionReport, ConvertedModule, SkippedModule, other_matrices
 from .experts import QINSExperts, projections, stack_sizes
 from .files import checksum, fingerprint, open_checkpoint
 from .linear import QINSEmbedding, QINSLinear
@@ -174,6 +174,8 @@ class QinsHfQuantizer(HfQuantizer):
         found: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
             if name == later or not (isinstance(module, (nn.Linear, conv1d())) or projections(module)):
+                if other_matrices(module):
+                    self.report.skipped.append(SkippedModule(name, type(module).__name__, other_matrices(module)))
                 continue
             reason = self._reason_to_skip(name, module, output)
             if reason is None:
@@ -378,8 +380,14 @@ class QinsHfQuantizer(HfQuantizer):
             if id(p) not in seen:
                 seen.add(id(p))
                 floats += p.numel()
-                if p.dim() >= 3:
-                    report.skipped.append(SkippedModule(name, "parameter", "a stack of matrices, such as experts"))
+                if p.dim() >= 3 and p.shape[0] > 1:
+                    owner = name.rpartition(".")[0]
+                    module = model.get_submodule(owner)
+                    about = SkippedModule(name, "parameter", "a stack of matrices, such as experts")
+                    if other_matrices(module):
+                        about = SkippedModule(owner, type(module).__name__, other_matrices(module))
+                    if about not in report.skipped:
+                        report.skipped.append(about)
         share = coded / max(coded + floats, 1)
         self.report = report
         text = f"qins: {100 * share:.1f} % of the parameters are codes, in {len(report.converted)} layers"
