@@ -76,14 +76,14 @@ def test_layers_get_the_codes_of_their_inputs(room):
     text = split(data)
     x = recorded_inputs(model, text.batches)
     weights = {n: m.weight.detach().numpy().copy() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    report = qins.calibrate(model, data, room=room, group_size=16)
+    report = qins.calibrate(model, data, room=room, group_size=32)
     kept = {m.name: m for m in report.converted}
     assert list(kept) == ["a", "b", "c", "unused"]
     assert kept["unused"].kept == "nearest: the calibration text does not reach it"
     for name in ("a", "b", "c"):
         assert kept[name].kept == "calibrated"
         assert kept[name].error < 0.7 * kept[name].nearest_error
-        e = ErrorFeedback(x[name].T @ x[name], DAMPING).encode(weights[name], group_size=16)
+        e = ErrorFeedback(x[name].T @ x[name], DAMPING).encode(weights[name], group_size=32)
         codes = model.get_submodule(name).codes.numpy()
         assert (codes == e.fields["codes"]).mean() > 0.99  # sums in float32 move a few ties
     assert report.tokens == sum(b.numel() for b in text.batches)

@@ -626,3 +626,27 @@ def test_read_only_target(source, small_disk):
     with pytest.raises(OSError, match="Read-only file system"):
         quantize_checkpoint(source, disk / "out")
     assert [p.name for p in disk.iterdir()] == ["mine.txt"]
+
+
+def test_convolutions_are_called_so(tmp_path):
+    """Patches of pictures become vectors by one: four dimensions that are no experts."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vit = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
+    vit.save_pretrained(tmp_path / "float")
+    result = quantize_checkpoint(tmp_path / "float", tmp_path / "codes")
+    loaded = transformers.ViTModel.from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig())
+    again = transformers.ViTModel.from_pretrained(tmp_path / "codes")
+    qins.convert(vit)
+    name = "embeddings.patch_embeddings.projection"
+    skipped = [vars(s) for m in (loaded, again, vit) for s in m.hf_quantizer.report.skipped] + result["skipped"]
+    assert [s for s in skipped if s["name"].startswith(name)] == [
+        {"name": name, "kind": "Conv2d", "reason": "a convolution"}
+    ] * 4
+    assert not [s for s in skipped if "experts" in s["reason"]]
+
+
+def test_conv1d_in_place_is_reported():
+    report = qins.convert(make("gpt2"))
+    kinds = {s.kind: s.reason for s in report.skipped if s.name != "lm_head"}
+    assert kinds == {"Conv1D": "a linear layer with its weight transposed, which QinsConfig and qins quantize take"}
+    assert len(report.skipped) == 9

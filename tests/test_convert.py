@@ -113,7 +113,8 @@ def test_what_is_left_alone():
     )
     report = qins.convert(model)
     assert not report.converted
-    assert {s.name for s in report.skipped} == {"normed", "attention.out_proj"}
+    assert {s.name for s in report.skipped} == {"normed", "conv", "attention.out_proj"}
+    assert "conv (Conv1d): a convolution" in str(report)
     assert "itself" in str(qins.convert(nn.Linear(3, 3)))
 
 

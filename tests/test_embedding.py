@@ -150,18 +150,186 @@ def test_refusals(tmp_path):
     assert config["quantization_config"]["modules"]["lm_head"] == ["log8", 128, "model.embed_tokens"]
 
 
-@pytest.mark.parametrize("how", ["while loading", "on disk"])
-def test_scaled_embeddings_are_refused(tmp_path, how):
-    """Gemma's multiply what they look up; plain rows of codes in their place would be other outputs."""
-    sizes = COMMON | {"num_key_value_heads": 2, "head_dim": 16}
-    transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes)).save_pretrained(tmp_path / "float")
+def gemma3(dtype=torch.float32):
+    sizes = COMMON | {"num_key_value_heads": 2, "head_dim": 16, "hidden_size": 96}
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM._from_config(transformers.Gemma3TextConfig(**sizes), dtype=dtype).eval()
+
+
+def bart():
+    sizes = {"vocab_size": 160, "d_model": 48, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    torch.manual_seed(0)
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, scale_embedding=True)).eval()
+
+
+SCALED = {"gemma3": gemma3, "gemma3 bfloat16": lambda: gemma3(torch.bfloat16)} | ({"bart": bart} if V5 else {})
+
+
+def same_outputs(quantised, original):
+    decoded = with_decoded_weights(original, quantised)
+    ids = torch.arange(160).reshape(4, 40)
+    with torch.no_grad():
+        assert torch.equal(quantised.get_input_embeddings()(ids), decoded.get_input_embeddings()(ids))
+    difference = (outputs(quantised) - outputs(decoded)).norm() / outputs(decoded).norm()
+    assert float(difference) < (2e-3 if decoded.dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("how", ["in place", "while loading", "on disk"])
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_embeddings(tmp_path, name, how):
+    """Gemma's and Bart's multiply what they look up; Gemma's round the factor to the weight's dtype first."""
+    model = SCALED[name]()
+    cls, dtype = type(model), model.dtype
+    model.save_pretrained(tmp_path / "float")
     config = qins.QinsConfig(lm_head=True, embeddings=True)
-    with pytest.raises(ValueError, match="embed_tokens is a Gemma3TextScaledWordEmbedding"):
+    if how == "in place":
+        quantised = copy.deepcopy(model)
+        report = qins.convert(quantised, exclude=(), embeddings=True)
+        assert not [s for s in report.skipped if "shares" not in s.reason]
+    elif how == "while loading":
+        quantised = cls.from_pretrained(tmp_path / "float", quantization_config=config, dtype=dtype)
+    else:
+        quantize_checkpoint(tmp_path / "float", tmp_path / "codes", config)
+        quantised = cls.from_pretrained(tmp_path / "codes", dtype=dtype)
+    source = quantised.get_input_embeddings()
+    assert isinstance(source, qins.QINSEmbedding)
+    assert quantised.get_output_embeddings().codes.data_ptr() == source.codes.data_ptr()
+    assert not [n for n, m in quantised.named_modules() if type(m) is nn.Linear]
+    same_outputs(quantised, model)
+    # two generations
+    quantised.save_pretrained(tmp_path / "one")
+    one = cls.from_pretrained(tmp_path / "one", dtype=dtype)
+    one.save_pretrained(tmp_path / "two")
+    two = qins.load(tmp_path / "two", dtype=dtype)
+    for again in (one, two, copy.deepcopy(two), pickle.loads(pickle.dumps(two))):
+        assert same_state(again, quantised)
+        assert torch.equal(outputs(again), outputs(quantised))
+        assert again.get_output_embeddings().codes.data_ptr() == again.get_input_embeddings().codes.data_ptr()
+    ids = torch.arange(3, 12)[None]
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(two.generate(ids, **kwargs), quantised.generate(ids, **kwargs))
+    files = [(tmp_path / d / "model.safetensors").stat().st_size for d in ("float", "one")]
+    assert files[1] < files[0] * (0.45 if dtype == torch.float32 else 0.7)
+    assert not qins.inspect(tmp_path / "one").problems
+    # other dtypes, and floats again
+    for other in (torch.bfloat16, torch.float32):
+        if how == "in place" and dtype == torch.float32:
+            same_outputs(copy.deepcopy(two).to(other), copy.deepcopy(model).to(other))
+    floats = copy.deepcopy(two).dequantize()
+    ids = torch.arange(160)
+    assert not any(isinstance(m, (qins.QINSLinear, qins.QINSEmbedding)) for m in floats.modules())
+    assert torch.equal(floats.get_input_embeddings()(ids), source(ids))
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 1.7
+
+
+class Moved(Scaled):
+    def __init__(self, *sizes, **kwargs):
+        super().__init__(*sizes, **kwargs)
+        self.bias = nn.Parameter(torch.randn(sizes[1]))
+
+    def forward(self, ids):
+        return super().forward(ids) + self.bias
+
+
+class Normed(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.layer_norm(super().forward(ids), (self.embedding_dim,))
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids):
+        return super().forward((ids + 2) % self.num_embeddings)
+
+
+class Padded(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * (ids != self.padding_idx).unsqueeze(-1)
+
+
+class Dropped(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.dropout(super().forward(ids), 0.5, self.training)
+
+
+class Decoupled(nn.Embedding):
+    def __init__(self, *sizes, **kwargs):
+        super().__init__(*sizes, **kwargs)
+        self.more = nn.Embedding(2, sizes[1])
+
+
+class Positions(nn.Embedding):
+    def forward(self, ids, past):
+        return super().forward(ids + past)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Scaled, Moved])
+def test_subclasses_with_a_factor_or_a_bias(kind, dtype):
+    torch.manual_seed(0)
+    source = kind(300, 64, padding_idx=7).to(dtype)
+    coded = qins.QINSEmbedding.from_embedding(source)
+    with torch.no_grad():
+        source.weight.copy_(coded.weight)
+        ids = torch.arange(300).reshape(3, 100)
+        assert torch.equal(coded(ids), source(ids))
+        assert torch.equal(coded.to_float()(ids), source(ids))
+    assert ("bias" in coded.state_dict()) == (kind is Moved)
+    assert "factor=1.7" in repr(coded)
+    assert coded.training
+
+
+@pytest.mark.parametrize("kind", [Normed, Shifted, Padded, Dropped, Decoupled, Positions])
+def test_subclasses_that_compute_something_else_are_refused(kind):
+    source = kind(50, 16, padding_idx=3)
+    before = copy.deepcopy(source.state_dict())
+    sentence = f"a {kind.__name__}, which may compute something else than rows times a factor: (it|its) "
+    with pytest.raises(ValueError, match=sentence):
+        qins.QINSEmbedding.from_embedding(source)
+    assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items())
+    model = nn.Sequential(source, nn.Linear(16, 16))
+    report = qins.convert(model, embeddings=True)
+    assert [s.name for s in report.skipped] == ["0"]
+    assert model[0] is source
+
+
+@pytest.mark.parametrize("how", ["while loading", "on disk", "of codes"])
+def test_what_is_refused_of_models(tmp_path, how, monkeypatch):
+    model = gemma3()
+    kind = type(model.get_input_embeddings())
+    model.save_pretrained(tmp_path / "float")
+    config = qins.QinsConfig(lm_head=True, embeddings=True)
+    if how == "of codes":
+        quantize_checkpoint(tmp_path / "float", tmp_path / "codes", config)
+    monkeypatch.setattr(kind, "forward", Normed.forward)
+    with pytest.raises(ValueError, match=r"embed_tokens.* a Gemma3TextScaledWordEmbedding, which may compute"):
         if how == "on disk":
             quantize_checkpoint(tmp_path / "float", tmp_path / "out", config)
-        else:
+        elif how == "while loading":
             transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+        else:
+            transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "codes")
     assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 40, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="embeddings: 1 shares the weight of 0, and would keep the floats"):
+        qins.convert(model, exclude="1", embeddings=True)
+    assert type(model[0]) is nn.Embedding
+    report = qins.convert(model, embeddings=True)
+    assert [m.name for m in report.converted] == ["0"]
+    assert model[0].codes is model[1].codes
+    left = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 40))
+    qins.convert(left)
+    assert type(left[0]) is nn.Embedding
 
 
 def test_a_state_dict_without_files():

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import os
 import pickle
+import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -333,3 +338,50 @@ def test_errors():
 def test_shared_bias_is_the_same_parameter():
     linear = nn.Linear(4, 2)
     assert qins.QINSLinear.from_linear(linear).bias is linear.bias
+
+
+@pytest.mark.once
+def test_slow_group_sizes_warn(tmp_path):
+    def suggested(size):
+        with pytest.warns(UserWarning, match=f"^group_size {size}: products decode") as found:
+            qins.QINSLinear.from_linear(nn.Linear(300, 20), group_size=size)
+        assert len(found) == 1
+        return re.search(r"expected (.*) \(", str(found[0].message))[1]
+
+    assert {s: suggested(s) for s in (1, 48, 65, 100, 1000)} == {
+        1: "32", 48: "32 or 64", 65: "64 or 128", 100: "64 or 128", 1000: "960 or 1024",
+    }  # fmt: skip
+    for size in (None, 32, 64, 128, 192, 640, "default"):
+        qins.QINSLinear.from_linear(nn.Linear(300, 20), group_size=size)
+    qins.QINSLinear.from_linear(nn.Linear(300, 20), "golden")
+    with pytest.warns(UserWarning, match="group_size 100") as found:
+        qins.convert(nn.Sequential(nn.Linear(300, 20), nn.Linear(20, 20)), group_size=100)
+    assert len(found) == 1
+    with pytest.warns(UserWarning, match="group_size 100"):
+        qins.QINSEmbedding.from_embedding(nn.Embedding(30, 200), group_size=100)
+    for kwargs in ({"group_size": 100}, {"overrides": {"*": {"group_size": 100}}}):
+        with pytest.warns(UserWarning, match="group_size 100"):
+            qins.QinsConfig(**kwargs)
+        qins.QinsConfig(**kwargs, modules={})  # of a saved checkpoint
+
+
+@pytest.mark.once
+def test_slow_group_sizes_are_shown(tmp_path):
+    model = nn.Sequential(nn.Linear(300, 20), nn.Linear(20, 20))
+    with pytest.warns(UserWarning, match="group_size 100"):
+        qins.convert(model, group_size=100)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    config = {"quantization_config": {"group_size": 100}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = qins.inspect(tmp_path)
+    assert not report.problems
+    assert [n[:35] for n in report.notes] == ["2 layers with group_size 100: produ"]
+    assert f"\nnote       {report.notes[0]}" in str(report)
+    assert report.to_dict()["notes"] == report.notes
+    command = ["bench", "--shape", "64x200", "--rows", "1", "--seconds", "0.01", "--group-size", "100"]
+    env = os.environ | {"QINS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "qins.cli", *command], capture_output=True, text=True, env=env)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: group_size 100: products decode the weights first")
+    assert done.stderr.count("\n") == 1
+    assert "group_size 100" in done.stdout

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .array import check_codec
-from .coded import resolve_group_size
+from .coded import resolve_group_size, warn_if_slow
 
 FORMAT_VERSION = 1
 
@@ -77,11 +77,16 @@ class QinsConfig(QuantizationConfigMixin):
                 "another version of qins wrote it"
             )
         resolve_group_size(codec, group_size, 1)
+        if modules is None:  # of a saved checkpoint it is too late
+            warn_if_slow(codec, group_size)
         for pattern, values in (overrides or {}).items():
             other = sorted(set(values) - {"codec", "group_size"})
             if other:
                 raise ValueError(f"overrides[{pattern!r}]: expected codec and group_size, got {', '.join(other)}")
-            resolve_group_size(values.get("codec", codec), values.get("group_size", "default"), 1)
+            chosen = values.get("codec", codec), values.get("group_size", "default")
+            resolve_group_size(*chosen, 1)
+            if modules is None:
+                warn_if_slow(*chosen)
         if not 0.0 <= float(min_quantized) <= 1.0:
             raise ValueError(f"min_quantized: expected a share from 0 to 1, got {min_quantized!r}")
         self.quant_method = "qins"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import transformers
 from torch import nn
 
+from ._affine import affine
 from ._hf_names import name_of, with_and_without_prefix
 from ._pages import page_out
 from .coded import Coded, CodedWeight
@@ -33,6 +34,14 @@ def tied_output(model: Any) -> str | None:
     return name if model.config.get_text_config(decoder=True).tie_word_embeddings else None
 
 
+def tied_to(model: Any, source: str) -> list[str]:
+    """Modules whose weight is that of `source`."""
+    output = tied_output(model)
+    if _VERSION < 5:
+        return [output] if output else []
+    return [k.removesuffix(".weight") for k, v in model.all_tied_weights_keys.items() if v == f"{source}.weight"]
+
+
 def input_embedding(model: Any, config: QinsConfig) -> tuple[str, nn.Embedding, str, int | None]:
     """Name and module of the input embedding, and the codec and group size that it gets, and what is tied to it."""
     source: nn.Embedding = model.get_input_embeddings()
@@ -44,15 +53,19 @@ def expect_embeddings(model: Any, config: QinsConfig) -> None:
     """Raise for what cannot be done with embeddings, before anything is loaded.
 
     Raises:
-        ValueError: the embeddings are asked for, and they compute something else, or the output that is tied to them is
-            not asked for; or transformers 4 would tie codes.
+        ValueError: the embeddings are asked for, and they compute something else than rows times a factor plus a bias,
+            or the output that is tied to them is not asked for; or transformers 4 would tie codes.
 
     """
     if config.embeddings:
-        name, source, *_ = input_embedding(model, config)
-        if type(source) is not nn.Embedding:
-            kind = type(source).__name__
-            raise ValueError(f"embeddings: {name} is a {kind}, which may compute something else")
+        name, *_ = input_embedding(model, config)
+        for same in [name, *tied_to(model, name)]:
+            module = model.get_submodule(same)
+            if isinstance(module, nn.Embedding):
+                try:
+                    affine(module, form_only=True)
+                except ValueError as e:
+                    raise ValueError(f"embeddings: {same} is {e}") from None
     output = tied_output(model)
     if output is None or not (config.embeddings or config.lm_head):
         return
@@ -79,12 +92,8 @@ def encode_embeddings(quantizer: QinsHfQuantizer, model: Any) -> None:
         codes = loaded(QINSEmbedding.from_embedding(source, codec, group_size=size))
         replaced[source] = codes
         for module in names:
-            if type(module) is nn.Embedding and module is not source and module.weight is weight:
-                same = QINSEmbedding(
-                    *codes._shape, padding_idx=module.padding_idx, codec=codec, group_size=size, device="meta",
-                    dtype=weight.dtype,
-                )  # fmt: skip
-                replaced[module] = _sharing(codes, same)
+            if isinstance(module, nn.Embedding) and module is not source and module.weight is weight:
+                replaced[module] = _sharing(codes, QINSEmbedding.from_encoded(module, None, codec, size))
     if output is not None:
         linear = model.get_submodule(output)
         if config.embeddings:

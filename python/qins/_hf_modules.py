@@ -101,8 +101,7 @@ def empty_module(
     """A module without codes, on the meta device, for the place of a linear layer, a Conv1D or an embedding."""
     dtype = module.get_parameter("weight").dtype
     if isinstance(module, nn.Embedding):
-        shape = module.num_embeddings, module.embedding_dim
-        return QINSEmbedding(*shape, module.padding_idx, codec=codec, group_size=group_size, device="meta", dtype=dtype)
+        return QINSEmbedding.from_encoded(module, None, codec, group_size)
     in_features, out_features = sizes(module)
     new = linear(in_features, out_features, bias=False, codec=codec, group_size=group_size, device="meta", dtype=dtype)
     new._parameters["bias"] = module._parameters["bias"]  # the same, which may be another module's, too

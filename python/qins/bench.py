@@ -65,7 +65,9 @@ def race(contestants: Contestants, seconds: float = 1.0, rounds: int = 3) -> dic
     return best
 
 
-def _contestants(shape: tuple[int, int], rotation: int) -> dict[str, Callable[[Any], Callable[[int], object]]]:
+def _contestants(
+    shape: tuple[int, int], rotation: int, group_size: int | str | None
+) -> dict[str, Callable[[Any], Callable[[int], object]]]:
     """Return a maker of each contestant, which takes the activations; weights rotate through `rotation` bytes."""
     import torch
     from torch import nn
@@ -77,9 +79,9 @@ def _contestants(shape: tuple[int, int], rotation: int) -> dict[str, Callable[[A
     def copies(size: int) -> range:
         return range(max(2, rotation // size))
 
-    layers = [QINSLinear.from_linear(linear)]
+    layers = [QINSLinear.from_linear(linear, group_size=group_size)]
     for _ in copies(shape[0] * shape[1])[1:]:
-        twin = QINSLinear(shape[1], shape[0], False, device="meta").to_empty(device="cpu")
+        twin = QINSLinear(shape[1], shape[0], False, group_size=group_size, device="meta").to_empty(device="cpu")
         twin.load_state_dict(layers[0].state_dict())
         layers.append(twin)
     floats = [linear.weight.clone() for _ in copies(linear.weight.nbytes)]
@@ -102,20 +104,25 @@ def _contestants(shape: tuple[int, int], rotation: int) -> dict[str, Callable[[A
     }
 
 
-def run(shape: tuple[int, int], rows: Iterable[int], seconds: float) -> dict[str, Any]:
+def run(
+    shape: tuple[int, int], rows: Iterable[int], seconds: float, group_size: int | str | None = "default"
+) -> dict[str, Any]:
     """Time x @ W.T of one layer, (out_features, in_features), for each number of rows of x.
 
     Returns:
-        the machine, the shape, and milliseconds by rows and contestant.
+        the machine, the shape, the group size, and milliseconds by rows and contestant.
 
     """
     import torch
 
-    makers = _contestants(shape, min(rotation_bytes(), 1 << 30))
+    from .coded import resolve_group_size
+
+    makers = _contestants(shape, min(rotation_bytes(), 1 << 30), group_size)
     milliseconds: dict[int, dict[str, float]] = {}
     with torch.inference_mode():
         for n in rows:
             x = torch.randn(n, shape[1])
             times = race({name: make(x) for name, make in makers.items()}, seconds)
             milliseconds[n] = {name: t * 1e3 for name, t in times.items()}
-    return {"machine": machine(), "shape": list(shape), "milliseconds": milliseconds}
+    size = resolve_group_size("log8", group_size, shape[1])
+    return {"machine": machine(), "shape": list(shape), "group_size": size, "milliseconds": milliseconds}

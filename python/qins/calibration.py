@@ -24,7 +24,7 @@ from ._pages import give_back_freed_memory, page_out
 from .activations import Layer, Statistics, Text, evaluating, forward_call, paged_out, split
 from .array import EncodedArray, encode
 from .blocks import BlockChain
-from .coded import resolve_group_size
+from .coded import resolve_group_size, warn_if_slow
 from .conversion import (
     ConversionReport,
     ConvertedModule,
@@ -42,7 +42,7 @@ from .conversion import (
     tell_transformers,
 )
 from .feedback import DAMPING, ErrorFeedback
-from .linear import QINSLinear
+from .linear import QINSEmbedding, QINSLinear
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -345,6 +345,7 @@ def calibrate(
     """
     text = batches if isinstance(batches, Text) else split(batches, held_out)
     resolve_group_size("log8", group_size, 1)
+    warn_if_slow("log8", group_size)
     report = CalibrationReport(tokens=text.tokens[0], held_out=text.tokens[1])
     chosen = choose(model, include, exclude, report)
     if plan is not None:
@@ -382,7 +383,7 @@ def calibrate(
         ):
             pass
     for module, name in chosen.items():
-        new = ready[first[id(module.weight)]]
+        new: QINSLinear | QINSEmbedding = ready[first[id(module.weight)]]
         if first[id(module.weight)] != name:
             new = sharing_codes(name, module, new, report)
         _put_in_place(new, module, places)
@@ -396,7 +397,7 @@ def calibrate(
     return report
 
 
-def _put_in_place(new: QINSLinear, old: nn.Module, places: Places) -> None:
+def _put_in_place(new: nn.Module, old: nn.Module, places: Places) -> None:
     keep_hooks(old, new)
     for parent, key in places[old]:
         parent._modules[key] = new

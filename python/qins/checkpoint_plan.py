@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ._hf_config import QinsConfig
-from ._hf_embeddings import input_embedding, tied_output
+from ._hf_embeddings import input_embedding, tied_output, tied_to
 from ._hf_modules import pending_experts, pending_layers
 from ._hf_names import Names, guard
 from .coded import field_layout
 from .files import Checkpoint
 from .hf import QinsHfQuantizer
 from .shards import DTYPE_CODES, Target
-
-_VERSION = int(transformers.__version__.partition(".")[0])
 
 
 @dataclass
@@ -175,7 +172,7 @@ def _wanted(model: Any, config: QinsConfig, result: Plan, names: Names) -> dict[
     key = f"{module}.weight"
     if config.embeddings:
         wanted[key] = [Output(key, "", module, codec, size)]
-        result.shared = {m: (codec, size, module) for m in _tied_to(model, module)}
+        result.shared = {m: (codec, size, module) for m in tied_to(model, module)}
     elif output is not None:
         wanted[key] = [Output(key), Output(key, names.saved(f"{output}.weight"), output, codec, size)]
     return wanted
@@ -192,14 +189,6 @@ def _without_copy(items: list[Item], checkpoint: Checkpoint, names: Names, confi
     if original is None or not torch.equal(*(checkpoint.load(i.all_keys[0]) for i in (original, copy))):
         raise ValueError(f"{checkpoint.path}: {copy.name}: expected what {module} has, to which config.json ties it")
     return [i for i in items if i is not copy]
-
-
-def _tied_to(model: Any, source: str) -> list[str]:
-    """Modules whose weight is that of `source`."""
-    output = tied_output(model)
-    if _VERSION < 5:
-        return [output] if output else []
-    return [k.removesuffix(".weight") for k, v in model.all_tied_weights_keys.items() if v == f"{source}.weight"]
 
 
 def _items(names: Names, checkpoint: Checkpoint) -> list[Item]:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 except ImportError:  # pragma: no cover - depends on the environment
     sys.exit("the qins command needs typer and rich: pip install 'qins[cli]'")
 
 from ._extras import naming_extras, require
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _group_size(given: int | None) -> int | str | None:
+    return "default" if given is None else given or None
+
+
+def _show_warning(message: Warning | str, *args: Any) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 
 @app.callback()
@@ -40,9 +50,8 @@ def demo(
     require("torch", "transformers", "matplotlib")
     from .demo import run
 
-    size: int | str | None = "default" if group_size is None else group_size or None
     console = Console(stderr=as_json)
-    result = run(model, codec, size, tokens, picture, console)
+    result = run(model, codec, _group_size(group_size), tokens, picture, console)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 
@@ -52,6 +61,9 @@ def bench(
     shape: Annotated[str, typer.Option(help="out_features x in_features of the layer.")] = "8192x3072",
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; may be repeated.")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="For each figure.")] = 0.4,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale: default 128; 0 for one scale a row.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Time one layer on this machine: codes beside torch's float32 and bfloat16, and beside a plain read."""
@@ -60,14 +72,15 @@ def bench(
     sizes = shape.lower().split("x")
     if len(sizes) != 2 or not all(s.isdecimal() and int(s) > 0 for s in sizes):
         raise ValueError(f"shape: expected OUTxIN, such as 8192x3072, got {shape!r}")
-    result = run((int(sizes[0]), int(sizes[1])), rows or [1, 8, 64, 512], seconds)
+    result = run((int(sizes[0]), int(sizes[1])), rows or [1, 8, 64, 512], seconds, _group_size(group_size))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
     from rich.table import Table
 
     about = result["machine"]
-    title = f"{shape}, milliseconds; {about['cpu']}, {about['threads']} threads, {about['isas'][0]}"
+    scales = f"group_size {result['group_size']}" if result["group_size"] else "one scale a row"
+    title = f"{shape}, {scales}, milliseconds; {about['cpu']}, {about['threads']} threads, {about['isas'][0]}"
     table = Table("rows of x", title=title)
     names = list(next(iter(result["milliseconds"].values())))
     for name in [*names, "times float32", "times bfloat16"]:
@@ -129,8 +142,9 @@ def quantize(
     from ._hf_config import QinsConfig
     from .checkpoint import quantize_checkpoint
 
-    size: int | str | None = "default" if group_size is None else group_size or None
-    config = QinsConfig(codec, size, include or None, exclude or (), lm_head=lm_head, embeddings=embeddings)
+    config = QinsConfig(
+        codec, _group_size(group_size), include or None, exclude or (), lm_head=lm_head, embeddings=embeddings
+    )
     calibration = None
     if calibrate is not None:
         calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)
@@ -268,6 +282,7 @@ def chat(
 
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment] # a line, as errors
     try:
         with naming_extras():
             app()

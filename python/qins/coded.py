@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,25 @@ def resolve_group_size(codec: str, group_size: int | str | None, in_features: in
             raise ValueError(f"group_size: expected a positive integer, None or 'default', got {group_size!r}")
         return default_group_size(in_features) if codec == "log8" else None
     return check_group_size(codec, group_size)
+
+
+def slow_group_size(codec: str, group_size: int | str | None) -> str:
+    """A sentence on a group size that products are slow with; empty for others."""
+    if codec != "log8" or not isinstance(group_size, int) or group_size == 32 or group_size % 64 == 0:
+        return ""
+    below = 32 if group_size < 64 else group_size // 64 * 64
+    nearest = "32" if group_size < 32 else f"{below} or {group_size // 64 * 64 + 64}"
+    return (
+        f"group_size {group_size}: products decode the weights first and take several times longer; expected {nearest} "
+        "(32, a multiple of 64, or one scale a row)"
+    )
+
+
+def warn_if_slow(codec: str, group_size: int | str | None) -> None:
+    """Warn of a group size that products are slow with."""
+    told = slow_group_size(codec, group_size)
+    if told:
+        warnings.warn(told, stacklevel=1)  # as if from here: once a process, whatever makes the layers
 
 
 @contextmanager

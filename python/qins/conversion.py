@@ -1,4 +1,4 @@
-"""Replacing a model's linear layers by QINSLinear."""
+"""Replacing a model's linear layers by QINSLinear, and embeddings by QINSEmbedding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from ._affine import affine
 from ._pages import give_back_freed_memory
 from .array import EncodedArray, encode
-from .coded import resolve_group_size
+from .coded import resolve_group_size, warn_if_slow
 from .experts import QINSExperts, projections, stack_sizes
-from .linear import QINSLinear
+from .linear import QINSEmbedding, QINSLinear
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,12 @@ def convert(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = ("lm_head",),
     group_size: int | str | None = "default",
+    embeddings: bool = False,
     show_progress: bool | None = None,
 ) -> ConversionReport:
     """Replace every module whose class is exactly nn.Linear, at any depth, by a QINSLinear; in place.
 
-    Experts that transformers 5 keeps as stacks of matrices become QINSExperts.
+    Experts that transformers 5 keeps as stacks of matrices become QINSExperts; embeddings, on request, QINSEmbedding.
 
     A module that appears in several places is converted once and shared as before, and modules that
     share one weight share its codes. The layers are converted one after the other, and each one's floats
@@ -230,18 +232,23 @@ def convert(
         exclude: patterns of module names to leave alone.
         group_size: inputs that share a group scale (log8); None for one scale a row; "default" for what
             `qins.default_group_size` says of each layer.
+        embeddings: encode embeddings, too: of a model of transformers the input's, of others all.
         show_progress: None shows a progress bar on a terminal (with rich installed).
 
     Returns:
         a report that prints as a table, and says what was left alone and why.
 
     Raises:
-        ValueError: a weight is NaN or infinite; the message names the module, and the model is unchanged.
+        ValueError: a weight is NaN or infinite, or a layer that is left alone has the weight of an embedding that is
+            not; the message names the module, and the model is unchanged.
 
     """
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
+    warn_if_slow(codec, group_size)
     report = ConversionReport()
-    chosen = choose(model, include, exclude, report)
+    chosen: dict[Layer, str] = {m: n for m, n in choose(model, include, exclude, report).items()}
+    if embeddings:  # first, so that what is tied to them shares their codes
+        chosen = choose_embeddings(model, chosen, include, exclude, report) | chosen
     experts = choose_experts(model, include, exclude, report)
     check_finite(chosen, experts)
     _convert(chosen, places_of(model, chosen), codec, group_size, report, show_progress)
@@ -250,6 +257,16 @@ def convert(
     give_back_freed_memory()
     tell_transformers(model)
     return report
+
+
+def other_matrices(module: nn.Module) -> str:
+    """Why a module that is not a linear layer is left, though its weight is made of matrices; empty for others."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution"
+    utils = sys.modules.get("transformers.pytorch_utils")
+    if utils is not None and isinstance(module, utils.Conv1D):
+        return "a linear layer with its weight transposed, which QinsConfig and qins quantize take"
+    return ""
 
 
 def choose(
@@ -263,6 +280,9 @@ def choose(
     chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module, QINSLinear):
+            other = other_matrices(module)
+            if other and report is not None:
+                report.skipped.append(SkippedModule(name, type(module).__name__, other))
             continue
         reason = "the model itself; wrap it" if module is model else _reason_to_skip(name, module, includes, excludes)
         if reason is None:
@@ -270,6 +290,49 @@ def choose(
         elif report is not None:
             report.skipped.append(SkippedModule(name, type(module).__name__, reason))
     return chosen
+
+
+def choose_embeddings(
+    model: nn.Module,
+    chosen: Mapping[Layer, str],
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str],
+    report: ConversionReport,
+) -> dict[Layer, str]:
+    """Return the embeddings to convert, and their names, beside the layers that are chosen.
+
+    Raises:
+        ValueError: a layer that is not chosen shares the weight of one.
+
+    """
+    includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
+    given = getattr(model, "get_input_embeddings", None)
+    source = given() if callable(given) else None
+    found: dict[Layer, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or isinstance(module, QINSEmbedding):
+            continue
+        if source is not None and module.weight is not source.weight:
+            continue
+        reason = "the model itself; wrap it" if module is model else _not_asked_for(name, includes, excludes)
+        if reason is None and module.max_norm is not None:
+            reason = "it has max_norm, which changes weights"
+        try:
+            affine(module)
+        except ValueError as e:
+            reason = reason or str(e)
+        if reason is None:
+            found[module] = name
+        else:
+            report.skipped.append(SkippedModule(name, type(module).__name__, reason))
+    names = {id(m.weight): n for m, n in found.items()}
+    for name, module in model.named_modules():
+        tied = names.get(id(module._parameters.get("weight")))
+        if tied is not None and module not in found and module not in chosen:
+            raise ValueError(
+                f"embeddings: {name} shares the weight of {tied}, and would keep the floats; convert it, too"
+            )
+    return found
 
 
 def choose_experts(
@@ -316,6 +379,7 @@ def encode_experts(
     return new
 
 
+Layer = nn.Linear | nn.Embedding
 Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
@@ -330,21 +394,21 @@ def places_of(model: nn.Module, chosen: Iterable[nn.Module]) -> Places:
 
 
 def _convert(
-    chosen: dict[nn.Linear, str],
+    chosen: dict[Layer, str],
     places: Places,
     codec: str,
     group_size: int | str | None,
     report: ConversionReport,
     show_progress: bool | None,
 ) -> None:
-    by_weight: dict[int, QINSLinear] = {}
+    by_weight: dict[int, QINSLinear | QINSEmbedding] = {}
     comparison = WeightComparison()
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
         # each layer's floats go before the next layer's codes are made, so nothing here may keep a reference
         while chosen:
             module = next(iter(chosen))
             name, count, key_of_weight = chosen.pop(module), module.weight.numel(), id(module.weight)
-            size = resolve_group_size(codec, group_size, module.in_features)
+            size = resolve_group_size(codec, group_size, module.weight.shape[1])
             same = by_weight.get(key_of_weight)
             if same is None:
                 new = _encode_module(name, module, codec, size, report, comparison)
@@ -359,7 +423,9 @@ def _convert(
             advance(count)
 
 
-def check_finite(chosen: dict[nn.Linear, str], experts: Mapping[str, nn.Module] | None = None) -> None:
+def check_finite(
+    chosen: Mapping[nn.Linear, str] | Mapping[Layer, str], experts: Mapping[str, nn.Module] | None = None
+) -> None:
     """Raise for the first module with a NaN or an infinity, before any module is changed."""
     weights = [(name, module.weight.detach()) for module, name in chosen.items()]
     for name, stacked in (experts or {}).items():
@@ -386,28 +452,39 @@ def tell_transformers(model: nn.Module) -> None:
 
 
 def _encode_module(
-    name: str, module: nn.Linear, codec: str, size: int | None, report: ConversionReport, comparison: WeightComparison
-) -> QINSLinear:
+    name: str, module: Layer, codec: str, size: int | None, report: ConversionReport, comparison: WeightComparison
+) -> QINSLinear | QINSEmbedding:
     weight = module.weight
     quality = math.nan
     encoded = None
     if weight.device.type != "meta":
         encoded = encode(weight, codec, group_size=size)
         quality = comparison.snr_db(weight, encoded)
-    new = QINSLinear.from_encoded(module, encoded, codec, size)
+    new = _from_encoded(module, encoded, codec, size)
     after = sum(b.numel() * b.element_size() for b in new._buffers.values() if b is not None)
     before = weight.numel() * weight.element_size()
-    report.converted.append(
-        ConvertedModule(name, (module.out_features, module.in_features), codec, size, before, after, quality)
-    )
+    report.converted.append(ConvertedModule(name, tuple(weight.shape), codec, size, before, after, quality))
     return new
 
 
-def sharing_codes(name: str, module: nn.Linear, same: QINSLinear, report: ConversionReport) -> QINSLinear:
-    """Return a QINSLinear for a module whose weight another one has been encoded from, with its codes."""
-    new = QINSLinear.from_encoded(module, None, same.codec, same.group_size)
+def _from_encoded(
+    module: Layer, encoded: EncodedArray | None, codec: str, size: int | None
+) -> QINSLinear | QINSEmbedding:
+    if isinstance(module, nn.Embedding):
+        return QINSEmbedding.from_encoded(module, encoded, codec, size)
+    return QINSLinear.from_encoded(module, encoded, codec, size)
+
+
+def sharing_codes(
+    name: str, module: Layer, same: QINSLinear | QINSEmbedding, report: ConversionReport
+) -> QINSLinear | QINSEmbedding:
+    """Return a module of codes for one whose weight another one has been encoded from, with its codes."""
+    new = _from_encoded(module, None, same.codec, same.group_size)
     new._buffers.update(same._buffers)
-    report.skipped.append(SkippedModule(name, "Linear", "shares the codes of a module with the same weight"))
+    if isinstance(same, QINSEmbedding):  # which are saved once
+        new._non_persistent_buffers_set.update(new._names)
+    kind = "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+    report.skipped.append(SkippedModule(name, kind, "shares the codes of a module with the same weight"))
     return new
 
 

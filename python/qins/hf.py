@@ -31,7 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 from ._card import UploadWithCard
 from ._hf_calibration import calibrate_loaded
 from ._hf_config import QinsConfig
-from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output
+from ._hf_embeddings import encode_embeddings, expect_embeddings, share_codes, tied_output, untie
 from ._hf_modules import (
     PendingExperts,
     PendingLinear,
@@ -45,8 +45,8 @@ from ._hf_modules import (
 )
 from ._hf_names import guard, saved_names, with_and_without_prefix
 from ._pages import page_out
-from .coded import CodedWeight
-from .conversion import ConversionReport, ConvertedModule, SkippedModule
+from .coded import Coded, CodedWeight
+from .conversion import ConversionReport, ConvertedModule, SkippedModule, other_matrices
 from .experts import QINSExperts, projections, stack_sizes
 from .files import checksum, fingerprint, open_checkpoint, verify
 from .linear import QINSEmbedding, QINSLinear
@@ -159,7 +159,10 @@ class QinsHfQuantizer(HfQuantizer):
             told = entry(name)
             if told is None or not isinstance(module, (nn.Linear, conv1d(), nn.Embedding)):
                 continue
-            new = empty_module(module, *told[:2])
+            try:
+                new = empty_module(module, *told[:2])
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from None
             self.put(model, name, module, new)
             if len(told) > 2:
                 shared[name] = told[2]
@@ -195,6 +198,8 @@ class QinsHfQuantizer(HfQuantizer):
         found: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
             if name == later or not (isinstance(module, (nn.Linear, conv1d())) or projections(module)):
+                if other_matrices(module):
+                    self.report.skipped.append(SkippedModule(name, type(module).__name__, other_matrices(module)))
                 continue
             reason = self._reason_to_skip(name, module, output)
             if reason is None:
@@ -355,7 +360,7 @@ class QinsHfQuantizer(HfQuantizer):
                 nn.init.zeros_(bias)
         if _VERSION < 5:
             model.config._pre_quantization_dtype = self._dtype
-            model.to(self._dtype)
+            _cast(model, self._dtype)
         model.config.quantization_config = self.quantization_config
         self._prepare_saving(model)
         self.audit(model)
@@ -404,8 +409,14 @@ class QinsHfQuantizer(HfQuantizer):
             if id(p) not in seen:
                 seen.add(id(p))
                 floats += p.numel()
-                if p.dim() >= 3:
-                    report.skipped.append(SkippedModule(name, "parameter", "a stack of matrices, such as experts"))
+                if p.dim() >= 3 and p.shape[0] > 1:
+                    owner = name.rpartition(".")[0]
+                    module = model.get_submodule(owner)
+                    about = SkippedModule(name, "parameter", "a stack of matrices, such as experts")
+                    if other_matrices(module):
+                        about = SkippedModule(owner, type(module).__name__, other_matrices(module))
+                    if about not in report.skipped:
+                        report.skipped.append(about)
         share = coded / max(coded + floats, 1)
         self.report = report
         text = f"qins: {100 * share:.1f} % of the parameters are codes, in {len(report.converted)} layers"
@@ -443,8 +454,7 @@ class QinsHfQuantizer(HfQuantizer):
                 new.weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
                 new.bias = module.bias
             elif isinstance(module, QINSEmbedding):
-                weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
-                new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, _weight=weight)
+                new = module.to_float(dtype)
             else:
                 continue
             model.set_submodule(name, new.train(module.training))
@@ -463,6 +473,19 @@ def _guard(model: Any) -> str | None:
     return guard((part, isinstance(m, QINSExperts)) for n, m in layers for part, *_ in m.matrices(n))
 
 
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast what a checkpoint holds; frequencies of rotations and the like stay as their modules made them."""
+    kept = [
+        (m, n, m._buffers[n])
+        for m in model.modules()
+        if not isinstance(m, Coded)
+        for n in m._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+
+
 def _submodule(model: Any, path: str) -> nn.Module | None:
     try:
         module: nn.Module = model.get_submodule(path)
@@ -478,6 +501,7 @@ def _some(names: list[str]) -> str:
 def attach(model: Any) -> None:
     """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
     quantizer = QinsHfQuantizer(QinsConfig(), pre_quantized=True)
+    untie(model, {n for n, m in model.named_modules() if isinstance(m, CodedWeight)})
     quantizer.audit(model)
     quantizer._prepare_saving(model)
     model.hf_quantizer = quantizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .array import ARRAYS, EXPERT_STACKS, FIELD_ROLES, SCALARS, EncodedArray, split_field
-from .coded import default_group_size
+from .coded import default_group_size, slow_group_size
 from .conversion import snr_db
 from .files import Checkpoint, StoredTensor, open_checkpoint, verify
 from .linear import QINSLinear
@@ -76,6 +76,7 @@ class InspectionReport:
         tensor_bytes: of all tensors, shared ones once.
         float32_bytes: of the same model with all its weights in float32.
         problems: sentences on what is wrong.
+        notes: sentences on what could be better.
         errors: of each layer, against another checkpoint.
         verified: how many tensors have the checksum that the checkpoint says.
         histograms: of each layer, if asked for: at most a million weights by magnitude, in 32 equal ranges of its codes
@@ -93,6 +94,7 @@ class InspectionReport:
     tensor_bytes: int = 0
     float32_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     errors: list[LayerError] = field(default_factory=list)
     verified: int = 0
     histograms: dict[str, list[int]] = field(default_factory=dict)
@@ -144,6 +146,7 @@ class InspectionReport:
             "verified": self.verified,
             "histograms": self.histograms,
             "problems": self.problems,
+            "notes": self.notes,
         }
 
     def to_json(self) -> str:
@@ -186,6 +189,7 @@ class InspectionReport:
             )
         if self.verified:
             lines.append(f"checksums  of {self.verified} tensors are right")
+        lines += [f"note       {n}" for n in self.notes]
         lines += [f"PROBLEM: {p}" for p in self.problems]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -315,6 +319,8 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
         str(path), checkpoint.format, {p.name: n for p, n in checkpoint.files.items()}, len(checkpoint.tensors), layers,
         problems=problems,
     )  # fmt: skip
+    slow = Counter(slow_group_size(layer.codec, layer.group_size) for layer in layers)
+    report.notes = [f"{n} layer{'s' if n > 1 else ''} with {told}" for told, n in sorted(slow.items()) if told]
     kinds: dict[str, int] = dict.fromkeys(("stored", "sign", "range", "other"), 0)
     dtypes: dict[str, int] = defaultdict(int)
     seen: set[tuple[str, int]] = set()

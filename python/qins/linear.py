@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._affine import Affine, affine
 from .array import EncodedArray, encode
-from .coded import CodedWeight, resolve_group_size
+from .coded import CodedWeight, resolve_group_size, warn_if_slow
 from .ops import embedding, multiply
 
 
@@ -71,6 +72,7 @@ class QINSLinear(CodedWeight, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
         size = resolve_group_size(codec, group_size, linear.in_features)
+        warn_if_slow(codec, size)
         encoded = None if weight.device.type == "meta" else encode(weight, codec, group_size=size, mu=mu)
         return cls.from_encoded(linear, encoded, codec, size)
 
@@ -112,7 +114,8 @@ class QINSLinear(CodedWeight, nn.Linear):
 class QINSEmbedding(CodedWeight, nn.Embedding):
     """An embedding that keeps its matrix as 8-bit logarithmic codes and decodes the rows that are asked for.
 
-    The codes are frozen: there is no gradient. `max_norm` and sparse gradients do not apply.
+    The codes are frozen: there is no gradient. `max_norm` and sparse gradients do not apply. Where it stands for
+    a subclass that multiplies the rows by a factor, or adds a parameter `bias`, it does the same.
 
     Args:
         num_embeddings: rows of the matrix.
@@ -125,6 +128,8 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
         dtype: of the result.
 
     """
+
+    _affine = Affine()
 
     def __init__(
         self,
@@ -165,29 +170,72 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
 
         Raises:
             TypeError: `source` is not an nn.Embedding.
-            ValueError: it has max_norm, which changes weights in forward, or a weight is NaN or infinite.
+            ValueError: it has max_norm, which changes weights in forward, or is of a class that computes something else
+                than rows times a factor plus a bias; or a weight is NaN or infinite.
 
         """
         if not isinstance(source, nn.Embedding) or isinstance(source, QINSEmbedding):
             raise TypeError(f"source: expected an nn.Embedding, got {type(source).__name__}")
+        weight = source.weight
+        new = cls.from_encoded(source, None, codec, group_size)
+        warn_if_slow(codec, new.group_size)
+        if weight.device.type != "meta":
+            new._take_codes(encode(weight, codec, group_size=new.group_size), weight.device)
+        return new
+
+    @classmethod
+    def from_encoded(
+        cls, source: nn.Embedding, encoded: EncodedArray | None, codec: str, group_size: int | str | None
+    ) -> QINSEmbedding:
+        """Wrap codes that stand for source's weight; None makes an embedding on the meta device."""
         if source.max_norm is not None:
             raise ValueError(f"source: expected max_norm None, got {source.max_norm}")
+        try:
+            form = affine(source)
+        except ValueError as e:
+            raise ValueError(f"source: expected an nn.Embedding, got {e}") from None
         weight = source.weight
-        meta = weight.device.type == "meta"
         new = cls(
             source.num_embeddings, source.embedding_dim, source.padding_idx, codec=codec, group_size=group_size,
             device="meta", dtype=weight.dtype,
         )  # fmt: skip
-        if not meta:
-            new._take_codes(encode(weight, codec, group_size=new.group_size), weight.device)
-        return new.train(source.training)
+        if encoded is not None:
+            new._take_codes(encoded, weight.device)
+        new._affine = form
+        if source._parameters.get("bias") is not None:
+            new._parameters["bias"] = source._parameters["bias"]
+        new.train(source.training)
+        return new
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """Return an embedding of the floats that the codes stand for."""
+        weight = nn.Parameter(self.weight.to(dtype or self._dtype))
+        bias = self._parameters.get("bias")
+        plain = self._affine == Affine() and bias is None
+        new = (nn.Embedding if plain else _AffineEmbedding)(*self._shape, self.padding_idx, _weight=weight)
+        if isinstance(new, _AffineEmbedding):
+            new.affine = self._affine
+            new.register_parameter("bias", bias)
+        return new.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows of these numbers: (...) integers to (..., embedding_dim)."""
         fields: list[torch.Tensor] = [self._buffers[n] for n in self._names]  # type: ignore[misc]
         y: torch.Tensor = embedding(input, fields, self.codec, self.group_size or 0, self._dtype)
-        return y
+        return self._affine(y, self._parameters.get("bias"))
 
     def extra_repr(self) -> str:
-        """num_embeddings, embedding_dim, codec and group_size."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self._codec_repr()}"
+        """num_embeddings, embedding_dim, a factor, codec and group_size."""
+        factor = "" if self._affine.factor == 1.0 else f"factor={self._affine.factor:g}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {factor}{self._codec_repr()}"
+
+
+class _AffineEmbedding(nn.Embedding):
+    """What a QINSEmbedding with a factor or a bias becomes as floats."""
+
+    affine: Affine
+    bias: nn.Parameter | None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows times the factor, plus the bias."""
+        return self.affine(super().forward(input), self.bias)
