@@ -650,3 +650,34 @@ def test_conv1d_in_place_is_reported():
     kinds = {s.kind: s.reason for s in report.skipped if s.name != "lm_head"}
     assert kinds == {"Conv1D": "a linear layer with its weight transposed, which QinsConfig and qins quantize take"}
     assert len(report.skipped) == 9
+
+
+def test_hostile_quantization_config(tmp_path):
+    """Whatever a field of it is: the model loads, or the error names the field."""
+    make("llama tied").save_pretrained(tmp_path / "float")
+    out = tmp_path / "out"
+    settings = {"overrides": {"*.down_proj": {"group_size": 64}}, "lm_head": True, "embeddings": True}
+    quantize_checkpoint(tmp_path / "float", out, qins.QinsConfig(**settings))
+    good = json.loads((out / "config.json").read_text())
+    values = [None, [], [1], {}, {"a": 1}, True, 10**30, 1e300, "x", -1]
+    changes = [((f,), v) for f in ("quantization_config", "architectures") for v in values]
+    about = good["quantization_config"]
+    changes += [(("quantization_config", f), v) for f in about for v in values]
+    entry = [*values, ["log8"], ["nope", 128], ["log8", -1], ["log8", "x"], ["log8", 128, 7], [7, 128], ["log8", True]]
+    changes += [(("quantization_config", "modules", "lm_head"), v) for v in entry]
+    changes += [(("quantization_config", "overrides", "*.down_proj"), v) for v in values]
+    unnamed = []
+    for path, value in changes:
+        config = json.loads(json.dumps(good))
+        holder = config
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        (out / "config.json").write_text(json.dumps(config))
+        for read in (qins.load, qins.inspect):
+            try:
+                read(out)
+            except (ValueError, TypeError, OSError, RuntimeError) as e:
+                if path[-1] not in str(e) and path != ("quantization_config",):
+                    unnamed.append((path, value, str(e)))
+    assert not unnamed

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .array import check_codec
+from .array import check_codec, check_group_size
 from .coded import resolve_group_size, warn_if_slow
 
 FORMAT_VERSION = 1
@@ -76,10 +76,17 @@ class QinsConfig(QuantizationConfigMixin):
                 f"format_version: this qins reads version {FORMAT_VERSION}, the checkpoint has {format_version!r}; "
                 "another version of qins wrote it"
             )
+        _expect("codec", codec, str)
         resolve_group_size(codec, group_size, 1)
+        for name, value in {"overrides": overrides, "modules": modules, "checksums": checksums}.items():
+            _expect(name, value, dict, type(None))
+        _expect("source", source, str, type(None))
+        _expect("calibration_tokens", calibration_tokens, int)
+        _expect("min_quantized", min_quantized, float, int)
         if modules is None:  # of a saved checkpoint it is too late
             warn_if_slow(codec, group_size)
         for pattern, values in (overrides or {}).items():
+            _expect(f"overrides[{pattern!r}]", values, dict)
             other = sorted(set(values) - {"codec", "group_size"})
             if other:
                 raise ValueError(f"overrides[{pattern!r}]: expected codec and group_size, got {', '.join(other)}")
@@ -105,9 +112,9 @@ class QinsConfig(QuantizationConfigMixin):
         self.verify = bool(verify)
         for name, about in (modules or {}).items():
             try:
-                check_codec(about[0])
-            except ValueError as e:
-                raise ValueError(f"modules[{name!r}]: {e}") from None
+                _check_entry(about)
+            except (ValueError, TypeError) as e:
+                raise type(e)(f"modules[{name!r}]: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: everything but how this process loads."""
@@ -133,7 +140,27 @@ class QinsConfig(QuantizationConfigMixin):
         return self.codec, resolve_group_size(self.codec, self.group_size, in_features)
 
 
+def _expect(name: str, value: Any, *kinds: type) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name}: expected {words}, got {value!r}")
+
+
+def _check_entry(about: Any) -> None:
+    """Check what a saved checkpoint says of a module: codec, group size, and perhaps whose codes it shares."""
+    _expect("codes", about, list, tuple)
+    if len(about) not in (2, 3):
+        raise ValueError(f"expected codec and group_size, and perhaps a module's name, got {about!r}")
+    _expect("codec", about[0], str)
+    check_codec(about[0])
+    check_group_size(about[0], about[1])
+    if len(about) == 3:
+        _expect("the module whose codes it shares", about[2], str)
+
+
 def _strings(argument: str, values: Any) -> list[str]:
+    if not isinstance(values, (str, list, tuple, set, frozenset)):
+        raise TypeError(f"{argument}: expected strings, got {values!r}")
     listed = [values] if isinstance(values, str) else list(values)
     if not all(isinstance(v, str) for v in listed):
         raise TypeError(f"{argument}: expected strings, got {values!r}")

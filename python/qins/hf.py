@@ -531,12 +531,17 @@ def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
     """
     if verify:
         kwargs["quantization_config"] = QinsConfig(verify=True)
-    config = transformers.AutoConfig.from_pretrained(path)
-    method = getattr(config, "quantization_config", None) or {}
-    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    told, _ = transformers.PretrainedConfig.get_config_dict(path)
+    about = told.get("quantization_config") or {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: quantization_config: expected an object, got {about!r}")
+    method = about.get("quant_method")
     if method != "qins":
         raise ValueError(f"{path}: expected a checkpoint with quant_method 'qins', got {method!r}")
-    architecture = (config.architectures or ["AutoModel"])[0]
+    names = told.get("architectures") or ["AutoModel"]
+    if not isinstance(names, list) or not isinstance(names[0], str) or not hasattr(transformers, names[0]):
+        raise ValueError(f"{path}: architectures: expected a list of classes of transformers, got {names!r}")
+    architecture = names[0]
     return getattr(transformers, architecture).from_pretrained(path, **kwargs)
 
 
