@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ import torch
 import qins
 from qins import evaluate, evaluation
 from qins.peers import PEERS
+from qins.recording import Recording
 
 transformers = pytest.importorskip("transformers")
-from test_hf import make  # noqa: E402
+from test_hf import COMMON, make  # noqa: E402
 from tokens import save_tokenizer, token_ids  # noqa: E402
 from tokens import text as words  # noqa: E402
 
@@ -155,15 +157,15 @@ def test_peers(rng, cols):
 def test_goes_on_where_it_stopped(source, text_file, tmp_path, monkeypatch):
     whole = evaluation.evaluate_all(str(source), ["log8"], settings(text_file, directory=tmp_path / "a"))
     calls = []
-    original = evaluate.log_probabilities
+    original = Recording.ask
 
-    def failing(model, ids):
+    def failing(recording, model, item):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(model, ids)
+        return original(recording, model, item)
 
-    monkeypatch.setattr("qins.recording.log_probabilities", failing)
+    monkeypatch.setattr(Recording, "ask", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate_all(str(source), ["log8"], settings(text_file, directory=tmp_path / "b"))
     files = sorted(p.name for p in (tmp_path / "b").iterdir())
@@ -210,6 +212,234 @@ def test_errors(source, text_file, tmp_path):
     if "lm_eval" not in sys.modules:
         with pytest.raises(ImportError, match="pip install lm-eval"):
             evaluation.harness_results(str(source), ["x"])
+
+
+# -- models that are no decoders ---------------------------------------------------------------------
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=160, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.2,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+OTHERS = {
+    "t5": lambda: make("t5"),
+    "bart": bart,
+    "bert": lambda: make("bert"),
+    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**(COMMON | {"pad_token_id": 1}))),
+    "bert encoder": lambda: transformers.BertModel(transformers.BertConfig(**COMMON)),
+    "bert classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**COMMON)),
+    "llama encoder": lambda: make("llama").model,
+    "t5 encoder": lambda: transformers.T5EncoderModel(make("t5").config),
+    "gpt2": lambda: make("gpt2"),
+    "qwen2_vl": lambda: make("qwen2_vl"),
+}
+
+
+def save(path, model, **tokens):
+    model.eval().save_pretrained(path)
+    save_tokenizer(path, before="w1", after="w2", **tokens)
+    return path
+
+
+def both(path, name):
+    """A float checkpoint and its codes."""
+    torch.manual_seed(0)
+    model = OTHERS[name]()
+    save(path / "float", model, mask_token="w159")
+    config = qins.QinsConfig()
+    quantised = type(model).from_pretrained(path / "float", quantization_config=config).eval()
+    quantised.save_pretrained(path / "codes")
+    return model.eval(), quantised
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds(text_file, tmp_path, name):
+    """Every kind of model of text is measured, in windows that fit it, and page and table are written."""
+    both(tmp_path, name)
+    # of the default windows, 512 tokens, most of these models take 128 positions at most
+    given = settings(text_file, window=512, new_tokens=6)
+    found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), given)
+    (m,) = found.measured
+    kind = found.about["kind"]
+    kinds = {"t5": "encoder-decoder", "bart": "encoder-decoder", "bert": "masked language model",
+             "roberta": "masked language model", "gpt2": "decoder", "qwen2_vl": "decoder"}  # fmt: skip
+    assert kind == kinds.get(name, "encoder")
+    if name not in ("t5", "t5 encoder"):
+        assert found.about["window"] <= 128
+    assert 0 < float(m.distances.mean()) < 1e-2
+    assert (m.comparison is None) == (kind == "encoder")
+    assert (m.similarity is not None) == (kind in ("encoder", "masked language model"))
+    assert bool(m.greedy_same) == (kind in ("decoder", "encoder-decoder"))
+    assert len(m.layers) > 5 or name == "gpt2"  # whose layers are Conv1D
+    assert all(x["output_snr_db"] > 20 for x in m.layers.values())
+    json.dumps(found.to_dict())
+    itself = evaluation.evaluate_one(str(tmp_path / "float"), str(tmp_path / "float"), given).measured[0]
+    assert float(itself.distances.max()) == 0.0
+    assert itself.forced in (1.0, None)
+    assert all(n == 6 for n in itself.greedy_same)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "bert encoder"])
+def test_other_kinds_made_in_one_run(text_file, tmp_path, name):
+    both(tmp_path, name)
+    reference = str(tmp_path / "float")
+    names = evaluation.default_names(reference)
+    assert ("calibrated to 8.13 bits" in names) == (name != "bert encoder")
+    names = ["log8", "calibrated", "Q8_0", evaluation.WHOLE_BF16]
+    found = evaluation.evaluate_all(reference, names, settings(text_file, window=120))
+    assert [m.name for m in found.measured] == names
+    by_name = {m.name: float(m.distances.mean()) for m in found.measured}
+    assert 0 < by_name["calibrated"] < by_name["log8"] < 1e-2
+    # the output embedding is no layer of it
+    assert not any("lm_head" in n or "decoder" in n.split(".")[-1] for m in found.measured for n in m.layers)
+    pytest.importorskip("matplotlib")
+    from qins.report import write
+
+    page = tmp_path / "page.html"
+    write(found, page, transformers.AutoTokenizer.from_pretrained(reference))
+    html = page.read_text()
+    assert ("Largest divergences" in html) == (name != "bert encoder")
+    assert ("cosine" in html) == (name != "t5")
+    assert ("KL divergence" in html) == (name != "bert encoder")
+
+
+def probabilities(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_encoder_decoder_by_hand(text_file, tmp_path):
+    """A piece of text is read, and the next one predicted, its own tokens given."""
+    models = both(tmp_path, "bart")
+    found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), settings(text_file))
+    pieces = [[1, *p.tolist(), 2] for p in torch.split(token_ids(2048)[:600], 64)]
+    kl, losses = [], []
+    for source, target in pairwise(pieces):
+        ids, before = torch.tensor([source]), torch.tensor([[2, *target[:-1]]])
+        with torch.no_grad():
+            p, q = (probabilities(m(ids, decoder_input_ids=before).logits[0].double().numpy()) for m in models)
+        kl.append((p * np.log(p / q)).sum(-1))
+        losses.append([-np.log(x[range(len(target)), target]) for x in (p, q)])
+    f = found.measured[0].comparison.summary()
+    kl, losses = np.concatenate(kl), np.concatenate(losses, axis=1)
+    assert f.tokens == len(kl) == found.about["predictions"]
+    assert f.kl_mean == pytest.approx(kl.mean(), rel=1e-2)
+    assert f.reference_perplexity == pytest.approx(np.exp(losses[0].mean()), rel=1e-5)
+    assert f.perplexity == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
+
+
+def test_masked_and_states_by_hand(text_file, tmp_path):
+    """One token in seven is masked and predicted; states of all tokens are compared."""
+    models = both(tmp_path, "bert")
+    found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), settings(text_file))
+    losses, cosines, means = [], [], []
+    for piece in torch.split(token_ids(2048)[:600], 64):
+        ids = torch.tensor([1, *piece.tolist(), 2])
+        at = torch.arange(4, len(ids) - 1, 7)
+        hidden = ids.index_fill(0, at, 159)[None]
+        with torch.no_grad():
+            outs = [m(hidden, output_hidden_states=True) for m in models]
+        p, q = (probabilities(o.logits[0, at].double().numpy()) for o in outs)
+        losses.append([-np.log(x[range(len(at)), ids[at]]) for x in (p, q)])
+        a, b = (o.hidden_states[-1][0].double() for o in outs)
+        cosines.append(torch.cosine_similarity(a, b))
+        means.append(torch.cosine_similarity(a.mean(0), b.mean(0), dim=0))
+    (m,) = found.measured
+    f, losses = m.comparison.summary(), np.concatenate(losses, axis=1)
+    assert f.tokens == losses.shape[1] == found.about["predictions"]
+    assert f.reference_perplexity == pytest.approx(np.exp(losses[0].mean()), rel=1e-5)
+    assert f.perplexity == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
+    s = m.similarity.summary()
+    assert s["tokens"] == 600 + 2 * 10
+    assert s["distance_mean"] == pytest.approx(1 - float(torch.cat(cosines).mean()), rel=1e-3)
+    assert s["embedding_distance_max"] == pytest.approx(1 - float(torch.stack(means).min()), rel=1e-3)
+
+
+def vit():
+    return transformers.ViTModel(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=160, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def clip():
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(text_config=tower | {"vocab_size": 160}, vision_config=tower)
+    return transformers.CLIPModel(config)
+
+
+@pytest.mark.parametrize("make_model", [vit, whisper, clip, lambda: transformers.T5Model(make("t5").config)])
+def test_what_is_not_evaluated(tmp_path, make_model):
+    model = make_model()
+    save(tmp_path / "model", model)
+    with pytest.raises(ValueError, match=f"expected a model of text: a decoder, .*; got {type(model).__name__}"):
+        evaluation.evaluate_all(str(tmp_path / "model"), ["log8"], evaluation.Settings())
+
+
+def refused(monkeypatch, capsys, *args):
+    """What the command says on stderr, in one line; anything that would be a traceback fails here."""
+    cli = pytest.importorskip("qins.cli")
+    monkeypatch.setattr(sys, "argv", ["qins", "eval", *map(str, args)])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 1
+    said = capsys.readouterr().err
+    said = " ".join(said[said.index("error:") :].split())
+    assert len(said) < 600
+    return said
+
+
+def test_no_traceback(source, text_file, tmp_path, monkeypatch, capsys):
+    def says(*args):
+        return refused(monkeypatch, capsys, *args)
+
+    text = ("--text", text_file, "--tokens", 200, "--window", 64)
+    one = (*text, "--codec", "log8", "--no-peers")
+    assert "nowhere: no such directory" in says(tmp_path / "nowhere", *one)
+    assert "got a file" in says(text_file, *one)
+    assert "No such file" in says(source, "--text", tmp_path / "nothing.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "expected at least 32 tokens, got 0" in says(source, "--text", tmp_path / "empty.txt")
+    (tmp_path / "bare").mkdir()
+    assert "bare: expected a directory or hub name of a model" in says(tmp_path / "bare", *one)
+    for name in ("llama", "t5"):
+        make(name).save_pretrained(tmp_path / name)
+        assert f"{name}: expected a tokenizer beside the model" in says(tmp_path / name, *one)
+    shutil.copytree(source, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "damaged: expected a checkpoint of LlamaForCausalLM" in says(tmp_path / "damaged", *one)
+    (tmp_path / "damaged" / "model.safetensors").unlink()
+    assert "model.safetensors" in says(tmp_path / "damaged", *one)
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    assert "damaged: expected a directory or hub name of a model" in says(tmp_path / "damaged", *one)
+    assert "expected linear layers to quantize, got none" in says(save(tmp_path / "gpt2", make("gpt2")), *one)
+    bert = save(tmp_path / "bert", make("bert"))
+    assert "expected a tokenizer with a mask token" in says(bert, *one)
+    encoder = save(tmp_path / "encoder", OTHERS["bert encoder"]())
+    assert "max-kld: expected a model that predicts tokens" in says(encoder, *one, "--max-kld", 1)
+    assert "task: expected a decoder, got an encoder" in says(encoder, *one, "--task", "x")
+    small = transformers.BertModel(transformers.BertConfig(**(COMMON | {"hidden_size": 32})))
+    said = says(save(tmp_path / "small", small), "--against", encoder, *text)
+    assert "small: expected hidden states of 64 values" in said
+    assert "expected LlamaForCausalLM" in says(encoder, "--against", source, *text)
+    base = json.loads((save(tmp_path / "base", make("llama").model) / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(base | {"architectures": ["LlamaForCausalLM"]}))
+    assert "expected all weights of LlamaForCausalLM, 1 are missing, such as lm_head" in says(tmp_path / "base", *one)
+    few = make("llama")
+    few.resize_token_embeddings(100)
+    assert "expected a vocabulary of 160, as" in says(save(tmp_path / "few", few), "--against", source, *text)
+    assert "expected a vocabulary of 160 tokens or more" in says(tmp_path / "few", *one)
 
 
 # -- the report ------------------------------------------------------------------------------------

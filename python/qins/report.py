@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from . import evaluate
 from .evaluation import Evaluation, Measured
+from .subjects import ENCODER
 
 # Of middling lightness, told apart on white and on black; markers and dashes say the same without colour.
 _COLOURS = ("#3b8ed0", "#e0762f", "#2fa36b", "#c05fb0", "#a8921f", "#7d7fd6", "#d0525b", "#3aa3a8", "#8a8a8a")
@@ -30,18 +32,19 @@ Draw = Callable[[Any], None]
 
 def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
     """Name of each picture to its title, what it shows in words, and the function that draws it on a figure."""
-    best = min(e.measured, key=lambda m: float(m.comparison.kl.mean()))
+    best = min(e.measured, key=lambda m: float(m.distances.mean()))
+    what, unit = _measure(e)
     made: dict[str, tuple[str, str, Draw]] = {
         "size": (
             "Size and fidelity",
-            "Mean KL divergence of each model, with its bits a quantised weight, scales included; less is better. "
-            f"The least divergence is {best.name}'s, {float(best.comparison.kl.mean()):.2e} nats.",
-            lambda f: _draw_size(f, e.measured),
+            f"Mean {what} of each model, with its bits a quantized weight, scales included; less is better. "
+            f"The least is {best.name}'s, {float(best.distances.mean()):.2e}{unit}.",
+            lambda f: _draw_size(f, e.measured, what + unit),
         ),
         "tokens": (
             "Divergence by token",
-            "Share of predictions whose KL divergence is above a value; lower lines are better.",
-            lambda f: _draw_tokens(f, e.measured),
+            f"Share of tokens whose {what} is above a value; lower lines are better.",
+            lambda f: _draw_tokens(f, e.measured, what + unit),
         ),
     }
     if any(m.layers for m in e.measured):
@@ -65,37 +68,42 @@ def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
     return made
 
 
+def _measure(e: Evaluation) -> tuple[str, str]:
+    """What the pictures show of each token, and its unit."""
+    return ("1 - cosine of hidden states", "") if e.about["kind"] == ENCODER else ("KL divergence", ", nats")
+
+
 def _style(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
 
 
-def _draw_size(figure: Any, measured: Sequence[Measured]) -> None:
+def _draw_size(figure: Any, measured: Sequence[Measured], what: str) -> None:
     axes = figure.subplots()
-    best_first = sorted(enumerate(measured), key=lambda im: float(im[1].comparison.kl.mean()))
+    best_first = sorted(enumerate(measured), key=lambda im: float(im[1].distances.mean()))
     names = []
     for y, (i, m) in enumerate(best_first):
-        f = m.comparison.summary()
+        mean, error = float(m.distances.mean()), evaluate.standard_error(m.distances)
         names.append(f"{m.name}, {m.bits:.2f} bits")
-        axes.errorbar(max(f.kl_mean, 1e-9), y, xerr=f.kl_mean_error, ms=8, capsize=3, **_style(i))
-        axes.annotate(f"{f.kl_mean:.2e}", (max(f.kl_mean, 1e-9), y), xytext=(12, -4), textcoords="offset points")
+        axes.errorbar(max(mean, 1e-9), y, xerr=error, ms=8, capsize=3, **_style(i))
+        axes.annotate(f"{mean:.2e}", (max(mean, 1e-9), y), xytext=(12, -4), textcoords="offset points")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(xscale="log", xlabel="mean KL divergence, nats")
+    axes.set(xscale="log", xlabel=f"mean {what}")
     axes.grid(alpha=0.25, axis="x")
 
 
-def _draw_tokens(figure: Any, measured: Sequence[Measured]) -> None:
+def _draw_tokens(figure: Any, measured: Sequence[Measured], what: str) -> None:
     axes = figure.subplots()
     for i, m in enumerate(measured):
-        kl = m.comparison.kl.clamp_min(1e-9).sort().values
+        kl = m.distances.clamp_min(1e-9).sort().values
         share = 1 - torch.arange(kl.numel()) / kl.numel()
         axes.plot(
             kl, share, linestyle=_DASHES[i % len(_DASHES)], markevery=(i * 17, max(1, kl.numel() // 6)), ms=5,
             label=m.name, **_style(i),
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="KL divergence of a prediction, nats", ylabel="share above")
-    axes.set_xlim(left=1e-6)
+    axes.set(xscale="log", yscale="log", xlabel=f"{what}, of a token", ylabel="share above")
+    axes.set_xlim(left=1e-8 if "cosine" in what else 1e-6)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2)
 
@@ -173,19 +181,21 @@ def _svg_uri(draw: Draw) -> str:
 
 def worst_predictions(e: Evaluation, m: Measured, tokenizer: Any) -> list[dict[str, Any]]:
     """The predictions where a model differs most from the reference, with what stood before them."""
-    ends, at = [], 0
-    for w in e.windows:
-        ends.append((at, w))
-        at += w.numel() - 1
+    if m.comparison is None:
+        return []
+    starts, before = [], 0
+    for item in e.items:
+        starts.append((before, item))
+        before += item.at.numel()
     worst = []
     for i in m.comparison.kl.topk(min(_WORST, m.comparison.kl.numel())).indices.tolist():
-        start, window = next((s, w) for s, w in reversed(ends) if s <= i)
-        position = i - start
+        start, item = next((s, it) for s, it in reversed(starts) if s <= i)
+        at = int(item.at[i - start])
         kl, top, other = (getattr(m.comparison, n)[i] for n in ("kl", "top", "other_top"))
         worst.append(
             {
-                "context": tokenizer.decode(window[0, max(0, position + 1 - _CONTEXT) : position + 1]),
-                "expected": tokenizer.decode(window[0, position + 1]),
+                "context": tokenizer.decode(item.text[max(0, at - _CONTEXT) : at]),
+                "expected": tokenizer.decode(item.text[at]),
                 "reference": tokenizer.decode(top),
                 "model": tokenizer.decode(other),
                 "kl": float(kl),
@@ -195,12 +205,27 @@ def worst_predictions(e: Evaluation, m: Measured, tokenizer: Any) -> list[dict[s
 
 
 def _row(m: Measured) -> dict[str, str]:
-    f = m.comparison.summary()
     whole = sum(m.bytes.values())
+    return (
+        _predictions(m)
+        | _states(m)
+        | {
+            "name": m.name,
+            "bits": "" if m.bits != m.bits else f"{m.bits:.2f}",
+            "bytes": f"{whole / 1e6:,.1f}" if whole else "",
+            "greedy": ", ".join(map(str, m.greedy_same)),
+            "forced": "" if m.forced is None else f"{100 * m.forced:.1f}",
+            "speed": f"{m.tokens_per_second:.1f}" if m.tokens_per_second else "",
+            "peak": f"{m.peak_bytes / 1e6:,.0f}" if m.peak_bytes else "",
+        }
+    )
+
+
+def _predictions(m: Measured) -> dict[str, str]:
+    if m.comparison is None:
+        return {}
+    f = m.comparison.summary()
     return {
-        "name": m.name,
-        "bits": "" if m.bits != m.bits else f"{m.bits:.2f}",
-        "bytes": f"{whole / 1e6:,.1f}" if whole else "",
         "kl": f"{f.kl_mean:.2e} ± {f.kl_mean_error:.0e}",
         "median": f"{f.kl_median:.1e}",
         "p99": f"{f.kl_p99:.2e}",
@@ -208,23 +233,38 @@ def _row(m: Measured) -> dict[str, str]:
         "top1": f"{100 * f.top1:.2f}",
         "top5": f"{100 * f.top5:.2f}",
         "ratio": f"{100 * f.log_ratio:+.3f} ± {100 * f.log_ratio_error:.3f}",
-        "greedy": ", ".join(map(str, m.greedy_same)),
-        "forced": f"{100 * m.forced:.1f}",
-        "speed": f"{m.tokens_per_second:.1f}" if m.tokens_per_second else "",
-        "peak": f"{m.peak_bytes / 1e6:,.0f}" if m.peak_bytes else "",
+    }
+
+
+def _states(m: Measured) -> dict[str, str]:
+    if m.similarity is None:
+        return {}
+    f = m.similarity.summary()
+    return {
+        "cosine": f"1 - {f['distance_mean']:.1e}",
+        "cosine_min": f"1 - {f['distance_max']:.1e}",
+        "embedding": f"1 - {f['embedding_distance_mean']:.1e}",
+        "embedding_min": f"1 - {f['embedding_distance_max']:.1e}",
     }
 
 
 COLUMNS = {
     "name": "model", "bits": "bits a weight", "bytes": "MB", "kl": "mean KLD", "median": "median", "p99": "99 %",
-    "max": "most", "top1": "top-1 %", "top5": "top-5 %", "ratio": "log perplexity, % more", "greedy": "greedy, same",
-    "forced": "forced %", "speed": "tokens/s", "peak": "peak MB",
+    "max": "most", "top1": "top-1 %", "top5": "top-5 %", "ratio": "log perplexity, % more",
+    "cosine": "cosine of token states, mean", "cosine_min": "least", "embedding": "cosine of embeddings, mean",
+    "embedding_min": "least", "greedy": "greedy, same", "forced": "forced %", "speed": "tokens/s", "peak": "peak MB",
 }  # fmt: skip
 
 
 def rows(e: Evaluation) -> list[dict[str, str]]:
     """The table, a dictionary of COLUMNS a model."""
-    return [_row(m) for m in e.measured]
+    return [dict.fromkeys(COLUMNS, "") | _row(m) for m in e.measured]
+
+
+def columns(e: Evaluation) -> dict[str, str]:
+    """Those of COLUMNS in which a model has a figure."""
+    made = rows(e)
+    return {key: title for key, title in COLUMNS.items() if any(row[key] for row in made)}
 
 
 def write(e: Evaluation, path: Path, tokenizer: Any) -> list[Path]:
@@ -236,10 +276,10 @@ def write(e: Evaluation, path: Path, tokenizer: Any) -> list[Path]:
     drawn = pictures(e)
     html = environment.from_string(template).render(
         about=e.about,
-        columns=COLUMNS,
+        columns=columns(e),
         rows=rows(e),
         pictures=[{"title": t, "words": words, "uri": _svg_uri(draw)} for t, words, draw in drawn.values()],
-        worst=[{"name": m.name, "tokens": worst_predictions(e, m, tokenizer)} for m in e.measured[:2]],
+        worst=[{"name": m.name, "tokens": worst_predictions(e, m, tokenizer)} for m in e.measured[:2] if m.comparison],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, "utf-8")
