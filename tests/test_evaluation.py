@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,7 +216,7 @@ def test_errors(source, text_file, tmp_path):
             evaluation.harness_results(str(source), ["x"])
 
 
-# -- models that are no decoders ---------------------------------------------------------------------
+# -- every kind of model ----------------------------------------------------------------------------
 
 
 def bart():
@@ -227,6 +229,7 @@ def bart():
 
 
 OTHERS = {
+    "llama": lambda: make("llama"),
     "t5": lambda: make("t5"),
     "bart": bart,
     "bert": lambda: make("bert"),
@@ -258,7 +261,7 @@ def both(path, name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_kinds(text_file, tmp_path, name):
+def test_kinds(text_file, tmp_path, name):
     """Every kind of model of text is measured, in windows that fit it, and page and table are written."""
     both(tmp_path, name)
     # of the default windows, 512 tokens, most of these models take 128 positions at most
@@ -266,7 +269,7 @@ def test_other_kinds(text_file, tmp_path, name):
     found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), given)
     (m,) = found.measured
     kind = found.about["kind"]
-    kinds = {"t5": "encoder-decoder", "bart": "encoder-decoder", "bert": "masked language model",
+    kinds = {"t5": "encoder-decoder", "bart": "encoder-decoder", "bert": "masked language model", "llama": "decoder",
              "roberta": "masked language model", "gpt2": "decoder", "qwen2_vl": "decoder"}  # fmt: skip
     assert kind == kinds.get(name, "encoder")
     if name not in ("t5", "t5 encoder"):
@@ -469,8 +472,66 @@ def test_report_needs_nothing_else(report):
     assert len(re.findall(r"<img [^>]*alt=\"[^\"]{30,}\"", html)) == html.count("<img") == 5
 
 
-def test_report_in_a_browser(report, tmp_path):
-    """Every picture is drawn, nothing is wider than a phone's page, and dark and light are dark and light."""
+@pytest.fixture(scope="module")
+def pages(report, source, text_file):
+    """A page of several models, and pages of one model of every kind."""
+    from qins.report import write
+
+    made = {"several": report}
+    for name in ("llama", "t5", "bert", "bert encoder"):
+        path = source.parent / f"a {name} model with a rather long name"
+        both(path, name)
+        found = evaluation.evaluate_one(str(path / "codes"), str(path / "float"), settings(text_file, window=100))
+        made[name] = source.parent / f"{name}.html"
+        write(found, made[name], transformers.AutoTokenizer.from_pretrained(path / "float"))
+    return made
+
+
+def test_columns_say_what_they_are(pages):
+    heads = {
+        name: re.findall(r'<th scope="col">([^<]*)</th>', page.read_text().split("Largest")[0])
+        for name, page in pages.items()
+    }
+    predictions = ["KL divergence, mean", "median", "99th percentile", "maximum", "same top token",
+                   "same top five tokens", "perplexity", "perplexity change"]  # fmt: skip
+    states = ["cosine of token states, mean", "99th percentile", "least", "cosine of embeddings, mean", "least"]
+    costs = ["model", "bits a weight", "size in memory, MB", "peak memory, MB", "tokens a second",
+             "greedy tokens still most likely", "greedy tokens before the first difference"]  # fmt: skip
+    assert heads["several"] == heads["llama"] == heads["t5"] == ["model", *predictions, *costs]
+    assert heads["bert"] == ["model", *predictions, "model", *states, *costs[:4]]
+    assert heads["bert encoder"] == ["model", *states, *costs[:4]]
+
+
+def test_known_figures_stand_beside_one_model(pages):
+    """They are those of docs/measurements.md, and the page says of what model and text."""
+    from qins.report import KNOWN, KNOWN_ENCODER, KNOWN_ENCODER_ON, KNOWN_ON
+
+    for name, page in pages.items():
+        html = page.read_text()
+        on = KNOWN_ENCODER_ON if name == "bert encoder" else KNOWN_ON
+        assert (f"measured on {on}; not on this model and text" in html) == (name != "several")
+        image = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+        drawn = base64.b64decode(image[1]).decode()
+        figures = KNOWN_ENCODER if name == "bert encoder" else KNOWN
+        assert name == "several" or all(f"{known}, {bits:.2f} bits" in drawn for known, (bits, *_) in figures.items())
+    docs = Path(__file__).parent.parent / "docs" / "measurements.md"
+    if not docs.exists():
+        pytest.skip("the documentation is not here")
+    text = docs.read_text("utf-8")
+    assert "2,044 predictions of\nEnglish (the text that ships with the package)" in text
+    assert "embeddings of 53 queries and as many passages" in text
+    for name, (bits, mean, p99) in KNOWN.items():
+        row = next(r for r in text.splitlines() if r.startswith(f"| {name} |"))
+        cells = [c.strip() for c in row.split("|")[2:]]
+        assert [float(cells[0]), float(cells[2].split()[0]), float(cells[3])] == [bits, mean, p99]
+    for name, (bits, mean) in KNOWN_ENCODER.items():
+        row = next(r for r in text.splitlines() if r.startswith(f"| {name} |") and "| 1 - " in r)
+        cells = [c.strip() for c in row.split("|")[2:]]
+        assert [float(cells[0]), float(cells[1].removeprefix("1 - "))] == [bits, mean]
+
+
+def in_a_browser(page, tmp_path, width, dark=False):
+    """What a page looks like in a window of this width."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
@@ -478,23 +539,38 @@ def test_report_in_a_browser(report, tmp_path):
     script = """<script>addEventListener("load", () => {
       const images = [...document.images], style = getComputedStyle(document.body);
       document.title = JSON.stringify({drawn: images.every(i => i.naturalWidth > 100), images: images.length,
-        wide: document.documentElement.scrollWidth > innerWidth, rows: document.querySelectorAll("tbody tr").length,
-        ink: style.color, paper: style.backgroundColor}); });</script>"""
-    check.write_text(report.read_text().replace("</body>", script + "</body>"))
-    for dark in (True, False):
-        run = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
-             "--window-size=400,900", f"--user-data-dir={tmp_path / str(dark)}",
-             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-             check.as_uri()],
-            capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        title = re.search(r"<title>(\{.*?\})</title>", run.stdout)
-        assert title, run.stderr[-2000:]
-        seen = json.loads(title.group(1).replace("&quot;", '"'))
-        assert seen["drawn"]
-        assert seen["images"] == 5
-        assert seen["rows"] == 8 + 2 * 12
-        assert not seen["wide"]
-        ink, paper = (sum(map(int, re.findall(r"\d+", seen[k])[:3])) / 765 for k in ("ink", "paper"))
-        assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
+        window: innerWidth, wide: document.documentElement.scrollWidth > innerWidth,
+        scrolling: [...document.querySelectorAll("main *")].filter(e => e.scrollWidth > e.clientWidth + 1
+          && getComputedStyle(e).overflowX != "visible").length,
+        rows: document.querySelectorAll("tbody tr").length, ink: style.color, paper: style.backgroundColor}); });
+      </script>"""
+    check.write_text(page.read_text().replace("</body>", script + "</body>"))
+    run = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+         f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", check.as_uri()],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    title = re.search(r"<title>(\{.*?\})</title>", run.stdout)
+    assert title, run.stderr[-2000:]
+    return json.loads(title.group(1).replace("&quot;", '"'))
+
+
+@pytest.mark.parametrize("dark", [True, False])
+def test_report_in_a_browser(report, tmp_path, dark):
+    """Every picture is drawn, nothing is wider than a phone's page, and dark and light are dark and light."""
+    seen = in_a_browser(report, tmp_path, 400, dark)
+    assert seen["drawn"]
+    assert seen["images"] == 5
+    assert seen["rows"] == 2 * 8 + 2 * 12
+    assert not seen["wide"]
+    ink, paper = (sum(map(int, re.findall(r"\d+", seen[k])[:3])) / 765 for k in ("ink", "paper"))
+    assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
+
+
+def test_nothing_scrolls_sideways(pages, tmp_path):
+    """No table of any page is wider than its place in a window of 1,200 pixels."""
+    for name, page in pages.items():
+        seen = in_a_browser(page, tmp_path, 1200)
+        assert seen["window"] == 1200
+        assert (name, seen["wide"], seen["scrolling"]) == (name, False, 0)

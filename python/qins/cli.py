@@ -227,19 +227,21 @@ def evaluate(
 def _print_evaluation(found: Any) -> None:
     from rich.table import Table
 
-    from .report import columns, rows
+    from .report import rows, tables
     from .subjects import ENCODER
 
     about = found.about
     what = "token states" if about["kind"] == ENCODER else "predictions"
     title = f"{about['predictions']:,} {what} against {about['reference']}; {about['cpu']}, {about['isa']}"
-    table = Table(title=title, title_justify="left")
-    shown = columns(found)
-    for key, name in shown.items():
-        table.add_column(name, justify="left" if key == "name" else "right", no_wrap=key == "name")
-    for row in rows(found):
-        table.add_row(*(row[key] for key in shown))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(title, highlight=False)
+    for title, columns in tables(found).items():
+        table = Table(title=title, title_justify="left")
+        for key, name in columns.items():
+            table.add_column(name, justify="left" if key == "name" else "right", no_wrap=key == "name")
+        for row in rows(found):
+            table.add_row(*(row.get(key, "") for key in columns))
+        console.print(table)
 
 
 @app.command()
