@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -247,7 +248,8 @@ def _masked(ids: Tensor, before: int, after: int, mask: int) -> Item:
 
 
 def _first_line(e: Exception) -> str:
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+    line = next(iter(str(e).strip().splitlines()), type(e).__name__)
+    return textwrap.shorten(line, 300, placeholder=" ...")
 
 
 def subject(name: str) -> Subject:
