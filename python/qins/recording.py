@@ -23,6 +23,9 @@ Tensor = torch.Tensor
 # Tokens whose passage through every layer is kept.
 _LAYER_TOKENS = 64
 
+# Of the files of a recording; others of an earlier layout are not gone on with.
+_LAYOUT = 2
+
 # Files of a window.
 _PREDICTIONS, _STATES = "window", "states"
 
@@ -49,7 +52,7 @@ def left_out(model: Any) -> list[str]:
 
 def fingerprint(model: str, items: list[Item], prompts: list[Tensor], new_tokens: int) -> str:
     """What must be the same for a recording to be used again."""
-    h = hashlib.sha256(f"{model} {new_tokens}".encode())
+    h = hashlib.sha256(f"{_LAYOUT} {model} {new_tokens}".encode())
     path = Path(model)
     if path.is_dir():
         for file in sorted(path.iterdir()):

@@ -121,6 +121,13 @@ class Subject:
 
         """
         whole = _ids(tokenizer, text, True)
+        words = len(text.split())
+        unknown = 0 if tokenizer.unk_token_id is None else int((whole == tokenizer.unk_token_id).sum())
+        if unknown > len(whole) / 3 or len(whole) < words / 2:  # some are made empty where their files are missing
+            raise ValueError(
+                f"{self.name}: expected a tokenizer beside the model that knows the text's words, got one that makes "
+                f"{len(whole)} tokens of {words} words, {unknown} of them unknown"
+            )
         if self.kind == DECODER:
             window = min(window, self.limit)
             ids, rest = whole[:tokens], whole[tokens:]
@@ -133,12 +140,6 @@ class Subject:
             window = min(window, len(ids) // 2)
         if len(ids) < 32:
             raise ValueError(f"text: expected at least 32 tokens, got {len(ids)}")
-        unknown = 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
-        if unknown > len(ids) / 3:  # some are made empty where their files are missing
-            raise ValueError(
-                f"{self.name}: expected a tokenizer beside the model that knows the text's words, got one to which "
-                f"{unknown} of {len(ids)} tokens are unknown"
-            )
         if window < 2:
             raise ValueError(f"window: expected room for 2 tokens or more, {self.name} has {window}")
         parts = [w[0] for w in windows(ids, tokens, window)]
