@@ -31,6 +31,17 @@ def test_examples(page):
     assert not failures, "".join(failures)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_fits_its_column(page):
+    """No line of code is longer than the site's column, of 80 letters in a window of 1,300 pixels."""
+    fenced, long = False, []
+    for line in page.read_text("utf-8").splitlines():
+        fenced ^= line.startswith("```")
+        if len(line) > 80 + 4 * (not fenced) and (fenced or line.startswith("    ")):
+            long.append(line)
+    assert long == []
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_links(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ import torch
 import qins
 from qins import evaluate, evaluation
 from qins.peers import PEERS
+from qins.recording import Recording
 
 transformers = pytest.importorskip("transformers")
-from test_hf import make  # noqa: E402
+from test_hf import COMMON, make  # noqa: E402
 from tokens import save_tokenizer, token_ids  # noqa: E402
 from tokens import text as words  # noqa: E402
 
@@ -155,15 +159,15 @@ def test_peers(rng, cols):
 def test_goes_on_where_it_stopped(source, text_file, tmp_path, monkeypatch):
     whole = evaluation.evaluate_all(str(source), ["log8"], settings(text_file, directory=tmp_path / "a"))
     calls = []
-    original = evaluate.log_probabilities
+    original = Recording.ask
 
-    def failing(model, ids):
+    def failing(recording, model, item):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(model, ids)
+        return original(recording, model, item)
 
-    monkeypatch.setattr("qins.recording.log_probabilities", failing)
+    monkeypatch.setattr(Recording, "ask", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate_all(str(source), ["log8"], settings(text_file, directory=tmp_path / "b"))
     files = sorted(p.name for p in (tmp_path / "b").iterdir())
@@ -212,6 +216,235 @@ def test_errors(source, text_file, tmp_path):
             evaluation.harness_results(str(source), ["x"])
 
 
+# -- every kind of model ----------------------------------------------------------------------------
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=160, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.2,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+OTHERS = {
+    "llama": lambda: make("llama"),
+    "t5": lambda: make("t5"),
+    "bart": bart,
+    "bert": lambda: make("bert"),
+    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**(COMMON | {"pad_token_id": 1}))),
+    "bert encoder": lambda: transformers.BertModel(transformers.BertConfig(**COMMON)),
+    "bert classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**COMMON)),
+    "llama encoder": lambda: make("llama").model,
+    "t5 encoder": lambda: transformers.T5EncoderModel(make("t5").config),
+    "gpt2": lambda: make("gpt2"),
+    "qwen2_vl": lambda: make("qwen2_vl"),
+}
+
+
+def save(path, model, **tokens):
+    model.eval().save_pretrained(path)
+    save_tokenizer(path, before="w1", after="w2", **tokens)
+    return path
+
+
+def both(path, name):
+    """A float checkpoint and its codes."""
+    torch.manual_seed(0)
+    model = OTHERS[name]()
+    save(path / "float", model, mask_token="w159")
+    config = qins.QinsConfig()
+    quantised = type(model).from_pretrained(path / "float", quantization_config=config).eval()
+    quantised.save_pretrained(path / "codes")
+    return model.eval(), quantised
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_kinds(text_file, tmp_path, name):
+    """Every kind of model of text is measured, in windows that fit it, and page and table are written."""
+    both(tmp_path, name)
+    # of the default windows, 512 tokens, most of these models take 128 positions at most
+    given = settings(text_file, window=512, new_tokens=6)
+    found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), given)
+    (m,) = found.measured
+    kind = found.about["kind"]
+    kinds = {"t5": "encoder-decoder", "bart": "encoder-decoder", "bert": "masked language model", "llama": "decoder",
+             "roberta": "masked language model", "gpt2": "decoder", "qwen2_vl": "decoder"}  # fmt: skip
+    assert kind == kinds.get(name, "encoder")
+    if name not in ("t5", "t5 encoder"):
+        assert found.about["window"] <= 128
+    assert 0 < float(m.distances.mean()) < 1e-2
+    assert (m.comparison is None) == (kind == "encoder")
+    assert (m.similarity is not None) == (kind in ("encoder", "masked language model"))
+    assert bool(m.greedy_same) == (kind in ("decoder", "encoder-decoder"))
+    assert len(m.layers) > 5 or name == "gpt2"  # whose layers are Conv1D
+    assert all(x["output_snr_db"] > 20 for x in m.layers.values())
+    json.dumps(found.to_dict())
+    itself = evaluation.evaluate_one(str(tmp_path / "float"), str(tmp_path / "float"), given).measured[0]
+    assert float(itself.distances.max()) == 0.0
+    assert itself.forced in (1.0, None)
+    assert all(n == 6 for n in itself.greedy_same)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "bert encoder"])
+def test_other_kinds_made_in_one_run(text_file, tmp_path, name):
+    both(tmp_path, name)
+    reference = str(tmp_path / "float")
+    names = evaluation.default_names(reference)
+    assert ("calibrated to 8.13 bits" in names) == (name != "bert encoder")
+    names = ["log8", "calibrated", "Q8_0", evaluation.WHOLE_BF16]
+    found = evaluation.evaluate_all(reference, names, settings(text_file, window=120))
+    assert [m.name for m in found.measured] == names
+    by_name = {m.name: float(m.distances.mean()) for m in found.measured}
+    assert 0 < by_name["calibrated"] < by_name["log8"] < 1e-2
+    # the output embedding is no layer of it
+    assert not any("lm_head" in n or "decoder" in n.split(".")[-1] for m in found.measured for n in m.layers)
+    pytest.importorskip("matplotlib")
+    from qins.report import write
+
+    page = tmp_path / "page.html"
+    write(found, page, transformers.AutoTokenizer.from_pretrained(reference))
+    html = page.read_text()
+    assert ("Largest divergences" in html) == (name != "bert encoder")
+    assert ("cosine" in html) == (name != "t5")
+    assert ("KL divergence" in html) == (name != "bert encoder")
+
+
+def probabilities(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_encoder_decoder_by_hand(text_file, tmp_path):
+    """A piece of text is read, and the next one predicted, its own tokens given."""
+    models = both(tmp_path, "bart")
+    found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), settings(text_file))
+    pieces = [[1, *p.tolist(), 2] for p in torch.split(token_ids(2048)[:600], 64)]
+    kl, losses = [], []
+    for source, target in pairwise(pieces):
+        ids, before = torch.tensor([source]), torch.tensor([[2, *target[:-1]]])
+        with torch.no_grad():
+            p, q = (probabilities(m(ids, decoder_input_ids=before).logits[0].double().numpy()) for m in models)
+        kl.append((p * np.log(p / q)).sum(-1))
+        losses.append([-np.log(x[range(len(target)), target]) for x in (p, q)])
+    f = found.measured[0].comparison.summary()
+    kl, losses = np.concatenate(kl), np.concatenate(losses, axis=1)
+    assert f.tokens == len(kl) == found.about["predictions"]
+    assert f.kl_mean == pytest.approx(kl.mean(), rel=1e-2)
+    assert f.reference_perplexity == pytest.approx(np.exp(losses[0].mean()), rel=1e-5)
+    assert f.perplexity == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
+
+
+def test_masked_and_states_by_hand(text_file, tmp_path):
+    """One token in seven is masked and predicted; states of all tokens are compared."""
+    models = both(tmp_path, "bert")
+    found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), settings(text_file))
+    losses, cosines, means = [], [], []
+    for piece in torch.split(token_ids(2048)[:600], 64):
+        ids = torch.tensor([1, *piece.tolist(), 2])
+        at = torch.arange(4, len(ids) - 1, 7)
+        hidden = ids.index_fill(0, at, 159)[None]
+        with torch.no_grad():
+            outs = [m(hidden, output_hidden_states=True) for m in models]
+        p, q = (probabilities(o.logits[0, at].double().numpy()) for o in outs)
+        losses.append([-np.log(x[range(len(at)), ids[at]]) for x in (p, q)])
+        a, b = (o.hidden_states[-1][0].double() for o in outs)
+        cosines.append(torch.cosine_similarity(a, b))
+        means.append(torch.cosine_similarity(a.mean(0), b.mean(0), dim=0))
+    (m,) = found.measured
+    f, losses = m.comparison.summary(), np.concatenate(losses, axis=1)
+    assert f.tokens == losses.shape[1] == found.about["predictions"]
+    assert f.reference_perplexity == pytest.approx(np.exp(losses[0].mean()), rel=1e-5)
+    assert f.perplexity == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
+    s = m.similarity.summary()
+    assert s["tokens"] == 600 + 2 * 10
+    assert s["distance_mean"] == pytest.approx(1 - float(torch.cat(cosines).mean()), rel=1e-3)
+    assert s["embedding_distance_max"] == pytest.approx(1 - float(torch.stack(means).min()), rel=1e-3)
+
+
+def vit():
+    return transformers.ViTModel(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=160, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def clip():
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(text_config=tower | {"vocab_size": 160}, vision_config=tower)
+    return transformers.CLIPModel(config)
+
+
+@pytest.mark.parametrize("make_model", [vit, whisper, clip, lambda: transformers.T5Model(make("t5").config)])
+def test_what_is_not_evaluated(tmp_path, make_model):
+    model = make_model()
+    save(tmp_path / "model", model)
+    with pytest.raises(ValueError, match=f"expected a model of text: a decoder, .*; got {type(model).__name__}"):
+        evaluation.evaluate_all(str(tmp_path / "model"), ["log8"], evaluation.Settings())
+
+
+def refused(monkeypatch, capsys, *args):
+    """What the command says on stderr, in one line; anything that would be a traceback fails here."""
+    cli = pytest.importorskip("qins.cli")
+    monkeypatch.setattr(sys, "argv", ["qins", "eval", *map(str, args)])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 1
+    said = capsys.readouterr().err
+    said = " ".join(said[said.index("error:") :].split())
+    assert len(said) < 600
+    return said
+
+
+def test_no_traceback(source, text_file, tmp_path, monkeypatch, capsys):
+    def says(*args):
+        return refused(monkeypatch, capsys, *args)
+
+    text = ("--text", text_file, "--tokens", 200, "--window", 64)
+    one = (*text, "--codec", "log8", "--no-peers")
+    assert "nowhere: no such directory" in says(tmp_path / "nowhere", *one)
+    assert "got a file" in says(text_file, *one)
+    assert "No such file" in says(source, "--text", tmp_path / "nothing.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "expected at least 32 tokens, got 0" in says(source, "--text", tmp_path / "empty.txt")
+    (tmp_path / "bare").mkdir()
+    assert "bare: expected a directory or hub name of a model" in says(tmp_path / "bare", *one)
+    for name in ("llama", "t5"):
+        make(name).save_pretrained(tmp_path / name)
+        assert f"{name}: expected a tokenizer beside the model" in says(tmp_path / name, *one)
+    shutil.copytree(source, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "damaged: expected a checkpoint of LlamaForCausalLM" in says(tmp_path / "damaged", *one)
+    (tmp_path / "damaged" / "model.safetensors").unlink()
+    assert "model.safetensors" in says(tmp_path / "damaged", *one)
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    assert "damaged: expected a directory or hub name of a model" in says(tmp_path / "damaged", *one)
+    assert "expected linear layers to quantize, got none" in says(save(tmp_path / "gpt2", make("gpt2")), *one)
+    bert = save(tmp_path / "bert", make("bert"))
+    assert "expected a tokenizer with a mask token" in says(bert, *one)
+    encoder = save(tmp_path / "encoder", OTHERS["bert encoder"]())
+    assert "max-kld: expected a model that predicts tokens" in says(encoder, *one, "--max-kld", 1)
+    assert "task: expected a decoder, got an encoder" in says(encoder, *one, "--task", "x")
+    small = transformers.BertModel(transformers.BertConfig(**(COMMON | {"hidden_size": 32})))
+    said = says(save(tmp_path / "small", small), "--against", encoder, *text)
+    assert "small: expected hidden states of 64 values" in said
+    assert "expected LlamaForCausalLM" in says(encoder, "--against", source, *text)
+    base = json.loads((save(tmp_path / "base", make("llama").model) / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(base | {"architectures": ["LlamaForCausalLM"]}))
+    assert "expected all weights of LlamaForCausalLM, 1 are missing, such as lm_head" in says(tmp_path / "base", *one)
+    few = make("llama")
+    few.resize_token_embeddings(100)
+    assert "expected a vocabulary of 160, as" in says(save(tmp_path / "few", few), "--against", source, *text)
+    assert "expected a vocabulary of 160 tokens or more" in says(tmp_path / "few", *one)
+
+
 # -- the report ------------------------------------------------------------------------------------
 
 
@@ -239,8 +472,66 @@ def test_report_needs_nothing_else(report):
     assert len(re.findall(r"<img [^>]*alt=\"[^\"]{30,}\"", html)) == html.count("<img") == 5
 
 
-def test_report_in_a_browser(report, tmp_path):
-    """Every picture is drawn, nothing is wider than a phone's page, and dark and light are dark and light."""
+@pytest.fixture(scope="module")
+def pages(report, source, text_file):
+    """A page of several models, and pages of one model of every kind."""
+    from qins.report import write
+
+    made = {"several": report}
+    for name in ("llama", "t5", "bert", "bert encoder"):
+        path = source.parent / f"a {name} model with a rather long name"
+        both(path, name)
+        found = evaluation.evaluate_one(str(path / "codes"), str(path / "float"), settings(text_file, window=100))
+        made[name] = source.parent / f"{name}.html"
+        write(found, made[name], transformers.AutoTokenizer.from_pretrained(path / "float"))
+    return made
+
+
+def test_columns_say_what_they_are(pages):
+    heads = {
+        name: re.findall(r'<th scope="col">([^<]*)</th>', page.read_text().split("Largest")[0])
+        for name, page in pages.items()
+    }
+    predictions = ["KL divergence, mean", "median", "99th percentile", "maximum", "same top token",
+                   "same top five tokens", "perplexity", "perplexity change"]  # fmt: skip
+    states = ["cosine of token states, mean", "99th percentile", "least", "cosine of embeddings, mean", "least"]
+    costs = ["model", "bits a weight", "size in memory, MB", "peak memory, MB", "tokens a second",
+             "greedy tokens still most likely", "greedy tokens before the first difference"]  # fmt: skip
+    assert heads["several"] == heads["llama"] == heads["t5"] == ["model", *predictions, *costs]
+    assert heads["bert"] == ["model", *predictions, "model", *states, *costs[:4]]
+    assert heads["bert encoder"] == ["model", *states, *costs[:4]]
+
+
+def test_known_figures_stand_beside_one_model(pages):
+    """They are those of docs/measurements.md, and the page says of what model and text."""
+    from qins.report import KNOWN, KNOWN_ENCODER, KNOWN_ENCODER_ON, KNOWN_ON
+
+    for name, page in pages.items():
+        html = page.read_text()
+        on = KNOWN_ENCODER_ON if name == "bert encoder" else KNOWN_ON
+        assert (f"measured on {on}; not on this model and text" in html) == (name != "several")
+        image = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+        drawn = base64.b64decode(image[1]).decode()
+        figures = KNOWN_ENCODER if name == "bert encoder" else KNOWN
+        assert name == "several" or all(f"{known}, {bits:.2f} bits" in drawn for known, (bits, *_) in figures.items())
+    docs = Path(__file__).parent.parent / "docs" / "measurements.md"
+    if not docs.exists():
+        pytest.skip("the documentation is not here")
+    text = docs.read_text("utf-8")
+    assert "2,044 predictions of\nEnglish (the text that ships with the package)" in text
+    assert "embeddings of 53 queries and as many passages" in text
+    for name, (bits, mean, p99) in KNOWN.items():
+        row = next(r for r in text.splitlines() if r.startswith(f"| {name} |"))
+        cells = [c.strip() for c in row.split("|")[2:]]
+        assert [float(cells[0]), float(cells[2].split()[0]), float(cells[3])] == [bits, mean, p99]
+    for name, (bits, mean) in KNOWN_ENCODER.items():
+        row = next(r for r in text.splitlines() if r.startswith(f"| {name} |") and "| 1 - " in r)
+        cells = [c.strip() for c in row.split("|")[2:]]
+        assert [float(cells[0]), float(cells[1].removeprefix("1 - "))] == [bits, mean]
+
+
+def in_a_browser(page, tmp_path, width, dark=False):
+    """What a page looks like in a window of this width."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
@@ -248,23 +539,38 @@ def test_report_in_a_browser(report, tmp_path):
     script = """<script>addEventListener("load", () => {
       const images = [...document.images], style = getComputedStyle(document.body);
       document.title = JSON.stringify({drawn: images.every(i => i.naturalWidth > 100), images: images.length,
-        wide: document.documentElement.scrollWidth > innerWidth, rows: document.querySelectorAll("tbody tr").length,
-        ink: style.color, paper: style.backgroundColor}); });</script>"""
-    check.write_text(report.read_text().replace("</body>", script + "</body>"))
-    for dark in (True, False):
-        run = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
-             "--window-size=400,900", f"--user-data-dir={tmp_path / str(dark)}",
-             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-             check.as_uri()],
-            capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        title = re.search(r"<title>(\{.*?\})</title>", run.stdout)
-        assert title, run.stderr[-2000:]
-        seen = json.loads(title.group(1).replace("&quot;", '"'))
-        assert seen["drawn"]
-        assert seen["images"] == 5
-        assert seen["rows"] == 8 + 2 * 12
-        assert not seen["wide"]
-        ink, paper = (sum(map(int, re.findall(r"\d+", seen[k])[:3])) / 765 for k in ("ink", "paper"))
-        assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
+        window: innerWidth, wide: document.documentElement.scrollWidth > innerWidth,
+        scrolling: [...document.querySelectorAll("main *")].filter(e => e.scrollWidth > e.clientWidth + 1
+          && getComputedStyle(e).overflowX != "visible").length,
+        rows: document.querySelectorAll("tbody tr").length, ink: style.color, paper: style.backgroundColor}); });
+      </script>"""
+    check.write_text(page.read_text().replace("</body>", script + "</body>"))
+    run = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+         f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", check.as_uri()],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    title = re.search(r"<title>(\{.*?\})</title>", run.stdout)
+    assert title, run.stderr[-2000:]
+    return json.loads(title.group(1).replace("&quot;", '"'))
+
+
+@pytest.mark.parametrize("dark", [True, False])
+def test_report_in_a_browser(report, tmp_path, dark):
+    """Every picture is drawn, nothing is wider than a phone's page, and dark and light are dark and light."""
+    seen = in_a_browser(report, tmp_path, 400, dark)
+    assert seen["drawn"]
+    assert seen["images"] == 5
+    assert seen["rows"] == 2 * 8 + 2 * 12
+    assert not seen["wide"]
+    ink, paper = (sum(map(int, re.findall(r"\d+", seen[k])[:3])) / 765 for k in ("ink", "paper"))
+    assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
+
+
+def test_nothing_scrolls_sideways(pages, tmp_path):
+    """No table of any page is wider than its place in a window of 1,200 pixels."""
+    for name, page in pages.items():
+        seen = in_a_browser(page, tmp_path, 1200)
+        assert seen["window"] == 1200
+        assert (name, seen["wide"], seen["scrolling"]) == (name, False, 0)

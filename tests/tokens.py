@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 
 def token_ids(tokens=1024, vocabulary=160, seed=0):
@@ -18,9 +18,13 @@ def text(tokens, seed=0):
     return " ".join(f"w{i}" for i in token_ids(tokens, seed=seed).tolist())
 
 
-def save_tokenizer(path, vocabulary=160):
-    """Write a tokenizer that splits at spaces beside a checkpoint."""
+def save_tokenizer(path, vocabulary=160, before=None, after=None, **tokens):
+    """Write a tokenizer that splits at spaces beside a checkpoint; it may put tokens before and after a text."""
     words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
+    if before is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {after}", special_tokens=[(w, words[w]) for w in (before, after)]
+        )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", **tokens).save_pretrained(path)

@@ -189,6 +189,9 @@ def evaluate(
 ) -> None:
     """Measure how far a model's answers are from its float original's.
 
+    Models of text: decoders, encoder-decoders (a piece of text is read, the next one predicted), masked language
+    models (one token in seven is predicted) and encoders (cosines of hidden states).
+
     With --against, MODEL is measured as it is. Without, everything is made of MODEL and measured in one run: log8,
     calibrated, 'calibrated to N bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
     'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'.
@@ -197,6 +200,7 @@ def evaluate(
     from . import evaluation as ev
     from .models import read_text
     from .peers import PEERS
+    from .subjects import DECODER, ENCODER
 
     settings = ev.Settings(
         text=None if text is None else read_text(text),
@@ -205,12 +209,17 @@ def evaluate(
         calibration=None if calibrate is None else read_text(calibrate),
         directory=work,
     )
-    if against is not None:
-        if model is None or codec:
-            raise ValueError("against: expected a MODEL to measure, and no --codec")
+    if against is not None and (model is None or codec):
+        raise ValueError("against: expected a MODEL to measure, and no --codec")
+    kind = ev.kind(against or model)
+    if max_kld is not None and kind == ENCODER:
+        raise ValueError("max-kld: expected a model that predicts tokens, got an encoder, which is measured by cosines")
+    if tasks and kind != DECODER:
+        raise ValueError(f"task: expected a decoder, got an {kind}")
+    if against is not None and model is not None:
         found = ev.evaluate_one(model, against, settings)
     else:
-        names = list(codec or ev.CODECS) + ([*PEERS, ev.WHOLE_BF16] if peers else [])
+        names = [*codec, *([*PEERS, ev.WHOLE_BF16] if peers else [])] if codec else ev.default_names(model, peers)
         found = ev.evaluate_all(model, names, settings)
     if tasks:
         found.about["tasks"] = ev.harness_results((against and model) or found.about["reference"], tasks)
@@ -223,7 +232,7 @@ def evaluate(
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         _print_evaluation(found)
-    worst = max(m.comparison.summary().kl_mean for m in found.measured)
+    worst = max(float(m.distances.mean()) for m in found.measured)
     if max_kld is not None and not worst <= max_kld:
         typer.echo(f"mean KL divergence {worst:.3e} is above {max_kld:g}", err=True)
         raise typer.Exit(1)
@@ -232,16 +241,21 @@ def evaluate(
 def _print_evaluation(found: Any) -> None:
     from rich.table import Table
 
-    from .report import COLUMNS, rows
+    from .report import rows, tables
+    from .subjects import ENCODER
 
     about = found.about
-    title = f"{about['predictions']:,} predictions against {about['reference']}; {about['cpu']}, {about['isa']}"
-    table = Table(title=title, title_justify="left")
-    for key, name in COLUMNS.items():
-        table.add_column(name, justify="left" if key == "name" else "right", no_wrap=key == "name")
-    for row in rows(found):
-        table.add_row(*(row[key] for key in COLUMNS))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    what = "token states" if about["kind"] == ENCODER else "predictions"
+    title = f"{about['predictions']:,} {what} against {about['reference']}; {about['cpu']}, {about['isa']}"
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(title, highlight=False)
+    for title, columns in tables(found).items():
+        table = Table(title=title, title_justify="left")
+        for key, name in columns.items():
+            table.add_column(name, justify="left" if key == "name" else "right", no_wrap=key == "name")
+        for row in rows(found):
+            table.add_row(*(row.get(key, "") for key in columns))
+        console.print(table)
 
 
 @app.command()

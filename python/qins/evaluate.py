@@ -1,4 +1,4 @@
-"""How close a quantised language model stays to its float original, and how fast both are."""
+"""How close a quantized model stays to its float original, and how fast both are."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Comparison:
         return Fidelity(
             tokens=n,
             kl_mean=float(self.kl.mean()),
-            kl_mean_error=_standard_error(self.kl),
+            kl_mean_error=standard_error(self.kl),
             kl_median=float(self.kl.median()),
             kl_p99=float(self.kl.quantile(0.99)),
             kl_max=float(self.kl.max()),
@@ -97,13 +97,57 @@ class Comparison:
             top5=float(self.top5.mean()),
             reference_perplexity=float(self.loss.mean().exp()),
             perplexity=float(self.other_loss.mean().exp()),
-            log_perplexity_error=_standard_error(self.loss),
+            log_perplexity_error=standard_error(self.loss),
             log_ratio=float(ratio.mean()),
-            log_ratio_error=_standard_error(ratio),
+            log_ratio_error=standard_error(ratio),
         )
 
 
-def _standard_error(x: Tensor) -> float:
+@dataclass(frozen=True)
+class Similarity:
+    """Last hidden states of a model beside its reference's.
+
+    Attributes:
+        tokens: 1 - cosine between the two states of each token.
+        embeddings: 1 - cosine between the two means of each window's states, what sentence encoders return.
+
+    """
+
+    tokens: Tensor
+    embeddings: Tensor
+
+    @staticmethod
+    def of(expected: Tensor, got: Tensor) -> Similarity:
+        """Compare the states of one window, (tokens, hidden)."""
+        a, b = expected.double(), got.double()
+        return Similarity(_distance(a, b), _distance(a.mean(0, keepdim=True), b.mean(0, keepdim=True)))
+
+    @staticmethod
+    def join(parts: Sequence[Similarity]) -> Similarity:
+        """One comparison of all tokens and windows of several."""
+        return Similarity(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Similarity)))
+
+    def summary(self) -> dict[str, float]:
+        """The figures: cosines, and how far they are from 1."""
+        return {
+            "tokens": self.tokens.numel(),
+            "distance_mean": float(self.tokens.mean()),
+            "distance_p99": float(self.tokens.quantile(0.99)),
+            "distance_max": float(self.tokens.max()),
+            "embeddings": self.embeddings.numel(),
+            "embedding_distance_mean": float(self.embeddings.mean()),
+            "embedding_distance_max": float(self.embeddings.max()),
+        }
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cosine of rows, from the difference of unit vectors: exactly 0 where both are the same."""
+    a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
+    return (a - b).square().sum(-1) / 2
+
+
+def standard_error(x: Tensor) -> float:
+    """Standard error of a mean; nan of one value."""
     return float(x.std() / x.numel() ** 0.5) if x.numel() > 1 else float("nan")
 
 
@@ -116,8 +160,13 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
 
 def compare(p: Tensor, q: Tensor, ids: Tensor) -> Comparison:
     """Compare log probabilities of a reference and of a model on one window of token ids, (1, length)."""
-    target = ids[0, 1:, None]
-    five, other = p.topk(5, -1).indices, q.topk(5, -1).indices
+    return compare_predictions(p, q, ids[0, 1:])
+
+
+def compare_predictions(p: Tensor, q: Tensor, targets: Tensor) -> Comparison:
+    """Compare log probabilities of a reference and of a model, (n, vocabulary), where the text has these n tokens."""
+    target = targets[:, None]
+    five, other = p.topk(min(5, p.shape[-1]), -1).indices, q.topk(min(5, q.shape[-1]), -1).indices
     return Comparison(
         kl=(p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp_min(0.0),
         top=p.argmax(-1),
@@ -139,16 +188,24 @@ def fidelity(reference: Any, model: Any, ids: Iterable[Tensor], advance: Any = N
 
 
 @torch.no_grad()
-def greedy(model: Any, ids: Tensor, tokens: int) -> tuple[Tensor, float]:
+def greedy(model: Any, ids: Tensor, tokens: int, argument: str = "input_ids", **more: Any) -> tuple[Tensor, float]:
     """Generate exactly `tokens` greedy tokens after (1, length) ids; return them and tokens a second of decoding.
 
     The prompt's own pass is not in the time.
+
+    Args:
+        model: a model that keeps a cache.
+        ids: what to go on from.
+        tokens: how many to generate.
+        argument: of the model's forward, which takes the ids.
+        **more: other arguments of it.
+
     """
-    out = model(ids, use_cache=True)
+    out = model(**{argument: ids}, use_cache=True, **more)
     produced = [out.logits[:, -1].argmax(-1, keepdim=True)]
     begin = time.perf_counter()
     for _ in range(tokens - 1):
-        out = model(produced[-1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(**{argument: produced[-1]}, past_key_values=out.past_key_values, use_cache=True, **more)
         produced.append(out.logits[:, -1].argmax(-1, keepdim=True))
     seconds = time.perf_counter() - begin
     return torch.cat(produced, 1)[0], (tokens - 1) / seconds if tokens > 1 else float("nan")

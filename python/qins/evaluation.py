@@ -25,13 +25,14 @@ from .activations import cut, split
 from .calibration import calibrate
 from .coded import Coded
 from .conversion import ConversionReport, choose, convert, progress, snr_db
-from .evaluate import Comparison
+from .evaluate import Comparison, Similarity
 from .linear import QINSLinear
 from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
-from .models import find_model, load_causal_lm, load_tokenizer, require_transformers
+from .models import find_model, load_tokenizer, require_transformers
 from .peers import PEERS
 from .planning import plan
-from .recording import Recording, fingerprint
+from .recording import Recording, fingerprint, left_out, vocabulary
+from .subjects import ENCODER, Item, subject
 
 Tensor = torch.Tensor
 
@@ -77,10 +78,12 @@ class Measured:
         name: what tables call it.
         bits: of a quantised weight, everything included; 16 or 32 for floats, nan if nothing is known.
         bytes: by kind of module, as the model is in memory; empty for peers, which are held as floats.
-        comparison: of each prediction.
+        comparison: of each prediction; None for encoders.
+        similarity: of hidden states; None for models that generate.
         greedy_same: for each continuation, how many tokens are the reference's before the first that is not.
-        forced: share of the continuations' tokens that are most likely to this model, too, given the reference's.
-        tokens_per_second: of greedy decoding; None for peers.
+        forced: share of the continuations' tokens that are most likely to this model, too, given the reference's;
+            None without continuations.
+        tokens_per_second: of greedy decoding; None for peers and encoders.
         peak_bytes: the most memory the process held while this model ran; None where the system does not say.
         layers: name to the SNR in dB of weights (if known) and of outputs.
         seconds: to make the model from floats.
@@ -90,9 +93,10 @@ class Measured:
     name: str
     bits: float
     bytes: dict[str, int]
-    comparison: Comparison
+    comparison: Comparison | None
+    similarity: Similarity | None
     greedy_same: list[int]
-    forced: float
+    forced: float | None
     tokens_per_second: float | None
     peak_bytes: int | None
     layers: dict[str, dict[str, float]]
@@ -100,8 +104,20 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the figures without what belongs to single predictions."""
-        d = {k: v for k, v in vars(self).items() if k != "comparison"}
-        return d | {"fidelity": asdict(self.comparison.summary())}
+        d = {k: v for k, v in vars(self).items() if k not in ("comparison", "similarity")}
+        if self.comparison is not None:
+            d["fidelity"] = asdict(self.comparison.summary())
+        if self.similarity is not None:
+            d["similarity"] = self.similarity.summary()
+        return d
+
+    @property
+    def distances(self) -> Tensor:
+        """KL divergence of each prediction; of encoders, 1 - cosine of each token's state."""
+        if self.comparison is not None:
+            return self.comparison.kl
+        assert self.similarity is not None
+        return self.similarity.tokens
 
 
 @dataclass
@@ -111,14 +127,14 @@ class Evaluation:
     Attributes:
         about: model, machine, text.
         measured: models in the order of the table.
-        windows: the text, as token ids.
+        items: what the models are given.
         levels: for the picture of a weight's histogram: values over their scale, and the codes' levels.
 
     """
 
     about: dict[str, Any]
     measured: list[Measured] = field(default_factory=list)
-    windows: list[Tensor] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
     levels: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,15 +152,6 @@ class _Made:
     as_floats: bool = False
 
 
-def _prompts(windows: Sequence[Tensor]) -> list[Tensor]:
-    return [windows[i * len(windows) // _PROMPTS][:, :_PROMPT_TOKENS] for i in range(min(_PROMPTS, len(windows)))]
-
-
-def _tokens(tokenizer: Any, text: str) -> Tensor:
-    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids
-    return ids
-
-
 def _bits(report: ConversionReport) -> float:
     """Bits of a weight of the converted layers."""
     weights = sum(math.prod(m.shape) for m in report.converted)
@@ -160,7 +167,7 @@ def _converted(model: nn.Module, report: ConversionReport) -> _Made:
 def _as_peer(model: nn.Module, name: str) -> _Made:
     peer, snr = PEERS[name], {}
     bits = weights = 0.0
-    for module, layer in choose(model).items():
+    for module, layer in choose(model, exclude=left_out(model)).items():
         w = module.weight.data
         decoded = peer.decoded(w.float())
         noise, signal = float((decoded - w).double().square().sum()), float(w.double().square().sum())
@@ -177,28 +184,30 @@ class Bench:
     def __init__(self, reference: str, settings: Settings) -> None:
         self.settings = settings
         self.reference = find_model(reference)
-        self.tokenizer = load_tokenizer(self.reference)
+        self.subject = subject(self.reference)
+        self.tokenizer = self.subject.tokenizer()
         text = evaluate.sample_text() if settings.text is None else settings.text
-        ids = _tokens(self.tokenizer, text)
-        self.windows = evaluate.windows(ids, settings.tokens, settings.window)
-        if sum(w.numel() for w in self.windows) < 32:
-            raise ValueError(f"text: expected at least 32 tokens, got {ids.numel()}")
-        self.rest = ids[:, settings.tokens :]
+        self.items, self.rest = self.subject.items(self.tokenizer, text, settings.tokens, settings.window)
+        self._total = sum(i.text.numel() for i in self.items)
         self.evaluation = Evaluation(
             {
-                "reference": self.reference, "cpu": cpu_name(), "isa": _isa.isa(), "threads": torch.get_num_threads(),
+                "reference": self.reference, "kind": self.subject.kind,
+                "cpu": cpu_name(), "isa": _isa.isa(), "threads": torch.get_num_threads(),
                 "text": "shipped" if settings.text is None else "given",
                 "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-                "predictions": sum(w.numel() - 1 for w in self.windows), "window": settings.window,
+                "predictions": sum(i.at.numel() for i in self.items),
+                "window": max(i.arguments["input_ids"].numel() for i in self.items),
             },
-            windows=self.windows,
+            items=self.items,
         )  # fmt: skip
 
-    def calibration_batches(self) -> list[Tensor]:
+    def calibration_batches(self) -> list[Any]:
         """What to calibrate on; none of it is compared on unless the caller gave such a text."""
         s = self.settings
-        ids = self.rest if s.calibration is None else _tokens(self.tokenizer, s.calibration)
-        return cut(ids, s.calibration_tokens, s.window)
+        ids = self.rest
+        if s.calibration is not None:
+            ids = torch.tensor(self.tokenizer(s.calibration, verbose=False).input_ids, dtype=torch.int64)
+        return [self.subject.calibration(b) for b in cut(ids, s.calibration_tokens, self.evaluation.about["window"])]
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -206,22 +215,30 @@ class Bench:
         s = self.settings
         with tempfile.TemporaryDirectory(prefix="qins-eval-") as temporary:
             directory = s.directory or Path(temporary)
-            prompts = _prompts(self.windows)
-            key = fingerprint(self.reference, self.windows, prompts, s.new_tokens)
-            r = Recording(directory, key, self.windows, prompts, s.new_tokens)
+            prompts = self.subject.prompts(self.items, _PROMPTS, _PROMPT_TOKENS, s.new_tokens)
+            key = fingerprint(self.reference, self.items, prompts, s.new_tokens)
+            r = Recording(directory, key, self.subject, self.items, prompts, s.new_tokens)
             if not r.complete:
-                model, _ = load_causal_lm(self.reference)
-                total = sum(w.numel() for w in self.windows)
-                with progress("the float model", total, s.show_progress) as advance:
+                model = self._float()
+                with progress("the float model", self._total, s.show_progress) as advance:
                     r.record(model, advance)
                 self.evaluation.about["reference_bytes"] = evaluate.bytes_by_component(model)
                 del model
             self.evaluation.about["reference_tokens_per_second"] = r.reference()["tokens_per_second"]
             yield r
 
+    def _float(self) -> Any:
+        return self.subject.load(self.reference, dtype=torch.float32)
+
     def make(self, name: str) -> _Made:
         """Make one of CODECS, PEERS or WHOLE_BF16 from the float model."""
-        model, _ = load_causal_lm(self.reference)
+        model = self._float()
+        left = left_out(model)
+        if not choose(model, exclude=left):
+            raise ValueError(
+                f"{self.reference}: expected linear layers to quantize, got none; where `qins quantize` finds some "
+                "(Conv1D), measure what it writes with --against"
+            )
         if name in PEERS:
             return _as_peer(model, name)
         if name == WHOLE_BF16:
@@ -230,31 +247,39 @@ class Bench:
             text, show = split(self.calibration_batches()), self.settings.show_progress
             told = _TO_BITS.fullmatch(name)
             target = float(told[1]) if told else None
-            spending = None if target is None else plan(model, text, target_bits=target, show_progress=show)
-            report = calibrate(model, text, plan=spending, show_progress=show)
+            spending = (
+                None if target is None else plan(model, text, target_bits=target, exclude=left, show_progress=show)
+            )
+            report = calibrate(model, text, plan=spending, exclude=left, show_progress=show)
             self.evaluation.about["calibration"] = {
                 "tokens": report.tokens, "held_out": report.held_out, "seconds_statistics": report.seconds_statistics,
                 "seconds_rounding": report.seconds_rounding,
             }  # fmt: skip
             return _converted(model, report)
         if name == "log8":
-            before = self._sample_of_weights(model)
+            before = self._sample_of_weights(model, left)
         codec = "log8" if name == "log8 per row" else name
         size = None if name == "log8 per row" else "default"
-        made = _converted(model, convert(model, codec, group_size=size, show_progress=self.settings.show_progress))
+        show = self.settings.show_progress
+        made = _converted(model, convert(model, codec, group_size=size, exclude=left, show_progress=show))
         if name == "log8":
             self.evaluation.levels = _over_scale(model, *before)
         return made
 
-    def _sample_of_weights(self, model: nn.Module) -> tuple[str, Tensor]:
-        chosen = choose(model)
+    def _sample_of_weights(self, model: nn.Module, left: list[str]) -> tuple[str, Tensor]:
+        chosen = choose(model, exclude=left)
         middle = list(chosen.items())[len(chosen) // 2]
         return middle[1], middle[0].weight.detach().float().clone()
 
     def load(self, path: str) -> _Made:
         """Load a model that is to be measured as it is."""
-        transformers = require_transformers()
-        model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        given = subject(path)
+        if given.architecture is not self.subject.architecture:
+            raise ValueError(
+                f"{path}: expected {self.subject.architecture.__name__}, as {self.reference} is, "
+                f"got {given.architecture.__name__}"
+            )
+        model = self.subject.load(path)
         layers = [m for m in model.modules() if isinstance(m, Coded) and not m._non_persistent_buffers_set]
         if layers:
             matrices = [found for m in layers for found in m.matrices("")]
@@ -265,8 +290,7 @@ class Bench:
         return _Made(model, bits, _weight_snr(path, self.reference) if layers else {})
 
     def _check_vocabulary(self, name: str, model: Any, recording: Recording) -> None:
-        expected = recording.log_probabilities(0).shape[1]
-        got = model.get_input_embeddings().num_embeddings
+        expected, got = recording.reference()["vocabulary"], vocabulary(model)
         if got != expected:
             raise ValueError(f"{name}: expected a vocabulary of {expected}, as {self.reference} has, got {got}")
 
@@ -278,14 +302,24 @@ class Bench:
         gc.collect()
         give_back_freed_memory()
         reset_peak_resident_bytes()
-        parts, model = [], made.model
+        predictions: list[Comparison] = []
+        states: list[Similarity] = []
+        model = made.model
         self._check_vocabulary(name, model, recording)
-        total = sum(w.numel() for w in self.windows)
-        with progress(name, total, self.settings.show_progress) as advance:
-            for i, ids in enumerate(self.windows):
-                q = evaluate.log_probabilities(model, ids)
-                parts.append(evaluate.compare(recording.log_probabilities(i), q, ids))
-                advance(ids.numel())
+        with progress(name, self._total, self.settings.show_progress) as advance:
+            for i, item in enumerate(self.items):
+                expected, got = recording.answer(i), self.subject.answer(model, item)
+                if expected.log_probabilities is not None and got.log_probabilities is not None:
+                    pair = expected.log_probabilities, got.log_probabilities
+                    predictions.append(evaluate.compare_predictions(*pair, item.targets))
+                if expected.states is not None and got.states is not None:
+                    if expected.states.shape != got.states.shape:
+                        raise ValueError(
+                            f"{name}: expected hidden states of {expected.states.shape[1]} values, as "
+                            f"{self.reference} has, got {got.states.shape[1]}"
+                        )
+                    states.append(Similarity.of(expected.states, got.states))
+                advance(item.text.numel())
         same, forced, speed = _greedy(model, recording)
         outputs = recording.output_snr(model)
         layers = {
@@ -293,27 +327,27 @@ class Bench:
             for n, snr in outputs.items()
         }
         measured = Measured(
-            name, made.bits, {} if made.as_floats else evaluate.bytes_by_component(model), Comparison.join(parts), same,
+            name, made.bits, {} if made.as_floats else evaluate.bytes_by_component(model),
+            Comparison.join(predictions) if predictions else None, Similarity.join(states) if states else None, same,
             forced, None if made.as_floats else speed, peak_resident_bytes(), layers, seconds,
         )  # fmt: skip
         self.evaluation.measured.append(measured)
         return measured
 
 
-def _greedy(model: Any, recording: Recording) -> tuple[list[int], float, float]:
+def _greedy(model: Any, recording: Recording) -> tuple[list[int], float | None, float | None]:
     """Return (tokens before the first difference of each continuation, share of forced agreement, tokens a second)."""
     same, agreed, count, best = [], 0, 0, 0.0
     for prompt, answer in zip(recording.prompts, recording.reference()["answers"], strict=True):
         expected = torch.tensor(answer)
-        tokens, speed = evaluate.greedy(model, prompt, len(answer))
+        tokens, speed = recording.subject.continued(model, prompt, len(answer))
         best = max(best, speed)
         different = (tokens != expected).nonzero()
         same.append(int(different[0, 0]) if len(different) else len(answer))
-        whole = torch.cat([prompt[0], expected])[None]
-        likely = evaluate.log_probabilities(model, whole)[prompt.shape[1] - 1 :].argmax(-1)
+        likely = recording.subject.most_likely(model, prompt, expected)
         agreed += int((likely == expected).sum())
         count += len(answer)
-    return same, agreed / count, best
+    return (same, agreed / count, best) if count else ([], None, None)
 
 
 def _weight_snr(path: str, reference: str) -> dict[str, float]:
@@ -322,7 +356,10 @@ def _weight_snr(path: str, reference: str) -> dict[str, float]:
 
     if not (Path(path).is_dir() and Path(reference).is_dir()):
         return {}
-    return {e.name: e.snr_db for e in inspect(path, reference).errors}
+    try:
+        return {e.name: e.snr_db for e in inspect(path, reference).errors}
+    except ValueError:  # layers of other names or shapes, or turned (Conv1D)
+        return {}
 
 
 def _over_scale(model: nn.Module, name: str, weight: Tensor) -> dict[str, Any]:
@@ -339,6 +376,18 @@ def _over_scale(model: nn.Module, name: str, weight: Tensor) -> dict[str, Any]:
     levels = array("f", _core.levels("log8", (mu,))).tolist()
     counts = torch.histc(ratio, 220, -1.1, 1.1)
     return {"layer": name, "mu": mu, "levels": levels, "counts": counts.tolist(), "range": 1.1}
+
+
+def kind(reference: str | None) -> str:
+    """Say what a float original is: one of the kinds in qins.subjects."""
+    return subject(find_model(reference)).kind
+
+
+def default_names(reference: str | None, peers: bool = True) -> list[str]:
+    """What a table of everything has for this float original."""
+    # bits are spent by what they do to predictions, and encoders make none
+    codecs = [c for c in CODECS if kind(reference) != ENCODER or not _TO_BITS.fullmatch(c)]
+    return codecs + ([*PEERS, WHOLE_BF16] if peers else [])
 
 
 def evaluate_one(model: str, against: str, settings: Settings) -> Evaluation:
@@ -369,6 +418,7 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ImportError: lm-eval is not installed.
+        ValueError: it has no such task.
 
     """
     try:
@@ -377,7 +427,10 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
     except ImportError as e:
         raise ImportError("--task needs lm-eval: pip install lm-eval") from e
     loaded = require_transformers().AutoModelForCausalLM.from_pretrained(model).eval()
-    found = lm_eval.simple_evaluate(model=HFLM(pretrained=loaded, tokenizer=load_tokenizer(model)), tasks=list(tasks))
+    try:
+        found = lm_eval.simple_evaluate(HFLM(pretrained=loaded, tokenizer=load_tokenizer(model)), tasks=list(tasks))
+    except KeyError as e:
+        raise ValueError(f"task: expected names of lm-eval's tasks, got {', '.join(tasks)}") from e
     results: dict[str, Any] = found["results"]
     return results
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import evaluate
 from .evaluation import Evaluation, Measured
+from .subjects import ENCODER
 
 # Of middling lightness, told apart on white and on black; markers and dashes say the same without colour.
 _COLOURS = ("#3b8ed0", "#e0762f", "#2fa36b", "#c05fb0", "#a8921f", "#7d7fd6", "#d0525b", "#3aa3a8", "#8a8a8a")
@@ -27,24 +30,59 @@ _WORST, _CONTEXT = 12, 14
 
 Draw = Callable[[Any], None]
 
+# Other formats as docs/measurements.md has them: bits a weight, mean KL divergence and its 99th percentile. They stand
+# beside a model that is measured alone.
+KNOWN: dict[str, tuple[float, ...]] = {
+    "bf16 weights": (16.00, 1.14e-04, 9.1e-04),
+    "uint8 per 64": (8.50, 2.17e-03, 1.7e-02),
+    "Q8_0": (8.50, 3.62e-03, 3.2e-02),
+    "int8 per row": (8.05, 7.25e-03, 5.4e-02),
+    "fp8 e4m3 per row": (8.05, 4.62e-02, 3.5e-01),
+}
+KNOWN_ON = "SmolLM2-135M-Instruct, 2,044 predictions of the English text that ships with qins"
+# Of encoders: bits, and 1 - mean cosine of embeddings.
+KNOWN_ENCODER: dict[str, tuple[float, ...]] = {
+    "bf16 weights": (16.00, 6.9e-06),
+    "uint8 per 64": (8.50, 1.4e-04),
+    "Q8_0": (8.50, 1.4e-04),
+    "int8 per row": (8.06, 4.9e-04),
+    "fp8 e4m3 per row": (8.06, 1.7e-03),
+}
+KNOWN_ENCODER_ON = "all-MiniLM-L6-v2, 106 passages of the English text that ships with qins"
+_GRAY = "#8a8a8a"
+
 
 def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
     """Name of each picture to its title, what it shows in words, and the function that draws it on a figure."""
-    best = min(e.measured, key=lambda m: float(m.comparison.kl.mean()))
+    what, unit = _measure(e)
+    means = {m.name: float(_values(m).mean()) for m in e.measured}
+    best = min(means, key=lambda name: means[name])
+    known, on = _known(e)
+    beside = (
+        f" Gray: other formats, measured on {on}; not on this model and text. `qins eval {e.about['reference']}` "
+        "measures them on this one."
+        if known
+        else ""
+    )
+    if len(means) > 1:
+        said = f"Mean {what} of each model, with its bits a quantized weight, scales included; less is better. "
+        said += f"The least: {best}, {means[best]:.2e}{unit}."
+    else:
+        said = f"Mean {what} of {best}: {means[best]:.2e}{unit}; less is better. Bits are of a quantized weight."
     made: dict[str, tuple[str, str, Draw]] = {
         "size": (
             "Size and fidelity",
-            "Mean KL divergence of each model, with its bits a quantised weight, scales included; less is better. "
-            f"The least divergence is {best.name}'s, {float(best.comparison.kl.mean()):.2e} nats.",
-            lambda f: _draw_size(f, e.measured),
+            said + beside,
+            lambda f: _draw_size(f, e.measured, f"mean {what},{unit}".rstrip(","), known),
         ),
         "tokens": (
             "Divergence by token",
-            "Share of predictions whose KL divergence is above a value; lower lines are better.",
-            lambda f: _draw_tokens(f, e.measured),
+            f"Share of {_tokens(e)} whose {_by_token(e)[0]} is above a value; lower lines are better."
+            + (f" Gray: what one in a hundred is above with other formats, on {on}." if known is KNOWN else ""),
+            lambda f: _draw_tokens(f, e, known),
         ),
     }
-    if any(m.layers for m in e.measured):
+    if any(map(_inexact, e.measured)):
         made["layers"] = (
             "Error by layer",
             "Signal to noise ratio of each layer's output, given the float model's input; higher is better.",
@@ -65,43 +103,92 @@ def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
     return made
 
 
+def _tokens(e: Evaluation) -> str:
+    return "tokens" if e.about["kind"] == ENCODER else "predictions"
+
+
+def _by_token(e: Evaluation) -> tuple[str, str]:
+    """What is known of each token, and its unit."""
+    return ("1 - cosine of hidden states", "") if e.about["kind"] == ENCODER else ("KL divergence", " nats")
+
+
+def _measure(e: Evaluation) -> tuple[str, str]:
+    """What one figure of a model is, and its unit."""
+    return ("1 - cosine of embeddings", "") if e.about["kind"] == ENCODER else _by_token(e)
+
+
+def _values(m: Measured) -> torch.Tensor:
+    """What that figure is the mean of."""
+    if m.comparison is None and m.similarity is not None:
+        return m.similarity.embeddings
+    return m.distances
+
+
+def _known(e: Evaluation) -> tuple[dict[str, tuple[float, ...]], str]:
+    """Formats to show beside a model that is measured alone, and what they were measured on."""
+    if "model" not in e.about:
+        return {}, ""
+    return (KNOWN_ENCODER, KNOWN_ENCODER_ON) if e.about["kind"] == ENCODER else (KNOWN, KNOWN_ON)
+
+
 def _style(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
 
 
-def _draw_size(figure: Any, measured: Sequence[Measured]) -> None:
+def _draw_size(figure: Any, measured: Sequence[Measured], what: str, known: Mapping[str, tuple[float, ...]]) -> None:
     axes = figure.subplots()
-    best_first = sorted(enumerate(measured), key=lambda im: float(im[1].comparison.kl.mean()))
+    points: list[tuple[str, float, float, float, dict[str, Any]]] = [
+        (m.name, m.bits, float(_values(m).mean()), evaluate.standard_error(_values(m)), _style(i))
+        for i, m in enumerate(measured)
+    ]
+    gray = {"color": _GRAY, "marker": "o", "mfc": "none"}
+    points += [(name, figures[0], figures[1], 0.0, gray) for name, figures in known.items()]
     names = []
-    for y, (i, m) in enumerate(best_first):
-        f = m.comparison.summary()
-        names.append(f"{m.name}, {m.bits:.2f} bits")
-        axes.errorbar(max(f.kl_mean, 1e-9), y, xerr=f.kl_mean_error, ms=8, capsize=3, **_style(i))
-        axes.annotate(f"{f.kl_mean:.2e}", (max(f.kl_mean, 1e-9), y), xytext=(12, -4), textcoords="offset points")
+    for y, (name, bits, mean, error, style) in enumerate(sorted(points, key=lambda p: p[2])):
+        names.append(name if bits != bits else f"{name}, {bits:.2f} bits")
+        axes.errorbar(max(mean, 1e-9), y, xerr=error or None, ms=8, capsize=3, **style)
+        axes.annotate(f"{mean:.2e}", (max(mean, 1e-9), y), xytext=(12, -4), textcoords="offset points")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set(xscale="log", xlabel="mean KL divergence, nats")
+    axes.margins(x=0.25, y=0.12)
+    axes.set(xscale="log", xlabel=what)
     axes.grid(alpha=0.25, axis="x")
 
 
-def _draw_tokens(figure: Any, measured: Sequence[Measured]) -> None:
+def _draw_tokens(figure: Any, e: Evaluation, known: Mapping[str, tuple[float, ...]]) -> None:
     axes = figure.subplots()
-    for i, m in enumerate(measured):
-        kl = m.comparison.kl.clamp_min(1e-9).sort().values
-        share = 1 - torch.arange(kl.numel()) / kl.numel()
+    for i, m in enumerate(e.measured):
+        values = m.distances.clamp_min(1e-9).sort().values
+        share = 1 - torch.arange(values.numel()) / values.numel()
         axes.plot(
-            kl, share, linestyle=_DASHES[i % len(_DASHES)], markevery=(i * 17, max(1, kl.numel() // 6)), ms=5,
+            values, share, linestyle=_DASHES[i % len(_DASHES)], markevery=(i * 17, max(1, values.numel() // 6)), ms=5,
             label=m.name, **_style(i),
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="KL divergence of a prediction, nats", ylabel="share above")
-    axes.set_xlim(left=1e-6)
+    most = max((figures[2] for figures in known.values() if len(figures) > 2), default=0.0)
+    for name, figures in known.items():
+        if len(figures) > 2:
+            axes.plot(figures[2], 0.01, "o", color=_GRAY, mfc="none", ms=7)
+            axes.annotate(name, (figures[2], 0.01), xytext=(4, 6), textcoords="offset points", rotation=40, fontsize=8)
+    what, unit = _by_token(e)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"{what} of a token,{unit}".rstrip(","),
+        ylabel=f"share of {_tokens(e)} above",
+    )
+    least = min(float(m.distances.median()) for m in e.measured)
+    axes.set_xlim(max(1e-9, min(1e-6, least / 10)), max(axes.get_xlim()[1], 5 * most))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2)
 
 
+def _inexact(m: Measured) -> bool:
+    """Whether there is a layer whose outputs have an error to show."""
+    return any(x["output_snr_db"] != math.inf for x in m.layers.values())
+
+
 def _draw_layers(figure: Any, measured: Sequence[Measured]) -> None:
-    shown = [m for m in measured if m.layers][:3]
+    shown = [m for m in measured if _inexact(m)][:3]
     rows = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, m in zip(rows, shown, strict=True):
         kinds: dict[str, list[tuple[int, float]]] = {}
@@ -123,7 +210,14 @@ def _draw_speed(figure: Any, e: Evaluation) -> None:
         bars = {"float32": e.about["reference_tokens_per_second"]} | bars
     hatches = ("", "//", "..", "xx", "\\\\", "++", "oo")
     for i, (name, speed) in enumerate(bars.items()):
-        axes.barh(name, speed, color=_COLOURS[i % len(_COLOURS)], hatch=hatches[i % len(hatches)], alpha=0.85)
+        axes.barh(
+            name,
+            speed,
+            min(0.8, 0.25 * len(bars)),
+            color=_COLOURS[i % len(_COLOURS)],
+            hatch=hatches[i % len(hatches)],
+            alpha=0.85,
+        )
         axes.annotate(f" {speed:.1f}", (speed, i), va="center")
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -173,19 +267,21 @@ def _svg_uri(draw: Draw) -> str:
 
 def worst_predictions(e: Evaluation, m: Measured, tokenizer: Any) -> list[dict[str, Any]]:
     """The predictions where a model differs most from the reference, with what stood before them."""
-    ends, at = [], 0
-    for w in e.windows:
-        ends.append((at, w))
-        at += w.numel() - 1
+    if m.comparison is None:
+        return []
+    starts, before = [], 0
+    for item in e.items:
+        starts.append((before, item))
+        before += item.at.numel()
     worst = []
     for i in m.comparison.kl.topk(min(_WORST, m.comparison.kl.numel())).indices.tolist():
-        start, window = next((s, w) for s, w in reversed(ends) if s <= i)
-        position = i - start
+        start, item = next((s, it) for s, it in reversed(starts) if s <= i)
+        at = int(item.at[i - start])
         kl, top, other = (getattr(m.comparison, n)[i] for n in ("kl", "top", "other_top"))
         worst.append(
             {
-                "context": tokenizer.decode(window[0, max(0, position + 1 - _CONTEXT) : position + 1]),
-                "expected": tokenizer.decode(window[0, position + 1]),
+                "context": tokenizer.decode(item.text[max(0, at - _CONTEXT) : at]),
+                "expected": tokenizer.decode(item.text[at]),
                 "reference": tokenizer.decode(top),
                 "model": tokenizer.decode(other),
                 "kl": float(kl),
@@ -195,36 +291,81 @@ def worst_predictions(e: Evaluation, m: Measured, tokenizer: Any) -> list[dict[s
 
 
 def _row(m: Measured) -> dict[str, str]:
-    f = m.comparison.summary()
     whole = sum(m.bytes.values())
+    return (
+        _predictions(m)
+        | _states(m)
+        | {
+            "name": m.name,
+            "bits": "" if m.bits != m.bits else f"{m.bits:.2f}",
+            "bytes": f"{whole / 1e6:,.1f}" if whole else "",
+            "greedy": ", ".join(map(str, m.greedy_same)),
+            "forced": "" if m.forced is None else f"{100 * m.forced:.1f} %",
+            "speed": f"{m.tokens_per_second:.1f}" if m.tokens_per_second else "",
+            "peak": f"{m.peak_bytes / 1e6:,.0f}" if m.peak_bytes else "",
+        }
+    )
+
+
+def _predictions(m: Measured) -> dict[str, str]:
+    if m.comparison is None:
+        return {}
+    f = m.comparison.summary()
+    change, error = 100 * math.expm1(f.log_ratio), 100 * math.exp(f.log_ratio) * f.log_ratio_error
     return {
-        "name": m.name,
-        "bits": "" if m.bits != m.bits else f"{m.bits:.2f}",
-        "bytes": f"{whole / 1e6:,.1f}" if whole else "",
         "kl": f"{f.kl_mean:.2e} ± {f.kl_mean_error:.0e}",
         "median": f"{f.kl_median:.1e}",
         "p99": f"{f.kl_p99:.2e}",
         "max": f"{f.kl_max:.2g}",
-        "top1": f"{100 * f.top1:.2f}",
-        "top5": f"{100 * f.top5:.2f}",
-        "ratio": f"{100 * f.log_ratio:+.3f} ± {100 * f.log_ratio_error:.3f}",
-        "greedy": ", ".join(map(str, m.greedy_same)),
-        "forced": f"{100 * m.forced:.1f}",
-        "speed": f"{m.tokens_per_second:.1f}" if m.tokens_per_second else "",
-        "peak": f"{m.peak_bytes / 1e6:,.0f}" if m.peak_bytes else "",
+        "top1": f"{100 * f.top1:.2f} %",
+        "top5": f"{100 * f.top5:.2f} %",
+        "perplexity": f"{f.perplexity:,.3f}",
+        "ratio": f"{change:+.3f} ± {error:.3f} %",
     }
 
 
-COLUMNS = {
-    "name": "model", "bits": "bits a weight", "bytes": "MB", "kl": "mean KLD", "median": "median", "p99": "99 %",
-    "max": "most", "top1": "top-1 %", "top5": "top-5 %", "ratio": "log perplexity, % more", "greedy": "greedy, same",
-    "forced": "forced %", "speed": "tokens/s", "peak": "peak MB",
+def _states(m: Measured) -> dict[str, str]:
+    if m.similarity is None:
+        return {}
+    f = m.similarity.summary()
+    return {
+        "cosine": f"1 - {f['distance_mean']:.1e}",
+        "cosine_p99": f"1 - {f['distance_p99']:.1e}",
+        "cosine_min": f"1 - {f['distance_max']:.1e}",
+        "embedding": f"1 - {f['embedding_distance_mean']:.1e}",
+        "embedding_min": f"1 - {f['embedding_distance_max']:.1e}",
+    }
+
+
+# Tables, and what their columns are called; each begins with the model.
+_FIDELITY = {
+    "kl": "KL divergence, mean", "median": "median", "p99": "99th percentile", "max": "maximum",
+    "top1": "same top token", "top5": "same top five tokens", "perplexity": "perplexity", "ratio": "perplexity change",
 }  # fmt: skip
+_COSINES = {
+    "cosine": "cosine of token states, mean", "cosine_p99": "99th percentile", "cosine_min": "least",
+    "embedding": "cosine of embeddings, mean", "embedding_min": "least",
+}  # fmt: skip
+_COSTS = {
+    "bits": "bits a weight", "bytes": "size in memory, MB", "peak": "peak memory, MB", "speed": "tokens a second",
+    "forced": "greedy tokens still most likely", "greedy": "greedy tokens before the first difference",
+}  # fmt: skip
+_TABLES = {"Predictions": _FIDELITY, "Hidden states": _COSINES, "Size, speed, continuations": _COSTS}
 
 
 def rows(e: Evaluation) -> list[dict[str, str]]:
-    """The table, a dictionary of COLUMNS a model."""
-    return [_row(m) for m in e.measured]
+    """The figures in words, a dictionary a model; what was not measured is not there."""
+    return [{key: said for key, said in _row(m).items() if said} for m in e.measured]
+
+
+def tables(e: Evaluation) -> dict[str, dict[str, str]]:
+    """Title of each table to its columns, by the keys of `rows`: those in which a model has a figure."""
+    made = rows(e)
+    found = {}
+    for title, names in _TABLES.items():
+        if shown := {key: name for key, name in names.items() if any(key in row for row in made)}:
+            found[title] = {"name": "model"} | shown
+    return found
 
 
 def write(e: Evaluation, path: Path, tokenizer: Any) -> list[Path]:
@@ -236,10 +377,10 @@ def write(e: Evaluation, path: Path, tokenizer: Any) -> list[Path]:
     drawn = pictures(e)
     html = environment.from_string(template).render(
         about=e.about,
-        columns=COLUMNS,
+        tables=tables(e),
         rows=rows(e),
         pictures=[{"title": t, "words": words, "uri": _svg_uri(draw)} for t, words, draw in drawn.values()],
-        worst=[{"name": m.name, "tokens": worst_predictions(e, m, tokenizer)} for m in e.measured[:2]],
+        worst=[{"name": m.name, "tokens": worst_predictions(e, m, tokenizer)} for m in e.measured[:2] if m.comparison],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, "utf-8")
