@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .models import load_tokenizer, require_transformers
+from .models import load_tokenizer, require_causal_lm, require_transformers
 
 
 class Speaker:
@@ -21,6 +21,7 @@ class Speaker:
 
     def __init__(self, model: str, tokens: int, temperature: float) -> None:
         transformers = require_transformers()
+        require_causal_lm(model)
         self.name = model
         self.tokenizer = load_tokenizer(model)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
