@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -11,6 +13,7 @@ pytest.importorskip("typer")
 from test_hf import make  # noqa: E402
 from tokens import save_tokenizer  # noqa: E402
 
+import qins  # noqa: E402
 from qins import cli  # noqa: E402
 
 pytestmark = pytest.mark.once
@@ -82,3 +85,29 @@ def test_only_causal_models_talk(run, models, kind, architecture, command):
     code, out, err = run(*command, models[kind])
     assert code == 1
     assert said in (err or " ".join(out.split()))
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "/nope", "-p", "w11"], ["chat", "/nope"], ["demo", "--model", "/nope"]]
+)
+def test_no_such_model(run, tmp_path, command):
+    quantize = run("quantize", "/nope", tmp_path / "out")
+    assert quantize[0] == 1
+    assert "error: /nope: neither a directory nor a model that the hub gives: " in quantize[2]
+    code, out, err = run(*command)
+    assert code == 1
+    assert quantize[2] in (err or " ".join(out.split()))
+
+
+def test_version():
+    """Without importing torch, which takes seconds."""
+    code = "import sys; from qins import cli; sys.argv[1:] = ['--version']\n"
+    code += "try: cli.main()\nfinally: print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [
+        f"qins {qins.__version__}",
+        f"instruction sets: {', '.join(qins.isas())}",
+        f"torch {metadata.version('torch')}",
+        f"transformers {metadata.version('transformers')}",
+        "False",
+    ]

@@ -18,8 +18,29 @@ from ._extras import naming_extras, require
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    from . import __version__, isas
+
+    typer.echo(f"qins {__version__}")
+    typer.echo(f"instruction sets: {', '.join(isas())}")
+    for package in ("torch", "transformers"):
+        try:
+            typer.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package} is not installed")
+    raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say what is installed, and exit.")
+    ] = False,
+) -> None:
     """8-bit logarithmic codes for the weights of language models."""
 
 

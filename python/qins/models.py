@@ -130,14 +130,13 @@ def read_config(name: str) -> dict[str, Any]:
         ValueError: config.json isn't a JSON object.
 
     """
-    require_transformers()
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download
 
     path = Path(name) / "config.json"
     if not Path(name).exists():
         try:
-            path = Path(cached_file(name, "config.json"))
-        except (OSError, ValueError) as e:
+            path = Path(hf_hub_download(name, "config.json"))
+        except Exception as e:
             raise not_found(name, e) from None
     elif not path.is_file():
         raise FileNotFoundError(f"{name}: expected the directory of a model, found no config.json in it")
