@@ -27,6 +27,7 @@ from .checkpoint_plan import Item, Output, Plan, architecture, converted, plan
 from .conversion import progress
 from .files import Checkpoint, checksum, open_checkpoint
 from .gguf_source import GgufCheckpoint, open_gguf
+from .models import not_found
 from .shards import ShardWriter
 
 Write = Callable[..., None]  # as ShardWriter.write
@@ -54,7 +55,7 @@ def find_source(name: str | Path) -> Path:
 
         return Path(snapshot_download(str(name), ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
     except Exception as e:
-        raise FileNotFoundError(f"{name}: neither a directory nor a model that the hub gives: {e}") from None
+        raise not_found(name, e) from None
 
 
 def _directory(checkpoint: Checkpoint) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +30,29 @@ def _show_warning(message: Warning | str, *args: Any) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    from . import __version__, isas
+
+    typer.echo(f"qins {__version__}")
+    typer.echo(f"instruction sets: {', '.join(isas())}")
+    for package in ("torch", "transformers"):
+        try:
+            typer.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package} is not installed")
+    raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say what is installed, and exit.")
+    ] = False,
+) -> None:
     """8-bit logarithmic codes for the weights of language models."""
 
 
@@ -258,40 +281,128 @@ def _print_evaluation(found: Any) -> None:
         console.print(table)
 
 
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample of the likeliest that add up to this.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample of this many of the likeliest.")]
+MinP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Leave what is less likely, times the likeliest.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the random numbers, to get the same again.")]
+Penalty = Annotated[float | None, typer.Option(min=0.01, help="Above 1 makes what was said before less likely.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text to end at; may be repeated.")]
+System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say tokens a second, on stderr.")]
+
+
+def _speaker(
+    model: str, tokens: int, temperature: float, silent: bool, seed: int | None, stop: list[str] | None, **sampling: Any
+) -> Any:
+    for name in ("top_p", "top_k", "min_p"):
+        if sampling[name] is not None and temperature == 0:
+            raise ValueError(f"{name.replace('_', '-')}: expected a --temperature above 0 beside it")
+    from .chat import Speaker
+
+    return Speaker(model, tokens, temperature, silent=silent, seed=seed, stop_strings=stop or None, **sampling)
+
+
+def _said(last: dict[str, Any], as_json: bool, verbose: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(last))
+    if verbose:
+        speed = last["tokens_per_second"]
+        prompt = f"prompt of {last['prompt_tokens']} tokens in {last['prompt_seconds']:.2f} s"
+        typer.echo(f"{prompt}, {last['tokens']} tokens" + (f" at {speed:.1f} a second" if speed else ""), err=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End at Ctrl-C with the exit code that shells expect, the prompt on a line of its own."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo()
+        raise typer.Exit(130) from None
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("prompt: expected one of --prompt and --file, got both")
+    if file is not None:
+        from .models import read_text
+
+        return read_text(file)
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        return sys.stdin.read()
+    if prompt is None:
+        raise ValueError("prompt: expected --prompt, --file or text on stdin, got none")
+    return prompt
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Directory or hub name, quantised by qins or not.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to go on from.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to go on from; - or none of it reads stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="File to go on from.")] = None,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Take the prompt as a question (chat template).")] = False,
+    system: System = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    repetition_penalty: Penalty = None,
+    stop: Stop = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, counts, seconds.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
-    from .chat import Speaker
+    sampling = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    with _interruptible():
+        text = _prompt(prompt, file)
+        speaker = _speaker(model, tokens, temperature, as_json, seed, stop, **sampling)
+        if as_chat or system is not None:
+            from .chat import Conversation
 
-    speaker = Speaker(model, tokens, temperature)
-    typer.echo(prompt, nl=False)
-    speaker.say(prompt)
+            Conversation(speaker, system).answer(text)
+        else:
+            if not as_json:
+                typer.echo(text, nl=False)
+            speaker.say(text)
+        _said(speaker.last, as_json, verbose)
 
 
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a model with a chat template.")],
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    system: System = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    repetition_penalty: Penalty = None,
+    stop: Stop = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a turn.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Talk with a model, a line at a time; an empty line or the end of the input ends it."""
-    from .chat import Conversation, Speaker
+    from .chat import Conversation
 
-    conversation = Conversation(Speaker(model, tokens, temperature), system)
-    asking = sys.stdin.isatty()
-    while True:
-        if asking:
-            typer.echo("> ", nl=False)
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
-        conversation.answer(line)
+    sampling = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    with _interruptible():
+        speaker = _speaker(model, tokens, temperature, as_json, seed, stop, **sampling)
+        conversation = Conversation(speaker, system)
+        asking = sys.stdin.isatty()
+        while True:
+            if asking:
+                typer.echo("> ", nl=False, err=as_json)
+            line = sys.stdin.readline().strip()
+            if not line:
+                return
+            conversation.answer(line)
+            _said(speaker.last, as_json, verbose)
 
 
 def main() -> None:
