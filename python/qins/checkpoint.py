@@ -29,6 +29,7 @@ from .files import Checkpoint, checksum, open_checkpoint
 from .gguf_source import GgufCheckpoint, open_gguf
 from .models import not_found
 from .shards import ShardWriter
+from .source_formats import ScaledCheckpoint, open_scaled
 
 Write = Callable[..., None]  # as ShardWriter.write
 
@@ -125,7 +126,8 @@ def quantize_checkpoint(
         show_progress: None shows a bar on a terminal.
 
     Returns:
-        dict: layers, bytes_before, bytes_after, files and skipped; with a target, the plan in words.
+        dict: layers, bytes_before, bytes_after, files, skipped and source, the format that was decoded or None;
+            with a target, the plan in words.
 
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: nothing half-written is left under a final name.
@@ -138,6 +140,12 @@ def quantize_checkpoint(
         if calibration is not None:
             raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
         checkpoint = open_gguf(checkpoint)
+    checkpoint = open_scaled(checkpoint)
+    decoded = None
+    if isinstance(checkpoint, ScaledCheckpoint):
+        if calibration is not None:
+            raise ValueError(f"{source}: calibration needs a model with float weights, got FP8")
+        decoded = "FP8" if checkpoint.block is None else "block-scaled FP8"
     planned, quantizer = plan(checkpoint, config)
     data = None
     if calibration is not None:
@@ -174,6 +182,7 @@ def quantize_checkpoint(
             "bytes_after": planned.nbytes,
             "files": [planned.names[f] for f in planned.names],
             "skipped": [vars(s) for s in quantizer.report.skipped],
+            "source": decoded,
         } | ({} if spending is None else {"plan": spending})
 
 
@@ -225,7 +234,7 @@ def _in_background(write: Write) -> Iterator[Write]:
 def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
     """Have the disk read what comes while tensors before it are encoded, unless its codes are there already."""
     kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
-    if not kept and not isinstance(ahead.checkpoint, GgufCheckpoint):
+    if not kept and not isinstance(ahead.checkpoint, GgufCheckpoint | ScaledCheckpoint):
         for key in item.all_keys[:2]:
             ahead.announce(key)
 

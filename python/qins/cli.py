@@ -181,6 +181,7 @@ def quantize(
         typer.echo(result["plan"])
     ratio = result["bytes_before"] / max(result["bytes_after"], 1)
     sizes = f"{result['bytes_before']:,} to {result['bytes_after']:,} bytes ({ratio:.2f}x)"
+    sizes += f", from {result['source']}" if result["source"] else ""
     typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
 
 
