@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -406,14 +407,38 @@ def chat(
             _said(speaker.last, as_json, verbose)
 
 
+@contextmanager
+def _only_our_lines() -> Iterator[None]:
+    """Keep transformers from warning, and its progress bars from logs: TRANSFORMERS_VERBOSITY asks for them again."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" not in sys.modules:  # it reads these when it is imported
+        yield
+        return
+    import importlib
+
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
     warnings.showwarning = _show_warning  # type: ignore[assignment] # a line, as errors
     try:
-        with naming_extras():
+        with naming_extras(), _only_our_lines():
             app()
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
-        Console(stderr=True).print(f"[red]error:[/] {e}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(e))}", highlight=False)
         sys.exit(1)
 
 

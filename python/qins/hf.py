@@ -45,6 +45,7 @@ from ._hf_modules import (
 )
 from ._hf_names import guard, saved_names, with_and_without_prefix
 from ._pages import page_out
+from .array import FIELD_ROLES
 from .coded import Coded, CodedWeight
 from .conversion import ConversionReport, ConvertedModule, SkippedModule, other_matrices
 from .experts import QINSExperts, projections, stack_sizes
@@ -141,6 +142,9 @@ class QinsHfQuantizer(HfQuantizer):
         modules = self.quantization_config.modules
         if modules is None:
             raise ValueError("quantization_config: expected the list of quantised modules of a saved checkpoint")
+        fields = {name.rpartition(".")[2] for name in self.quantization_config.checksums or ()}
+        if not modules and fields & set(FIELD_ROLES):
+            raise ValueError("modules: expected the modules whose codes the checkpoint has, got none")
         left = set(modules)
         shared: dict[str, str] = {}
 
