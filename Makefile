@@ -12,9 +12,9 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
 # workers of the Python suite, one thread each
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test check test-all test-python test-isas test-transformers test-core test-core-others test-sdist test-wheel \
+.PHONY: demo test check test-all test-python test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
     test-extras test-pythons test-slow lint docs bench measurements clean
 
 demo: $(VENV)/installed
@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
-test-all: test test-isas test-core-others test-transformers test-sdist test-wheel test-extras test-pythons
+test-all: test test-long test-isas test-core-others test-transformers test-sdist test-wheel test-extras test-pythons
 
 # for the edit loop: style, types, and the tests of what is not committed yet
 check: lint
@@ -33,13 +33,16 @@ check: lint
 	if ! git diff --quiet HEAD -- qins_ext tests/core; then tests/core/run.sh native; fi
 
 test-python: $(VENV)/installed-dev
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow and not long" tests
+
+test-long: $(VENV)/installed-dev
+	$(PYTEST) -m long tests
 
 # what depends on the instruction set, under each but the best
 test-isas: $(VENV)/installed-dev
 	set -e; for isa in $$($(BIN)/python -c 'import qins; print(*qins.isas()[1:])'); do \
 	    echo "== Python suite, $$isa"; \
-	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once" tests; \
+	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" tests; \
 	done
 
 # other versions of transformers than constraints.txt has, each in a directory that comes first on the path

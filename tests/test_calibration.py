@@ -362,6 +362,7 @@ def test_command_line(source, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
 def test_killed_and_resumed(source, tmp_path):
     script = (

@@ -380,6 +380,7 @@ c.quantize_checkpoint(sys.argv[1], sys.argv[2])
 """
 
 
+@pytest.mark.long
 def test_kill_and_resume(source, tmp_path):
     """Killed at twenty points: files under their final names are complete, and are not made again."""
     quantize_checkpoint(source, tmp_path / "undisturbed")

@@ -131,6 +131,7 @@ def test_a_shuffled_layer_is_noticed(loaded, ids):
     assert evaluate.fidelity(loaded[0], model, evaluate.windows(ids, 256)).kl_mean > 0.05
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_calibration(tmp_path):
     """On text that calibration has not seen: far closer than Q8_0 with fewer bits; and no worse on another kind."""
