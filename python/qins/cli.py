@@ -410,12 +410,22 @@ def chat(
 @contextmanager
 def _only_our_lines() -> Iterator[None]:
     """Keep transformers from warning, and its progress bars from logs: TRANSFORMERS_VERBOSITY asks for them again."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" not in sys.modules:  # it reads these when it is imported
-        yield
+    if "transformers" in sys.modules:
+        with _quiet_transformers():
+            yield
         return
+    told = {"TRANSFORMERS_VERBOSITY": "error", **({} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})}
+    new = {k: v for k, v in told.items() if k not in os.environ}
+    os.environ.update(new)  # it reads these when it is imported
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
     import importlib
 
     logging: Any = importlib.import_module("transformers.utils.logging")
