@@ -121,7 +121,6 @@ import qins, transformers
 print('codes', qins.load('$work/out').model.layers[0].mlp.up_proj)
 model = transformers.AutoModelForCausalLM.from_pretrained('$smollm2', quantization_config=qins.QinsConfig())"
 expect "log8" "$bin/python" -c "import qins; print(qins.inspect('$work/from-gguf'))"
-refuse "qins[cli]" "$bin/qins" --help
 echo "== .[hf,cli]"
 install "$qins[hf,cli]"
 expect "Paris" "$bin/qins" generate "$work/out" -p "The capital of France is" --tokens 8
