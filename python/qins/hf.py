@@ -180,8 +180,9 @@ class QinsHfQuantizer(HfQuantizer):
         self._shared = share_codes(model, shared)
         if guarded := _guard(model):
             ignored = [re.escape(n) + "$" for n in with_and_without_prefix(model, guarded)]
-            ignored += model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = set(ignored) if _VERSION >= 5 else ignored
+            known = model._keys_to_ignore_on_load_unexpected  # versions of transformers differ in what this is
+            ignored += known or ()
+            model._keys_to_ignore_on_load_unexpected = set(ignored) if isinstance(known, set) else ignored
         found = len(modules) - len(left)
         # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
         coded = {part for n, _ in coded_modules(model) for part in n.split(".")}
@@ -542,7 +543,7 @@ def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
     method = about.get("quant_method")
     if method != "qins":
         raise ValueError(f"{path}: expected a checkpoint with quant_method 'qins', got {method!r}")
-    names = told.get("architectures") or ["AutoModel"]
+    names = told.get("architectures") or transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"]
     if not isinstance(names, list) or not isinstance(names[0], str) or not hasattr(transformers, names[0]):
         raise ValueError(f"{path}: architectures: expected a list of classes of transformers, got {names!r}")
     architecture = names[0]
