@@ -234,7 +234,7 @@ def _in_background(write: Write) -> Iterator[Write]:
 def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
     """Have the disk read what comes while tensors before it are encoded, unless its codes are there already."""
     kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
-    if not kept and not isinstance(ahead.checkpoint, GgufCheckpoint | ScaledCheckpoint):
+    if not kept and not ahead.checkpoint.decodes:
         for key in item.all_keys[:2]:
             ahead.announce(key)
 

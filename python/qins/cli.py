@@ -294,15 +294,13 @@ System = Annotated[str | None, typer.Option(help="What the model is told before 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say tokens a second, on stderr.")]
 
 
-def _speaker(
-    model: str, tokens: int, temperature: float, silent: bool, seed: int | None, stop: list[str] | None, **sampling: Any
-) -> Any:
+def _speaker(model: str, tokens: int, temperature: float, **options: Any) -> Any:
     for name in ("top_p", "top_k", "min_p"):
-        if sampling[name] is not None and temperature == 0:
+        if options[name] is not None and temperature == 0:
             raise ValueError(f"{name.replace('_', '-')}: expected a --temperature above 0 beside it")
     from .chat import Speaker
 
-    return Speaker(model, tokens, temperature, silent=silent, seed=seed, stop_strings=stop or None, **sampling)
+    return Speaker(model, tokens, temperature, **options)
 
 
 def _said(last: dict[str, Any], as_json: bool, verbose: bool) -> None:
@@ -316,12 +314,12 @@ def _said(last: dict[str, Any], as_json: bool, verbose: bool) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """End at Ctrl-C with the exit code that shells expect, the prompt on a line of its own."""
+    """At Ctrl-C, which ends the command with code 130, put the shell's prompt on a line of its own."""
     try:
         yield
     except KeyboardInterrupt:
         typer.echo()
-        raise typer.Exit(130) from None
+        raise
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -359,10 +357,12 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
-    sampling = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     with _interruptible():
         text = _prompt(prompt, file)
-        speaker = _speaker(model, tokens, temperature, as_json, seed, stop, **sampling)
+        speaker = _speaker(
+            model, tokens, temperature, silent=as_json, seed=seed, stop_strings=stop or None,
+            top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        )  # fmt: skip
         if as_chat or system is not None:
             from .chat import Conversation
 
@@ -392,9 +392,11 @@ def chat(
     """Talk with a model, a line at a time; an empty line or the end of the input ends it."""
     from .chat import Conversation
 
-    sampling = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     with _interruptible():
-        speaker = _speaker(model, tokens, temperature, as_json, seed, stop, **sampling)
+        speaker = _speaker(
+            model, tokens, temperature, silent=as_json, seed=seed, stop_strings=stop or None,
+            top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        )  # fmt: skip
         conversation = Conversation(speaker, system)
         asking = sys.stdin.isatty()
         while True:
@@ -410,10 +412,6 @@ def chat(
 @contextmanager
 def _only_our_lines() -> Iterator[None]:
     """Keep transformers from warning, and its progress bars from logs: TRANSFORMERS_VERBOSITY asks for them again."""
-    if "transformers" in sys.modules:
-        with _quiet_transformers():
-            yield
-        return
     told = {"TRANSFORMERS_VERBOSITY": "error", **({} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})}
     new = {k: v for k, v in told.items() if k not in os.environ}
     os.environ.update(new)  # it reads these when it is imported
@@ -422,23 +420,6 @@ def _only_our_lines() -> Iterator[None]:
     finally:
         for name in new:
             os.environ.pop(name, None)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    import importlib
-
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -78,8 +78,11 @@ class Checkpoint:
         tensors: by name.
         config: config.json beside the files, if there is one.
         metadata: what the files say of themselves.
+        decodes: whether `load` makes tensors of what the files hold, so that reading their bytes ahead is of no use.
 
     """
+
+    decodes: ClassVar[bool] = False
 
     path: Path
     format: str
@@ -203,7 +206,13 @@ def _format(path: Path) -> str:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        ValueError: it holds something else.
+
+    """
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as e:
@@ -230,11 +239,11 @@ def _open_directory(path: Path) -> Checkpoint:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    return _json(path / "config.json") if (path / "config.json").is_file() else {}
+    return read_json(path / "config.json") if (path / "config.json").is_file() else {}
 
 
 def _open_sharded(path: Path, index: Path) -> Checkpoint:
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index}: expected a weight_map of names to files")
     checkpoint = Checkpoint(path, "safetensors" if "safetensors" in index.name else "torch", config=_config(path))

@@ -28,6 +28,8 @@ class GgufCheckpoint(Checkpoint):
 
     """
 
+    decodes = True
+
     transformers_config: Any = None
     _tensors: dict[str, Any] = field(default_factory=dict)
     _processor: Any = None

@@ -523,7 +523,7 @@ def _environment_asks_to_verify() -> bool:
 
 
 def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
-    """Load a model that was saved with codes, as its own class; for those who would forget `import qins`.
+    """Load a model that was saved with codes, as its own class.
 
     Args:
         path: directory or hub name.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -132,6 +131,8 @@ def read_config(name: str) -> dict[str, Any]:
     """
     from huggingface_hub import hf_hub_download
 
+    from .files import read_json
+
     path = Path(name) / "config.json"
     if not Path(name).exists():
         try:
@@ -140,13 +141,7 @@ def read_config(name: str) -> dict[str, Any]:
             raise not_found(name, e) from None
     elif not path.is_file():
         raise FileNotFoundError(f"{name}: expected the directory of a model, found no config.json in it")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: expected JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return read_json(path)
 
 
 def require_causal_lm(name: str) -> None:

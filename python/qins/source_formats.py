@@ -25,6 +25,8 @@ class ScaledCheckpoint(Checkpoint):
 
     """
 
+    decodes = True
+
     source: Checkpoint = field(kw_only=True)
     block: tuple[int, int] | None = None
 
