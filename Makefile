@@ -7,14 +7,16 @@ BIN := $(VENV)/bin
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OTHER_TRANSFORMERS := 4.57.6 5.0.0
-OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,hf moe embedding checkpoint cache chat)
+OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_experts hf/test_embeddings \
+    checkpoint/test_quantizing hf/test_cache cli/test_chat)
+ROOMS := codec nn files calibration hf checkpoint fidelity
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
 # workers of the Python suite, one thread each
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test check test-all test-python test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
+.PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
     test-extras test-pythons test-slow lint docs bench measurements clean
 
 demo: $(VENV)/installed
@@ -24,7 +26,7 @@ demo: $(VENV)/installed
 test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
-test-all: test test-long test-isas test-core-others test-transformers test-sdist test-wheel test-extras test-pythons
+test-all: test test-long test-rooms test-isas test-core-others test-transformers test-sdist test-wheel test-extras test-pythons
 
 # for the edit loop: style, types, and the tests of what is not committed yet
 check: lint
@@ -37,6 +39,13 @@ test-python: $(VENV)/installed-dev
 
 test-long: $(VENV)/installed-dev
 	$(PYTEST) -m long tests
+
+# the tests of each room of the package, with the rooms above it hidden
+test-rooms: $(VENV)/installed-dev
+	set -e; for room in $(ROOMS); do \
+	    echo "== $$room, without the rooms above it"; \
+	    $(PYTEST) -m "not slow and not long" --room $$room; \
+	done
 
 # what depends on the instruction set, under each but the best
 test-isas: $(VENV)/installed-dev
@@ -83,6 +92,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h
 
 # the site, in build/docs

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import qins
-from qins.bench import machine, race
+from qins.cli.bench import machine, race
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_golden import seed_decode, seed_encode

@@ -20,7 +20,7 @@ from torch import nn
 
 import qins
 from qins import _core
-from qins.bench import machine, race, rotation_bytes
+from qins.cli.bench import machine, race, rotation_bytes
 
 FORMATS = [("log8", None), ("log8", 128), ("log8", 64), ("log8", 32), ("log8", 48), ("log9", None), ("golden", None)]
 NEAR = 1.05  # slower by less than this is noise

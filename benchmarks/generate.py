@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 import qins
-from qins.bench import machine
+from qins.cli.bench import machine
 
-# dtype of the activations and of what is not quantised; codec, or None for float weights
+# dtype of the activations and of what is not quantized; codec, or None for float weights
 TORCH_CONTESTANTS = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -81,7 +81,7 @@ def random_phi35(dtype: torch.dtype, codec: str | None, layers: int) -> nn.Modul
 def torch_model(name: str, dtype: torch.dtype, codec: str | None, layers: int) -> nn.Module:
     if name == "phi35":
         return random_phi35(dtype, codec, layers)
-    from qins.models import find_model, load_causal_lm
+    from qins.hf import find_model, load_causal_lm
 
     model, _ = load_causal_lm(find_model(None if name == "smollm2" else name))
     if codec:

@@ -20,8 +20,8 @@ import torch
 from transformers import Cache, DynamicCache
 
 import qins
-from qins.bench import machine
-from qins.models import find_model, load_causal_lm
+from qins.cli.bench import machine
+from qins.hf import find_model, load_causal_lm
 
 KINDS: dict[str, Callable[[object], Cache]] = {
     "DynamicCache": lambda config: DynamicCache(config=config),

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import qins
 from qins import _core
-from qins.bench import machine, race, rotation_bytes
+from qins.cli.bench import machine, race, rotation_bytes
 
 FORMATS = [("log8", None), ("log8", 128), ("log8", 64), ("log8", 32), ("log9", None), ("golden", None)]
 ROTATION_LIMIT = 2 << 30
@@ -48,7 +48,7 @@ def int8pack_peer(weight: torch.Tensor, x: torch.Tensor) -> Callable[[int], obje
 
 
 def modules_of(make: Callable[[nn.Linear], nn.Module], weight: torch.Tensor, dtype: torch.dtype) -> list[nn.Module]:
-    """Layers of a peer: quantised once, since some take seconds, and copied a few times."""
+    """Layers of a peer: quantized once, since some take seconds, and copied a few times."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
     first = make(copy.deepcopy(linear))
@@ -105,7 +105,7 @@ def hqq(linear: nn.Linear) -> nn.Module:
     return HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
 
 
-# who quantises, and the dtype of the activations
+# who quantizes, and the dtype of the activations
 PEERS: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype]] = {
     "quanto qint8 fp32": (quanto, torch.float32),
     "quanto qint8 bf16": (quanto, torch.bfloat16),

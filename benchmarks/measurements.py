@@ -25,10 +25,10 @@ import transformers
 from torch import nn
 
 import qins
-from qins import evaluate, evaluation, rational
-from qins.bench import machine
-from qins.models import cache_directory, find_model, load_causal_lm
-from qins.peers import PEERS
+from qins import rational
+from qins.cli.bench import machine
+from qins.fidelity import PEERS, evaluation, metrics
+from qins.hf import cache_directory, find_model, load_causal_lm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import kv_cache
@@ -68,7 +68,7 @@ def toy_model() -> str:
     return table(["weights", "MiB", "model", "encoded layers"], rows)
 
 
-def quantised_in_name() -> str:
+def quantized_in_name() -> str:
     linear = nn.Linear(3072, 3072, bias=False)
     nn.init.normal_(linear.weight, std=0.02)
     w = linear.weight.detach()
@@ -137,7 +137,7 @@ def minilm() -> Path:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: object, texts: list[str]) -> torch.Tensor:
-    """Mean of the last hidden states, normalised: what sentence-transformers makes of this model."""
+    """Mean of the last hidden states, normalized: what sentence-transformers makes of this model."""
     made = []
     for text in texts:
         out = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256))
@@ -147,7 +147,7 @@ def embeddings(model: nn.Module, tokenizer: object, texts: list[str]) -> torch.T
 
 def retrieval() -> tuple[list[str], list[str], list[str]]:
     """Queries and documents, the first words of each passage and the rest of it; and passages to calibrate on."""
-    passages = [" ".join(p.split()) for p in evaluate.sample_text().split("\n\n")]
+    passages = [" ".join(p.split()) for p in metrics.sample_text().split("\n\n")]
     passages = [p for p in passages if len(p.split()) >= 24]
     asked, other = passages[::2], passages[1::2]
     cut = [len(p.split()) // 2 for p in asked]
@@ -216,7 +216,7 @@ def phi_tokens(model: nn.Module, tokenizer: object) -> str:
     original = phi.from_llama(model)
 
     def run(m: nn.Module) -> list[list[int]]:
-        return [evaluate.greedy(m, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in PROMPTS]
+        return [metrics.greedy(m, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in PROMPTS]
 
     expected, rows = run(original), []
     for name, (codec, group) in CODECS.items():
@@ -236,10 +236,10 @@ def page(tokens: int) -> str:
     code = evaluation.evaluate_all(
         None,
         ["log8", "calibrated", "calibrated to 8.13 bits", "Q8_0"],
-        evaluation.Settings(text=inspect.getsource(argparse), tokens=tokens, calibration=evaluate.sample_text()),
+        evaluation.Settings(text=inspect.getsource(argparse), tokens=tokens, calibration=metrics.sample_text()),
     )
     model, tokenizer = load_causal_lm(find_model())
-    ids = tokenizer(evaluate.sample_text(), return_tensors="pt").input_ids
+    ids = tokenizer(metrics.sample_text(), return_tensors="pt").input_ids
     about = machine()
     converted = copy.deepcopy(model)
     qins.convert(converted)
@@ -260,12 +260,12 @@ once:
 
 {toy_model()}
 
-## Quantised in name only
+## Quantized in name only
 
-The prototype's second codec called its layers quantised and kept them in float32, so a model of 13,824 MB stayed one of
+The prototype's second codec called its layers quantized and kept them in float32, so a model of 13,824 MB stayed one of
 13,824 MB. Its mapping to bytes, never switched on, would have left a few codes for all weights. One 3072x3072 layer:
 
-{quantised_in_name()}
+{quantized_in_name()}
 
 ## Fidelity
 

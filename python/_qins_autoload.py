@@ -25,7 +25,7 @@ _QUANTIZERS = "transformers.quantizers.auto"
 # A module of theirs, and the one of ours that is to be imported after it.
 _AFTER = {
     _QUANTIZERS: "qins.hf",
-    "peft.tuners.lora.config": "qins._peft",
+    "peft.tuners.lora.config": "qins.hf.peft",
     # imported after the quantizers: the next chance, where torch was first imported by them
     "transformers.modeling_utils": "qins.hf",
 }

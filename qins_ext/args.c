@@ -108,7 +108,7 @@ int qins_check_overlap(PyObject *out, PyObject *in, const char *out_name, const 
 
 static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b != 0); }
 
-/* The arrays of a codec, in the order of qins.array.ARRAYS, for a matrix of rows x cols. */
+/* The arrays of a codec, in the order of qins.codec.ARRAYS, for a matrix of rows x cols. */
 int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
                       int writable, qins_codes *e)
 {
@@ -173,7 +173,7 @@ int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays)
     return 0;
 }
 
-/* A codec's scalars, in the order of qins.array.SCALARS. */
+/* A codec's scalars, in the order of qins.codec.SCALARS. */
 int qins_read_scalars(qins_codes *e, PyObject *scalars)
 {
     switch (e->codec) {

@@ -31,11 +31,11 @@ int qins_array_argument(PyObject *o, const char *name, int type, const char *typ
                         Py_ssize_t cols, int writable, void **data);
 /* Whether `out` lies apart from `in`, or from the arrays of codes. */
 int qins_check_overlap(PyObject *out, PyObject *in, const char *out_name, const char *in_name);
-/* The arrays of a codec, in the order of qins.array.ARRAYS, for a matrix of rows x cols. */
+/* The arrays of a codec, in the order of qins.codec.ARRAYS, for a matrix of rows x cols. */
 int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
                       int writable, qins_codes *e);
 int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays);
-/* A codec's scalars, in the order of qins.array.SCALARS. */
+/* A codec's scalars, in the order of qins.codec.SCALARS. */
 int qins_read_scalars(qins_codes *e, PyObject *scalars);
 int qins_check_group_size(Py_ssize_t group_size);
 

@@ -1,6 +1,6 @@
 /* The glue: checks every argument once, releases the GIL, calls the core. No arithmetic.
  *
- * Python's side (python/qins/array.py) passes matrices as 2-D arrays. bfloat16 has no type number
+ * Python's side (python/qins/codec/array.py) passes matrices as 2-D arrays. bfloat16 has no type number
  * of NumPy's own, so element types travel as names beside the arrays, and bfloat16 as uint16. */
 #define PY_SSIZE_T_CLEAN
 #include "args.h"

@@ -1,7 +1,7 @@
 /* Activations too large for fixed point.
  *
  * Where a few activations hold much of a row's energy, products are as exact as the weights of these few columns, and
- * those may be small beside their neighbours, with which they share a scale: fixed point then keeps few of their bits.
+ * those may be small beside their neighbors, with which they share a scale: fixed point then keeps few of their bits.
  * So these activations leave their row before it is rounded, and meet decoded weights in float32. */
 #include <string.h>
 

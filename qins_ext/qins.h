@@ -50,7 +50,7 @@ typedef struct {
 typedef struct {
     float mu;
     QINS_ALIGNED(64) float level[QINS_LEVELS]; /* f(m) */
-    qins_lut lut;                              /* counts midpoints of neighbouring levels: the nearest m */
+    qins_lut lut;                              /* counts midpoints of neighboring levels: the nearest m */
 } qins_log8_tables;
 
 /* What turns golden magnitudes into `stored` and back, for one (log_min, log_max). */
@@ -204,7 +204,7 @@ typedef struct {
 
 /* Products of log8 with some rows of activations, 16 rows of codes at a time: bytes as in planes, but weights are
  * decoded just ahead of their products, and a panel holds 8 rows of activations, the high and the low bytes of each in
- * two neighbouring lanes. Fewer than 5 rows take 4 or 8 lanes. */
+ * two neighboring lanes. Fewer than 5 rows take 4 or 8 lanes. */
 enum { QINS_FEW = 128, QINS_FEW_ROWS = 8 }; /* most rows of activations, and of a panel */
 
 static inline size_t qins_few_panels(size_t batch) { return (batch + QINS_FEW_ROWS - 1) / QINS_FEW_ROWS; }

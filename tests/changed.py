@@ -1,6 +1,7 @@
 """Print the test files of what changed: since a commit, HEAD by default, or not committed yet.
 
-A test file is of a module if it is named after it, or imports it.
+A test file is of a module if it is in the directory of its room and named after it, or imports it by its full name. All
+tests of a room are of its modules that no test file is named after.
 """
 
 from __future__ import annotations
@@ -25,27 +26,29 @@ def changed_files(since: str) -> set[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of the package that a file imports, such as "linear" for qins.linear."""
+    """Full names of the package's modules that a file imports, or may import."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("qins.") for a in node.names if a.name.startswith("qins.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "qins":
             found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qins."):
-            found.add(str(node.module).removeprefix("qins."))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
     return found
 
 
 def main(since: str = "HEAD") -> None:
     changed = changed_files(since)
-    modules = {Path(f).stem.strip("_") for f in changed if f.startswith("python/") and f.endswith(".py")}
+    modules = {tuple(Path(f).parts[-2:]) for f in changed if f.startswith("python/") and f.endswith(".py")}
     if any(f.startswith("qins_ext/") for f in changed):
-        modules |= {"array", "linear"}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        name = path.stem.removeprefix("test_")
-        mine = {name, *(m.strip("_") for m in imported_modules(path))}
-        if f"tests/{path.name}" in changed or mine & modules:
+        modules |= {("codec", "array.py"), ("nn", "linear.py")}
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    named = {(p.parent.name, p.name.removeprefix("test_")) for p in tests}
+    rooms = {room for room, file in modules if (room, file) not in named}
+    full = {f"qins.{room}.{Path(file).stem}" for room, file in modules}
+    for path in tests:
+        room = path.parent.name
+        mine = (room, path.name.removeprefix("test_")) in modules or room in rooms
+        if mine or str(path.relative_to(ROOT)) in changed or full & imported_modules(path):
             print(path.relative_to(ROOT))
 
 

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import qins
+
+# The package's rooms: each imports only those of later lines (pyproject.toml, [tool.importlinter]).
+ROOMS = [["cli", "compat"], ["checkpoint", "fidelity"], ["hf"], ["calibration"], ["nn", "files"], ["codec"], ["system"]]
+
+
+class Hidden(importlib.abc.MetaPathFinder):
+    """Makes rooms as if they had been deleted."""
+
+    def __init__(self, rooms: set[str]) -> None:
+        self.rooms = rooms
+
+    def find_spec(self, name, path, target=None):
+        if name.startswith("qins.") and name.split(".")[1] in self.rooms:
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--room", help="run the tests of this room of the package, with those above it hidden")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    room = config.getoption("room")
+    if room is None:
+        return
+    line = next((i for i, rooms in enumerate(ROOMS) if room in rooms), None)
+    if line is None:
+        raise pytest.UsageError(f"--room: expected one of {', '.join(r for rooms in ROOMS for r in rooms)}, got {room}")
+    hidden = {r for rooms in ROOMS[:line] for r in rooms}
+    loaded = {name.split(".")[1] for name in sys.modules if name.startswith("qins.")} & hidden
+    assert not loaded, f"imported already: {loaded}"
+    sys.meta_path.insert(0, Hidden(hidden))
+    config.args[:] = [str(Path(__file__).parent / room)]
 
 
 def pytest_report_header() -> str:
@@ -43,7 +78,7 @@ def phi35_hub(tmp_path_factory):
     """Environment of a local hub cache that has microsoft/Phi-3.5-mini-instruct: SmolLM2's weights as a Phi-3 model."""
     import phi
 
-    from qins.models import find_model, load_causal_lm
+    from qins.hf import find_model, load_causal_lm
 
     model, tokenizer = load_causal_lm(find_model())
     return phi.save_to_hub_cache(phi.from_llama(model), tokenizer, tmp_path_factory.mktemp("hub"))

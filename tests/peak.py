@@ -7,7 +7,7 @@ import sys
 
 _BEFORE = """
 import sys, qins
-from qins.machine import peak_resident_bytes, reset_peak_resident_bytes
+from qins.system import peak_resident_bytes, reset_peak_resident_bytes
 {warm_up}
 reset_peak_resident_bytes()
 before = peak_resident_bytes()

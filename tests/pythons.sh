@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp "$here"/tests/{conftest,reference,test_array,test_feedback,test_ways}.py "$work"
+cp "$here"/tests/{conftest,reference}.py "$here"/tests/codec/test_{array,feedback,ways}.py "$work"
 cp -r "$here/pyproject.toml" "$here/setup.py" "$here/MANIFEST.in" "$here/README.md" "$here/LICENSE" "$here/python" "$here/qins_ext" "$work/"
 rm -f "$work"/python/qins/*.so
 find_python() { # find_python VERSION: the path of one that runs

@@ -84,7 +84,7 @@ def test_follows_torch():
 def test_after_fork():
     program = """
 import os, sys, numpy as np, qins
-if sys.argv[1:]: import torch, qins._torch; torch.randn(500, 500) @ torch.randn(500, 500)
+if sys.argv[1:]: import torch, qins.codec.tensors; torch.randn(500, 500) @ torch.randn(500, 500)
 w = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
 qins.set_num_threads(2)
 expected = qins.encode(w).decode()

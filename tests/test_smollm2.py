@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import qins
-from qins import evaluate, evaluation, ops
-from qins._hf_calibration import Calibration
+from qins import ops
 from qins.checkpoint import quantize_checkpoint
-from qins.models import find_model, load_causal_lm
+from qins.fidelity import evaluation, metrics
+from qins.hf import Calibration, find_model, load_causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def ids(loaded):
-    return loaded[1](evaluate.sample_text(), return_tensors="pt").input_ids
+    return loaded[1](metrics.sample_text(), return_tensors="pt").input_ids
 
 
 def layers(model):
@@ -57,15 +57,15 @@ def test_next_tokens(loaded, ids, codec, group, kl, agree):
     reference, tokenizer = loaded
     model = copy.deepcopy(reference)
     qins.convert(model, codec, group_size=group)
-    f = evaluate.fidelity(reference, model, evaluate.windows(ids, 1024))
+    f = metrics.fidelity(reference, model, metrics.windows(ids, 1024))
     assert f.tokens >= 1000
     assert f.kl_mean < kl
     assert f.top1 > agree
     assert abs(math.log(f.perplexity / f.reference_perplexity)) < 0.02
     # free-running: honest models part ways at some point; both must answer the question the same way
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    a, _ = evaluate.greedy(reference, prompt, 24)
-    b, _ = evaluate.greedy(model, prompt, 24)
+    a, _ = metrics.greedy(reference, prompt, 24)
+    b, _ = metrics.greedy(model, prompt, 24)
     first = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), 24)
     print(
         f"{codec}/{group}: KL {f.kl_mean:.2e}, teacher-forced {100 * f.top1:.2f} %, free-running equal: {first} of 24"
@@ -128,14 +128,14 @@ def test_a_shuffled_layer_is_noticed(loaded, ids):
     qins.convert(model)
     codes = model.model.layers[7].mlp.down_proj.codes
     codes.copy_(codes[torch.randperm(codes.shape[0], generator=torch.Generator().manual_seed(1))])
-    assert evaluate.fidelity(loaded[0], model, evaluate.windows(ids, 256)).kl_mean > 0.05
+    assert metrics.fidelity(loaded[0], model, metrics.windows(ids, 256)).kl_mean > 0.05
 
 
 @pytest.mark.long
 @pytest.mark.once
 def test_calibration(tmp_path):
     """On text that calibration has not seen: far closer than Q8_0 with fewer bits; and no worse on another kind."""
-    text, path = evaluate.sample_text(), find_model()
+    text, path = metrics.sample_text(), find_model()
     second_half = Calibration(text[len(text) // 2 :], 4096)
     result = quantize_checkpoint(path, tmp_path / "out", calibration=second_half)
     assert result["layers"] == 210

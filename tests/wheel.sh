@@ -23,7 +23,7 @@ done
 "$BIN/python" -m venv "$work/venv"
 mkdir "$work/bin" "$work/away"
 for tool in env bash sh ls uname; do ln -s "$(command -v $tool)" "$work/bin/$tool"; done
-cp "$here"/tests/{conftest,reference,test_array,test_feedback,test_ways}.py "$work/away"
+cp "$here"/tests/{conftest,reference}.py "$here"/tests/codec/test_{array,feedback,ways}.py "$work/away"
 cd "$work/away"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check -c "$here/constraints.txt" numpy pytest hypothesis ml_dtypes
 export PATH="$work/bin"  # nothing that compiles

@@ -6,33 +6,43 @@ Importing this package imports NumPy only.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import _qins_autoload
 
-from . import rational
-from ._extras import naming_extras
-from ._isa import isa, isas, use_isa
-from ._threads import get_num_threads, set_num_threads
-from .array import EncodedArray, decode, encode, matmul
-from .feedback import ErrorFeedback
-from .golden import QINSCodec
+from . import _old_paths, rational
+from .codec import (
+    EncodedArray,
+    ErrorFeedback,
+    QINSCodec,
+    decode,
+    default_group_size,
+    encode,
+    isa,
+    isas,
+    matmul,
+    use_isa,
+)
+from .system import VERSION, get_num_threads, lazily, set_num_threads
 
 if TYPE_CHECKING:
-    from ._hf_cache import QINSCache
-    from ._hf_config import QinsConfig
-    from .cache import QINSKVCache
-    from .calibration import CalibrationReport, calibrate
-    from .coded import default_group_size
-    from .conversion import ConversionReport, convert
-    from .experts import QINSExperts
-    from .hf import load
-    from .inspection import InspectionReport, inspect, load_seed_checkpoint
-    from .linear import QINSEmbedding, QINSLinear
-    from .memory import MemoryReport, memory_report
-    from .planning import Plan, plan
+    from .calibration import CalibrationReport, Plan, calibrate, plan
+    from .compat import load_seed_checkpoint
+    from .files import InspectionReport, inspect
+    from .hf import QINSCache, QinsConfig, load
+    from .nn import (
+        ConversionReport,
+        MemoryReport,
+        QINSEmbedding,
+        QINSExperts,
+        QINSKVCache,
+        QINSLinear,
+        convert,
+        memory_report,
+    )
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CalibrationReport",
@@ -68,43 +78,37 @@ __all__ = [
     "use_isa",
 ]
 
-# Names that need torch, and the room each lives in.
+# Names that need torch or transformers, and the room that each lives in.
 _LAZY = {
-    "QINSCache": "cache",
-    "QINSKVCache": "cache",
     "CalibrationReport": "calibration",
-    "calibrate": "calibration",
-    "ConversionReport": "conversion",
-    "convert": "conversion",
-    "default_group_size": "coded",
-    "QINSEmbedding": "linear",
-    "QINSExperts": "experts",
-    "QINSLinear": "linear",
-    "InspectionReport": "inspection",
+    "ConversionReport": "nn",
+    "InspectionReport": "files",
+    "MemoryReport": "nn",
+    "Plan": "calibration",
+    "QINSCache": "hf",
+    "QINSEmbedding": "nn",
+    "QINSExperts": "nn",
+    "QINSKVCache": "nn",
+    "QINSLinear": "nn",
     "QinsConfig": "hf",
+    "calibrate": "calibration",
+    "convert": "nn",
+    "inspect": "files",
     "load": "hf",
-    "inspect": "inspection",
-    "load_seed_checkpoint": "inspection",
-    "MemoryReport": "memory",
-    "Plan": "planning",
-    "plan": "planning",
-    "memory_report": "memory",
+    "load_seed_checkpoint": "compat",
+    "memory_report": "nn",
+    "plan": "calibration",
 }
+_lazy = lazily(__name__, _LAZY)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'qins' has no attribute {name!r}")
-    import importlib
-
-    with naming_extras():
-        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+    return importlib.import_module(f"qins.{name}") if name in _old_paths.MOVED else _lazy(name)
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
+_old_paths.install()
 _qins_autoload.install()

@@ -596,7 +596,7 @@ static void take_outliers(const qins_kernels *k)
     }
 }
 
-/* Activations that decide a row, where weights are small beside their neighbours. */
+/* Activations that decide a row, where weights are small beside their neighbors. */
 static void outliers_at(const qins_kernels *k, size_t batch, size_t group_size, qins_dtype dtype)
 {
     enum { ROWS = 67, COLS = 320, COLUMNS = QINS_COLUMNS + 5, MOST_BATCH = 70 };
@@ -752,7 +752,7 @@ static void tables(void)
             check(qins_lut_count(&log8.lut, (int32_t)bits_of(x)) == m, "nearest level", "core", i, (size_t)j);
         }
     }
-    /* ranges from two neighbouring floats to all of float32 */
+    /* ranges from two neighboring floats to all of float32 */
     static const uint32_t SPAN[] = {1, 2, 3, 100, 253, 254, 1000, 65536, 1u << 20, 1u << 24, 1u << 27};
     for (size_t i = 0; i < sizeof SPAN / sizeof *SPAN; i++) {
         qins_range r = {0x3f000000 - (int32_t)(SPAN[i] / 2), 0x3f000000 + (int32_t)((SPAN[i] + 1) / 2)};

@@ -1,0 +1,23 @@
+"""A model's own activations choose its codes, and how many bits each layer gets."""
+
+from .activations import Layer, Text, cut, split
+from .calibrating import CalibratedModule, CalibrationReport, calibrate
+from .choosing import choose_codes
+from .planning import Plan, plan, plan_layers
+from .store import Choice, Store
+
+__all__ = [
+    "CalibratedModule",
+    "CalibrationReport",
+    "Choice",
+    "Layer",
+    "Plan",
+    "Store",
+    "Text",
+    "calibrate",
+    "choose_codes",
+    "cut",
+    "plan",
+    "plan_layers",
+    "split",
+]

@@ -1,0 +1,113 @@
+"""Choosing the codes of layers: error feedback where it does better than the nearest ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..codec import DAMPING, EncodedArray, ErrorFeedback, encode
+from ..system import page_out
+from .activations import Layer, Text
+from .rounds import Clock, rounds
+from .store import Choice, Store
+
+Tensor = torch.Tensor
+
+
+def output_errors(x: Tensor, weight: Tensor, e: EncodedArray | None) -> Tensor:
+    """Mean square, over tokens x, of what the codes change each output by, float64 (N,).
+
+    Without codes it is the mean square of the outputs themselves, as if the codes were zeros.
+    """
+    errors = torch.empty(weight.shape[0], dtype=torch.float64)
+    rows = max(1, (1 << 22) // max(weight.shape[1], 1))
+    decoded = torch.zeros(min(rows, weight.shape[0]), weight.shape[1])
+    for row in range(0, weight.shape[0], rows):
+        w = weight[row : row + rows].float()
+        part = decoded[: len(w)]
+        if e is not None:
+            e.decode_block(part.numpy(), "float32", row, 0)
+        errors[row : row + rows] = (x @ (part - w).T).square().mean(0, dtype=torch.float64)
+    return errors
+
+
+def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | None) -> Choice:
+    weight = layer.weight
+    if feedback is None:
+        nearest = encode(weight, "log8", group_size=layer.group_size)
+        return Choice(nearest, kept="nearest: the calibration text does not reach it")
+    calibrated = feedback.encode(weight, group_size=layer.group_size)
+    if held is None or not len(held):
+        return Choice(calibrated)
+    nearest = encode(weight, "log8", group_size=layer.group_size)
+    size, before, after = (float(output_errors(held, weight, e).sum()) for e in (None, nearest, calibrated))
+    if size > 0.0:
+        before, after = before / size, after / size
+    if after < before:
+        return Choice(calibrated, before, after)
+    return Choice(nearest, before, before, "nearest: no better on the tokens held out")
+
+
+def choose_codes(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    text: Text,
+    *,
+    damping: float = DAMPING,
+    room: int = 128 << 20,
+    mapped: bool = False,
+    store: Store | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    clock: Clock | None = None,
+    install: Callable[[str, Choice], None] | None = None,
+    sequential: bool = False,
+) -> Iterator[tuple[str, Choice]]:
+    """Yield each layer's name and codes.
+
+    Args:
+        model: a float model.
+        layers: those to encode, by name.
+        text: what `split` returned.
+        damping: as `ErrorFeedback`'s.
+        room: bytes that statistics may take at a time; one layer is looked at even if it takes more.
+        mapped: weights lie in mapped files and may leave memory after use.
+        store: where finished layers are kept, and taken from.
+        advance: told the weights of each finished layer.
+        clock: adds up the time.
+        install: is given each layer's codes as soon as they are there.
+        sequential: install changes the model before the next round.
+
+    """
+    clock = clock or Clock()
+    begin, before = time.perf_counter(), clock.statistics
+    left = dict(layers)
+
+    def finish(name: str, choice: Choice) -> tuple[str, Choice]:
+        if install:
+            install(name, choice)
+        advance(layers[name].weight.numel())
+        return name, choice
+
+    for name, layer in layers.items():
+        done = store.get(name) if store else None
+        if done is None and layer.codec != "log8":
+            done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code a value")
+            if store:
+                store.put(name, done)
+        if done is not None:
+            del left[name]
+            yield finish(name, done)
+    for name, feedback, held in rounds(model, left, text, damping, room, mapped, clock, sequential):
+        try:
+            choice = _choose_codes(layers[name], feedback, held)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+        if store:
+            store.put(name, choice)
+        yield finish(name, choice)
+        if mapped:
+            page_out(layers[name].parameter)
+    clock.rounding += time.perf_counter() - begin - (clock.statistics - before)

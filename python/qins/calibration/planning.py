@@ -1,0 +1,282 @@
+"""Spending bits where they matter: which group size each layer gets, for a model of so many bits, or so little error.
+
+What a layer's error costs the model is estimated to second order: KL(float || quantized) of a prediction is about half
+the sum over outputs of F dy^2, where dy is the error of an output and F its Fisher information, the mean square of the
+gradient of log p(token) for tokens drawn from the float model itself. Off-diagonal terms, between outputs, tokens and
+layers, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..codec import DAMPING, ErrorFeedback
+from ..nn import check_finite, choose
+from ..system import progress
+from .activations import Layer, Text, evaluating, forward_call, split
+from .choosing import output_errors
+from .rounds import Clock, rounds
+
+Tensor = torch.Tensor
+
+# The kernels multiply with these at full speed.
+GROUP_SIZES = (32, 64, 128, 192, 256)
+_SENSITIVITY_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a layer may become.
+
+    Attributes:
+        group_size: of log8, None for one scale a row; -1 for leaving the layer as it is.
+        bits: of a weight, everything included.
+        kld: estimated share of the model's mean KL divergence, nats.
+
+    """
+
+    group_size: int | None
+    bits: float
+    kld: float
+
+    def __str__(self) -> str:
+        return "float" if self.group_size == -1 else f"log8/{self.group_size}" if self.group_size else "log8"
+
+
+@dataclass
+class Plan:
+    """What each layer becomes; printing it gives a table by kind of layer.
+
+    Attributes:
+        chosen: name to option.
+        weights: name to the number of weights.
+
+    """
+
+    chosen: dict[str, Option] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """Mean bits of a weight, over all these layers."""
+        total = sum(self.weights[n] * o.bits for n, o in self.chosen.items())
+        return total / max(sum(self.weights.values()), 1)
+
+    @property
+    def kld(self) -> float:
+        """Estimated mean KL divergence from the float model, nats."""
+        return sum(o.kld for o in self.chosen.values())
+
+    @property
+    def group_sizes(self) -> dict[str, int | None]:
+        """Name to group size, of the layers that become codes."""
+        return {n: o.group_size for n, o in self.chosen.items() if o.group_size != -1}
+
+    @property
+    def left(self) -> list[str]:
+        """Names of the layers that stay floats."""
+        return [n for n, o in self.chosen.items() if o.group_size == -1]
+
+    def __str__(self) -> str:
+        kinds: dict[str, dict[str, int]] = {}
+        for name, o in self.chosen.items():
+            counts = kinds.setdefault(name.rpartition(".")[2], {})
+            counts[str(o)] = counts.get(str(o), 0) + 1
+        lines = [f"{self.bits:.3f} bits a weight, estimated mean KL divergence {self.kld:.2e}"]
+        for kind, counts in kinds.items():
+            lines.append(f"  {kind}: " + ", ".join(f"{n} x {o}" for o, n in sorted(counts.items())))
+        return "\n".join(lines)
+
+
+def sensitivities(
+    model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Any], seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the mean squared gradient of log p(drawn token) with regard to each output of each layer, float64 (N,)."""
+    totals: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 0
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def look(_: nn.Module, _x: Any, y: Tensor) -> Tensor:
+            y = y if y.requires_grad else y.detach().requires_grad_()
+
+            def add(g: Tensor) -> None:
+                square = g.detach().reshape(-1, g.shape[-1]).double().square().sum(0)
+                totals[name] = totals.get(name, torch.zeros_like(square)) + square
+
+            y.register_hook(add)  # type: ignore[no-untyped-call]
+            return y
+
+        return look
+
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    hooks = [layer.module.register_forward_hook(hook(n)) for n, layer in layers.items()]
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
+            for batch in batches:
+                out = forward_call(model, batch, every_logit=True)()
+                logits = getattr(out, "logits", None)
+                if logits is None:
+                    raise ValueError(f"plan: expected a model whose output has logits, got {type(out).__name__}")
+                log_p = logits.float().log_softmax(-1).flatten(0, -2)
+                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+                log_p.gather(1, drawn).sum().backward()
+                tokens += len(log_p)
+                if tokens >= _SENSITIVITY_TOKENS:
+                    break
+    finally:
+        for h in hooks:
+            h.remove()
+        for p in frozen:
+            p.requires_grad_(True)
+    return {n: t / tokens for n, t in totals.items()}
+
+
+def options(
+    layer: Layer, feedback: ErrorFeedback, held: Tensor, sensitivity: Tensor, sizes: Iterable[int | None]
+) -> list[Option]:
+    """What a layer may become: its codes for each group size, and the floats that it has."""
+    weight = layer.weight
+    found = [Option(-1, 8.0 * weight.element_size(), 0.0)]
+    for size in sizes:
+        e = feedback.encode(weight, group_size=size)
+        bits = 8 * e.nbytes / weight.numel()
+        found.append(Option(size, bits, 0.5 * float((sensitivity * output_errors(held, weight, e)).sum())))
+    return found
+
+
+def hull(found: Iterable[Option]) -> list[Option]:
+    """The options worth having: by bits, each step buying less than the one before."""
+    best: list[Option] = []
+    for o in sorted(found, key=lambda o: (o.bits, o.kld)):
+        if best and o.kld >= best[-1].kld:
+            continue
+        while len(best) > 1 and _gain(best[-2], best[-1]) <= _gain(best[-2], o):
+            best.pop()
+        best.append(o)
+    return best
+
+
+def _gain(a: Option, b: Option) -> float:
+    return (a.kld - b.kld) / (b.bits - a.bits)
+
+
+def allocate(
+    found: Mapping[str, list[Option]],
+    weights: Mapping[str, int],
+    target_bits: float | None = None,
+    target_kld: float | None = None,
+) -> Plan:
+    """Choose an option for each layer: the least error of at most so many bits, or the fewest bits of that error.
+
+    Raises:
+        ValueError: not exactly one target is given, or it cannot be reached.
+
+    """
+    if (target_bits is None) == (target_kld is None):
+        raise ValueError("plan: expected one of target_bits and target_kld")
+    hulls = {n: hull(o) for n, o in found.items()}
+    plan = Plan({n: h[0] for n, h in hulls.items()}, dict(weights))
+    total = sum(weights.values())
+    if target_bits is not None and plan.bits > target_bits:
+        raise ValueError(f"target_bits: expected at least {plan.bits:.3f} for these layers, got {target_bits:g}")
+    steps = [
+        (_gain(a, b) / weights[n], n, b) for n, h in hulls.items() for a, b in pairwise(h)
+    ]  # fmt: skip
+    bits = plan.bits * total
+    for _, name, option in sorted(steps, key=lambda s: (-s[0], s[1], s[2].bits)):
+        if target_kld is not None and plan.kld <= target_kld:
+            break
+        more = (option.bits - plan.chosen[name].bits) * weights[name]
+        if target_bits is not None and bits + more > target_bits * total:
+            continue  # a smaller layer may still fit
+        if target_bits is not None and plan.chosen[name] is not hulls[name][hulls[name].index(option) - 1]:
+            continue  # its step before did not fit
+        plan.chosen[name] = option
+        bits += more
+    if target_kld is not None and plan.kld > target_kld:
+        raise ValueError(
+            f"target_kld: expected at least {plan.kld:.2e}, all that these layers allow, got {target_kld:g}"
+        )
+    return plan
+
+
+def plan_layers(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    text: Text,
+    target_bits: float | None = None,
+    target_kld: float | None = None,
+    *,
+    damping: float = DAMPING,
+    room: int = 128 << 20,
+    mapped: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+    clock: Clock | None = None,
+) -> Plan:
+    """Make a plan for these layers; see `plan`."""
+    if not text.held:
+        raise ValueError("plan: expected batches that are held out, got none")
+    weights = {n: layer.weight.numel() for n, layer in layers.items()}
+    sensitivity = sensitivities(model, layers, [*text.held, *text.batches])
+    found: dict[str, list[Option]] = {}
+    for name, feedback, held in rounds(model, layers, text, damping, room, mapped, clock or Clock()):
+        layer = layers[name]
+        if feedback is None or held is None or name not in sensitivity:
+            found[name] = [Option(layer.group_size, 8.0, 0.0)]  # the text says nothing of it
+        else:
+            cols = layer.weight.shape[1]
+            sizes = [None, *(s for s in GROUP_SIZES if cols % s == 0 and s < cols)]
+            found[name] = options(layer, feedback, held, sensitivity[name], sizes)
+        advance(weights[name])
+    return allocate({n: found[n] for n in layers}, weights, target_bits, target_kld)
+
+
+def plan(
+    model: nn.Module,
+    batches: Iterable[Any] | Text,
+    *,
+    target_bits: float | None = None,
+    target_kld: float | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = ("lm_head",),
+    damping: float = DAMPING,
+    room: int = 128 << 20,
+    show_progress: bool | None = None,
+) -> Plan:
+    """Choose each layer's group size so that bits go where they matter; `calibrate(..., plan=...)` then follows it.
+
+    Each layer is rounded with every group size that the kernels are fast with, and what its outputs' errors on tokens
+    held out cost the model is estimated from the gradients of its predictions. A layer may also stay as it is.
+
+    Args:
+        model: a float language model on the CPU, whose output has logits.
+        batches: as in `calibrate`.
+        target_bits: most bits of a weight, on average over these layers, scales included.
+        target_kld: most estimated mean KL divergence, nats. Only an estimate: measure with `qins eval`.
+        include: fnmatch patterns of module names; None for all linear layers.
+        exclude: patterns of module names to leave out of it.
+        damping: as in `calibrate`.
+        room: as in `calibrate`.
+        show_progress: None shows a progress bar on a terminal.
+
+    Raises:
+        ValueError: not exactly one target is given, or it cannot be reached; or as in `calibrate`.
+
+    """
+    if (target_bits is None) == (target_kld is None):
+        raise ValueError("plan: expected one of target_bits and target_kld")
+    text = batches if isinstance(batches, Text) else split(batches)
+    chosen = choose(model, include, exclude)
+    check_finite(chosen)
+    layers = {n: Layer(m, "log8", None) for m, n in chosen.items()}
+    with progress("planning", sum(m.weight.numel() for m in chosen), show_progress) as advance:
+        return plan_layers(model, layers, text, target_bits, target_kld, damping=damping, room=room, advance=advance)

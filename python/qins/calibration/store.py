@@ -1,0 +1,65 @@
+"""Codes that have been chosen, in memory and on the disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..codec import EncodedArray
+from ..system import atomically, write_json
+
+
+@dataclass
+class Choice:
+    """The codes of one layer, and how they came about."""
+
+    encoded: EncodedArray
+    nearest_error: float = float("nan")
+    error: float = float("nan")
+    kept: str = "calibrated"
+
+
+class Store:
+    """Codes of finished layers on the disk, from which an interrupted calibration goes on."""
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self.directory = directory
+        about = directory / "about.json"
+        directory.mkdir(parents=True, exist_ok=True)
+        if about.exists():
+            if json.loads(about.read_text("utf-8")).get("fingerprint") != fingerprint:
+                raise FileExistsError(
+                    f"{directory}: holds an unfinished calibration of another model, on other text or with other "
+                    "settings; remove it"
+                )
+        else:
+            write_json(about, {"fingerprint": fingerprint})
+
+    def put(self, name: str, choice: Choice) -> None:
+        """Keep a layer's codes."""
+        from safetensors.numpy import save_file
+
+        e = choice.encoded
+        about = {"codec": e.codec, "group_size": str(e.group_size or 0), "nearest_error": repr(choice.nearest_error),
+                 "error": repr(choice.error), "kept": choice.kept}  # fmt: skip
+        with atomically(self.directory / f"{name}.safetensors") as temporary:
+            save_file({n: np.asarray(f) for n, f in e.fields.items()}, str(temporary), about)
+
+    def has(self, name: str) -> bool:
+        """Whether a layer's codes are there."""
+        return (self.directory / f"{name}.safetensors").exists()
+
+    def get(self, name: str) -> Choice | None:
+        """Return a layer's codes, if they are there."""
+        from safetensors import safe_open
+
+        if not self.has(name):
+            return None
+        with safe_open(str(self.directory / f"{name}.safetensors"), "np") as f:
+            about = f.metadata()
+            fields = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - not a dict
+        e = EncodedArray.from_fields(about["codec"], fields, int(about["group_size"]) or None)
+        return Choice(e, float(about["nearest_error"]), float(about["error"]), about["kept"])

@@ -1,0 +1,7 @@
+"""Checkpoints converted on disk, a tensor at a time."""
+
+from .quantizing import quantize_checkpoint
+
+__all__ = [
+    "quantize_checkpoint",
+]

@@ -1,0 +1,306 @@
+"""What becomes of every tensor of a checkpoint, decided from config.json and the headers of the files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import DTYPE_CODES, Checkpoint, Target
+from ..hf import (
+    Names,
+    QinsConfig,
+    QinsHfQuantizer,
+    guard,
+    input_embedding,
+    pending_experts,
+    pending_layers,
+    tied_output,
+    tied_to,
+)
+from ..nn import field_layout
+
+
+@dataclass
+class Output:
+    """A tensor of the model that is made of one or several of the checkpoint's.
+
+    Attributes:
+        name: of the model's parameter that it is, or whose codes.
+        stem: its name in the new checkpoint; of codes what their fields' names begin with.
+        module: the module whose weight it is, or the stack of experts, if it is to be encoded.
+        codec, group_size: as codes; no codec for what stays as it is.
+        transposed: whether the matrix, or each of a stack's, is (in_features, out_features).
+        guard: the name of an empty tensor that stops whoever does not know of codes.
+        targets: what is written.
+
+    """
+
+    name: str
+    stem: str = ""
+    module: str = ""
+    codec: str = ""
+    group_size: int | None = None
+    transposed: bool = False
+    is_stack: bool = False
+    guard: str = ""
+    targets: list[Target] = field(default_factory=list)
+
+
+@dataclass
+class Item:
+    """Tensors of the checkpoint that become others together.
+
+    Attributes:
+        name: of the first that they become, in the model.
+        keys: theirs, by the pattern that transformers' converter knows them by.
+        outputs: what is made.
+        converter: transformers' operations on them; None where there is one tensor that stays what it is.
+
+    """
+
+    name: str
+    keys: dict[str, list[str]]
+    outputs: list[Output] = field(default_factory=list)
+    converter: Any = None
+
+    @property
+    def targets(self) -> list[Target]:
+        """What is written of it."""
+        return [t for o in self.outputs for t in o.targets]
+
+    @property
+    def all_keys(self) -> list[str]:
+        """Keys of all its tensors."""
+        return [k for keys in self.keys.values() for k in keys]
+
+
+@dataclass
+class Plan:
+    """What `quantize_checkpoint` will do, shard by shard.
+
+    Attributes:
+        items: source file to what is made of the tensors of which it has the first.
+        names: source file to the name of the new file.
+        shared: module to (codec, group_size, the module whose codes it shares).
+        model: on the meta device, with modules that wait for their weights.
+
+    """
+
+    items: dict[Path, list[Item]] = field(default_factory=dict)
+    names: dict[Path, str] = field(default_factory=dict)
+    shared: dict[str, tuple[str, int | None, str]] = field(default_factory=dict)
+    model: Any = None
+
+    def outputs(self) -> Iterator[Output]:
+        """All of them, in the files' order."""
+        for items in self.items.values():
+            for item in items:
+                yield from item.outputs
+
+    @property
+    def encoded(self) -> list[Output]:
+        """Those that become codes."""
+        return [o for o in self.outputs() if o.codec]
+
+    @property
+    def modules(self) -> dict[str, tuple[str, int | None, bool]]:
+        """Linear module to (codec, group_size, transposed)."""
+        linear = pending_layers(self.model)
+        return {o.module: (o.codec, o.group_size, o.transposed) for o in self.encoded if o.module in linear}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all new tensors."""
+        return sum(t.nbytes for o in self.outputs() for t in o.targets)
+
+
+def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuantizer]:
+    """Decide what becomes of every tensor.
+
+    Raises:
+        ValueError: transformers does not know the architecture, or a module has no weight.
+
+    """
+    quantizer = QinsHfQuantizer(config, pre_quantized=False)
+    model = _meta_model(checkpoint)
+    quantizer._process_model_before_weight_loading(model, checkpoint_files=list(checkpoint.files))
+    result = Plan(model=model)
+    names = Names(model)
+    wanted = _wanted(model, config, result, names)
+    items = _without_copy(_items(names, checkpoint), checkpoint, names, config)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    guarded = guard((o.module, o.is_stack) for outputs in wanted.values() for o in outputs if o.codec)
+    for item in items:
+        for name in _made_by(item):
+            for output in wanted.pop(name, [Output(name)]):
+                output.stem = output.stem or (names.saved(name) if item.converter else item.all_keys[0])
+                if output.codec and guarded == (output.module if output.is_stack else f"{output.module}.weight"):
+                    output.guard = output.stem
+                item.outputs.append(output)
+        _set_targets(checkpoint, shapes, item)
+    missing = [o.module for outputs in wanted.values() for o in outputs]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{checkpoint.path}: no weight for {', '.join(missing[:3])}{more}")
+    for item in items:
+        result.items.setdefault(checkpoint.where(item.all_keys[0]), []).append(item)
+    result.items = {f: result.items[f] for f in checkpoint.files if f in result.items}
+    for i, file in enumerate(result.items):
+        single = len(result.items) == 1
+        result.names[file] = (
+            "model.safetensors" if single else f"model-{i + 1:05}-of-{len(result.items):05}.safetensors"
+        )
+    return result, quantizer
+
+
+def _wanted(model: Any, config: QinsConfig, result: Plan, names: Names) -> dict[str, list[Output]]:
+    """What is to be encoded, by the name of the float parameter that the codes are made of."""
+    wanted: dict[str, list[Output]] = {}
+    for module, layer in pending_layers(model).items():
+        about = layer.codec, layer.group_size, layer.transposed
+        wanted[f"{module}.weight"] = [Output(f"{module}.weight", "", module, *about)]
+    for module, experts in pending_experts(model).items():
+        for stack, size in experts.group_sizes.items():
+            name = f"{module}.{stack}"
+            about = experts.codec, size, bool(experts.is_transposed)
+            wanted[name] = [Output(name, "", name, *about, is_stack=True)]
+    output = tied_output(model) if config.lm_head else None
+    if not config.embeddings and output is None:
+        return wanted
+    module, _, codec, size = input_embedding(model, config)
+    key = f"{module}.weight"
+    if config.embeddings:
+        wanted[key] = [Output(key, "", module, codec, size)]
+        result.shared = {m: (codec, size, module) for m in tied_to(model, module)}
+    elif output is not None:
+        wanted[key] = [Output(key), Output(key, names.saved(f"{output}.weight"), output, codec, size)]
+    return wanted
+
+
+def _without_copy(items: list[Item], checkpoint: Checkpoint, names: Names, config: QinsConfig) -> list[Item]:
+    """Leave out an output embedding that is stored beside the equal input embedding that its codes are made of."""
+    output = tied_output(names.model) if config.lm_head else None
+    copy = next((i for i in items if output and i.name == f"{output}.weight"), None)
+    if copy is None:
+        return items
+    module = input_embedding(names.model, config)[0]
+    original = next((i for i in items if i.name == f"{module}.weight"), None)
+    if original is None or not torch.equal(*(checkpoint.load(i.all_keys[0]) for i in (original, copy))):
+        raise ValueError(f"{checkpoint.path}: {copy.name}: expected what {module} has, to which config.json ties it")
+    return [i for i in items if i is not copy]
+
+
+def _items(names: Names, checkpoint: Checkpoint) -> list[Item]:
+    """Group the tensors by what they become."""
+    found: dict[str, Item] = {}
+    by_pattern = {p: c for c in names.converters for p in c.source_patterns}
+    for key in sorted(checkpoint.tensors, key=_natural):
+        name, pattern = names.loaded(key)
+        if pattern is not None and name in names.state:
+            item = found.setdefault(name, Item(name, {}, converter=by_pattern[pattern]))
+            item.keys.setdefault(pattern, []).append(key)
+        else:
+            found[key] = Item(name, {key: [key]})
+    return list(found.values())
+
+
+def _made_by(item: Item) -> list[str]:
+    """The model's names of the tensors that an item becomes."""
+    if item.converter is None:
+        return [item.name]
+    targets = item.converter.target_patterns
+    before, found, after = item.name.replace("*.", "0.").partition(targets[0])
+    return [before + t + after for t in targets] if found else [item.name]
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sort numbers in names as numbers, as transformers orders the experts."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
+
+
+def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]], item: Item) -> None:
+    """Say what an item's outputs are written as; check that its tensors are what the model expects."""
+    stored = checkpoint.tensors[item.all_keys[0]]
+    shapes = {o.name: parameters[o.name] if o.codec or item.converter else stored.shape for o in item.outputs}
+    if any(o.codec for o in item.outputs):
+        elements = sum(math.prod(s) for s in shapes.values())
+        got = sum(checkpoint.tensors[k].elements for k in item.all_keys)
+        if item.converter is None and stored.shape != shapes[item.name]:
+            raise ValueError(f"{checkpoint.path}: {item.name}: expected shape {shapes[item.name]}, got {stored.shape}")
+        if elements != got:
+            where = f"{len(item.all_keys)} tensors, such as {item.all_keys[0]}"
+            raise ValueError(f"{checkpoint.path}: {item.name}: expected {elements:,} weights, got {got:,} in {where}")
+    for o in item.outputs:
+        shape = shapes[o.name]
+        if not o.codec:
+            if stored.dtype not in DTYPE_CODES:
+                raise ValueError(f"{o.stem}: expected a dtype that safetensors and torch share, got {stored.dtype}")
+            o.targets = [Target(o.stem, stored.dtype, shape)]
+            continue
+        shape = (*shape[:-2], shape[-1], shape[-2]) if o.transposed else shape
+        # fields are `<module>.<field>`, of experts `<module>.<stack>_<field>`
+        o.stem = f"{o.stem}_" if o.is_stack else o.stem.removesuffix("weight")
+        for n, (s, dtype) in field_layout(o.codec, shape, o.group_size).items():
+            o.targets.append(Target(o.stem + n, str(dtype)[6:], s))
+        if o.guard:
+            o.targets.append(Target(o.guard, "uint8", (0,)))
+
+
+def converted(item: Item, model: Any, load: Callable[[str], torch.Tensor]) -> dict[str, Any]:
+    """Return the tensors that an item becomes, by name in the model; a stack of experts as an iterator of matrices."""
+    if item.converter is None:
+        return {item.name: load(item.all_keys[0])}
+    from ..hf import one_by_one
+
+    matrices = one_by_one(item.converter.operations, item.keys, load, _patterns(item, model))
+    if matrices is not None and all(o.is_stack and o.codec for o in item.outputs):
+        return {item.name: matrices}
+    converter = deepcopy(item.converter)
+    for pattern, keys in item.keys.items():
+        for key in keys:
+            converter.add_tensor(item.name, key, pattern, lambda key=key: load(key))
+    made = converter.convert(item.name, model=model, config=model.config)
+    made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 adds errors
+    return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+
+
+def _patterns(item: Item, model: Any) -> dict[str, Any]:
+    c = item.converter
+    return {
+        "source_patterns": c.source_patterns, "target_patterns": c.target_patterns, "full_layer_name": item.name,
+        "model": model, "config": model.config, "missing_keys": None,
+    }  # fmt: skip
+
+
+def architecture(checkpoint: Checkpoint) -> Any:
+    """Transformers' class of the model."""
+    import transformers
+
+    # transformers 4 saves that of Qwen2-VL with the text model's settings
+    text = checkpoint.config.get("text_config") or {}
+    name = (checkpoint.config.get("architectures") or text.get("architectures") or [""])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(f"{checkpoint.path}: architecture {name!r} is not one that this transformers has")
+    return cls
+
+
+def _meta_model(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    if not checkpoint.config:
+        raise ValueError(f"{checkpoint.path}: expected a directory with a config.json, got none")
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"{checkpoint.path}: is quantized already: {checkpoint.config['quantization_config']}")
+    config = getattr(checkpoint, "transformers_config", None)  # of a GGUF file
+    if config is None:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    cls = architecture(checkpoint)
+    with torch.device("meta"):
+        return cls(config)

@@ -1,0 +1,295 @@
+"""Converting a checkpoint on disk, tensor by tensor, without making the model: `qins quantize`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..calibration import Store
+from ..codec import encode
+from ..files import (
+    Checkpoint,
+    GgufCheckpoint,
+    ReadAhead,
+    ScaledCheckpoint,
+    ShardWriter,
+    checksum,
+    open_checkpoint,
+    open_gguf,
+    open_scaled,
+)
+from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, hub_name, not_found, tokenized, write_card
+from ..system import atomically, locked, progress, write_json
+from .planning import Item, Output, Plan, architecture, converted, plan
+
+Write = Callable[..., None]  # as ShardWriter.write
+
+_WAITING = 64 << 20  # bytes that wait to be written, before one more tensor
+_PROGRESS = "qins-progress.json"
+_LOCK = "qins.lock"
+_FILES = 2  # changes when other tensors are written: conversions that another version began are not resumed
+_CALIBRATION = "qins-calibration"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def find_source(name: str | Path) -> Path:
+    """Return the directory of a checkpoint, downloading what a hub name stands for.
+
+    Raises:
+        FileNotFoundError: there is no such directory, and the hub does not have it either.
+
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name), ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
+    except Exception as e:
+        raise not_found(name, e) from None
+
+
+def _directory(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
+    """What must be the same for a conversion to be resumed: the source's headers and files, and how it is quantized."""
+    h = hashlib.sha256(json.dumps([_FILES, config.to_dict()], sort_keys=True, default=str).encode())
+    for path, size in checkpoint.files.items():
+        h.update(f"{path.name} {size} {path.stat().st_mtime_ns}".encode())
+    for name, t in checkpoint.tensors.items():
+        h.update(f"{name} {t.dtype} {t.shape}".encode())
+    return h.hexdigest()
+
+
+def _reserve(out: Path) -> AbstractContextManager[None]:
+    """Make the output directory, which no other process may write to meanwhile."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: expected a directory or nothing, got a file")
+    out.mkdir(parents=True, exist_ok=True)
+    return locked(out / _LOCK, f"{out}: another process is converting into it; wait for it, or give another directory")
+
+
+def _prepare(out: Path, fingerprint: str, needed: int) -> None:
+    """See that the output directory is empty, or that what it holds is this very conversion, begun before."""
+    begun = out / _PROGRESS
+    if begun.is_file():
+        try:
+            told = json.loads(begun.read_text("utf-8")).get("fingerprint")
+        except ValueError:
+            told = None
+        if told != fingerprint:
+            raise FileExistsError(
+                f"{out}: holds an unfinished conversion of another source or with other settings; remove it, or give "
+                "another directory"
+            )
+    elif any(p.name not in (begun.name + ".tmp", _LOCK) for p in out.iterdir()):  # begun, but not said yet
+        raise FileExistsError(f"{out}: is not empty; nothing is overwritten")
+    done = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    free = shutil.disk_usage(out).free
+    if free < needed - done:
+        raise OSError(f"{out}: needs {needed - done:,} bytes, the disk has {free:,} free")
+    if not begun.is_file():
+        write_json(begun, {"fingerprint": fingerprint})
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: QinsConfig | None = None,
+    *,
+    calibration: Calibration | None = None,
+    show_progress: bool | None = None,
+) -> dict[str, Any]:
+    """Convert a checkpoint to codes, file by file; the model is never made, and one tensor at a time is in memory.
+
+    With a calibration text the model does run, its weights mapped from the files; see `qins.calibrate`.
+
+    A conversion that was interrupted goes on where it stopped: files that are complete are not made again.
+
+    Args:
+        source: directory or hub name of a checkpoint in safetensors or torch files, or a GGUF file.
+        out: directory to write; it must not exist, be empty, or hold the beginning of this conversion.
+        config: how to quantize; None for the defaults.
+        calibration: text that log8's codes are chosen with in view, and what bits to spend; None for the nearest codes.
+        show_progress: None shows a bar on a terminal.
+
+    Returns:
+        dict: layers, bytes_before, bytes_after, files, skipped and source, the format that was decoded or None;
+            with a target, the plan in words.
+
+    Raises:
+        FileNotFoundError, FileExistsError, OSError, ValueError: nothing half-written is left under a final name.
+        BlockingIOError: another process is converting into the directory.
+
+    """
+    config = config or QinsConfig()
+    checkpoint, out = open_checkpoint(find_source(source)), Path(out)
+    if checkpoint.format == "gguf":
+        if calibration is not None:
+            raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
+        checkpoint = open_gguf(checkpoint)
+    checkpoint = open_scaled(checkpoint)
+    decoded = None
+    if isinstance(checkpoint, ScaledCheckpoint):
+        if calibration is not None:
+            raise ValueError(f"{source}: calibration needs a model with float weights, got FP8")
+        decoded = "FP8" if checkpoint.block is None else "block-scaled FP8"
+    planned, quantizer = plan(checkpoint, config)
+    data = None
+    if calibration is not None:
+        data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
+        config.calibration = calibration.record(data)
+    fingerprint = _fingerprint(checkpoint, config)
+    with _reserve(out):
+        _prepare(out, fingerprint, planned.nbytes * (1 if data is None else 2))
+        total = sum(t.bytes for t in checkpoint.tensors.values())
+        store, spending = None, None
+        if calibration is not None and data is not None:
+            store = Store(out / _CALIBRATION, fingerprint)
+            work = CheckpointCalibration(_directory(checkpoint), architecture(checkpoint), data, store, show_progress)
+            if calibration.has_target:
+                spending = work.plan(planned.modules, calibration, config)
+                planned, quantizer = plan(checkpoint, config)
+            work.encode(planned.modules)
+        checksums: dict[str, str] = {}
+        bar = progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True)
+        with bar as advance, ReadAhead(checkpoint) as ahead:
+            for file, name in planned.names.items():
+                if (out / name).exists():
+                    made = open_checkpoint(out / name)
+                    checksums |= {k: checksum(made.load(k)) for k in made.tensors}
+                    advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
+                else:
+                    checksums |= _convert_shard(ahead, planned, store, file, out / name, advance)
+        config.checksums = dict(sorted(checksums.items()))
+        base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
+        _finish(checkpoint, planned, config, out, base, spending)
+        return {
+            "layers": len(planned.encoded),
+            "bytes_before": total,
+            "bytes_after": planned.nbytes,
+            "files": [planned.names[f] for f in planned.names],
+            "skipped": [vars(s) for s in quantizer.report.skipped],
+            "source": decoded,
+        } | ({} if spending is None else {"plan": spending})
+
+
+def _convert_shard(
+    ahead: ReadAhead,
+    planned: Plan,
+    store: Store | None,
+    file: Path,
+    target: Path,
+    advance: Callable[[int], None],
+) -> dict[str, str]:
+    """Write a file; return its tensors' checksums."""
+    with atomically(target) as temporary:
+        items = planned.items[file]
+        targets = [t for item in items for t in item.targets]
+        writer = ShardWriter(temporary, targets, {"format": "pt"})
+        try:
+            with _in_background(writer.write) as write:
+                for item in items[:2]:
+                    _announce(ahead, store, item)
+                for item, coming in zip_longest(items, items[2:]):
+                    if coming is not None:
+                        _announce(ahead, store, coming)
+                    _convert_item(ahead, planned, store, item, write)
+                    advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
+            writer.close()
+        finally:
+            with suppress(OSError):  # of a full disk, once more
+                writer.file.close()
+    return writer.checksums
+
+
+@contextmanager
+def _in_background(write: Write) -> Iterator[Write]:
+    """Lend a function that lets another thread write tensors, in order, while this one goes on."""
+    waiting: deque[tuple[Future[None], int]] = deque()
+
+    def later(name: str, tensor: torch.Tensor, part: int | None = None) -> None:
+        while sum(size for _, size in waiting) > _WAITING:
+            waiting.popleft()[0].result()
+        waiting.append((pool.submit(write, name, tensor, part), tensor.nbytes))
+
+    with ThreadPoolExecutor(1) as pool:
+        yield later
+        for made, _ in waiting:
+            made.result()
+
+
+def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
+    """Have the disk read what comes while tensors before it are encoded, unless its codes are there already."""
+    kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
+    if not kept and not ahead.checkpoint.decodes:
+        for key in item.all_keys[:2]:
+            ahead.announce(key)
+
+
+def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: Item, write: Write) -> None:
+    chosen = {o.name: store.get(o.module) if store is not None and o.codec else None for o in item.outputs}
+    made: dict[str, Any] = {}
+    if any(c is None for c in chosen.values()):
+        made = converted(item, planned.model, ahead.load)
+    for output in item.outputs:
+        if output.guard:
+            write(output.guard, torch.empty(0, dtype=torch.uint8))
+        choice = chosen[output.name]
+        if choice is not None:
+            for n, array in choice.encoded.fields.items():
+                write(output.stem + n, torch.from_numpy(array))
+        elif not output.codec:
+            write(output.stem, made[output.name])
+        else:
+            try:
+                _encode(output, made[output.name], write)
+            except ValueError as e:
+                raise ValueError(f"{ahead.checkpoint.where(item.all_keys[0])}: {output.name}: {e}") from None
+
+
+def _encode(output: Output, floats: Any, write: Write) -> None:
+    """Encode a matrix, or a stack of them one by one, and write the codes."""
+    for i, w in enumerate(floats if output.is_stack else [floats]):
+        part = i if output.is_stack else None
+        encoded = encode(w.T if output.transposed else w, output.codec, group_size=output.group_size)
+        for n, array in encoded.fields.items():
+            write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
+
+
+def _finish(
+    checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path, base: str | None, spending: str | None
+) -> None:
+    """Write the index, the configuration and the card; from then on the directory is a model."""
+    if isinstance(checkpoint, GgufCheckpoint):  # what lies beside it may belong to other models
+        checkpoint.save_tokenizer(out)
+    for path in sorted(_directory(checkpoint).iterdir()) if checkpoint.format != "gguf" else ():
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", CARD):
+            shutil.copyfile(path, out / path.name)
+    if len(planned.names) > 1:
+        weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
+        write_json(out / "model.safetensors.index.json",
+                    {"metadata": {"total_size": planned.nbytes}, "weight_map": weight_map})  # fmt: skip
+    config.modules = {o.module: [o.codec, o.group_size] for o in planned.encoded}
+    config.modules |= {m: list(about) for m, about in planned.shared.items()}
+    write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
+    beside = None if isinstance(checkpoint, GgufCheckpoint) else _directory(checkpoint)
+    estimate = None if spending is None else f"Estimated when the bits were spent:\n\n```\n{spending}\n```"
+    write_card(out, base, beside, estimate)
+    if (out / _CALIBRATION).exists():
+        shutil.rmtree(out / _CALIBRATION)
+    (out / _PROGRESS).unlink()

@@ -1,0 +1,5 @@
+"""`python -m qins.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,127 @@
+"""Timing side by side: what `qins bench` prints, and what the scripts in benchmarks/ share."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..codec import isas
+from ..system import cpu_name, get_num_threads
+
+Contestants = dict[str, Callable[[int], object]]
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that the first processor reports; 32 MiB if it reports none."""
+    best = 32 << 20
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = size.read_text().strip()
+        best = max(best, int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1], 0))
+    return best
+
+
+def rotation_bytes() -> int:
+    """Return how much memory weights rotate through, so that no cache holds what comes next.
+
+    At least 256 MB: twice a cache of 32 MB is two layers, of which a cache that replaces at random keeps a part.
+    """
+    return max(2 * last_level_cache_bytes(), 256 << 20)
+
+
+def machine() -> dict[str, object]:
+    """Name the processor and what of it is used, for the head of a table."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "last_level_cache_mib": last_level_cache_bytes() >> 20,
+        "isas": isas(),
+        "threads": get_num_threads(),
+    }
+
+
+def race(contestants: Contestants, seconds: float = 1.0, rounds: int = 3) -> dict[str, float]:
+    """Best time in seconds of each contestant, called in turn with 0, 1, 2, ... for `seconds` each.
+
+    Taking turns spreads the noise of a shared machine evenly, and the best of many is what the machine can do.
+    """
+    best = dict.fromkeys(contestants, float("inf"))
+    spent = dict.fromkeys(contestants, 0.0)
+    n = 0
+    while any(spent[c] < seconds or n < rounds for c in contestants):
+        for name, run in contestants.items():
+            if spent[name] >= seconds and n >= rounds:
+                continue
+            begin = time.perf_counter()
+            run(n)
+            took = time.perf_counter() - begin
+            spent[name] += took
+            best[name] = min(best[name], took)
+        n += 1
+    return best
+
+
+def _contestants(
+    shape: tuple[int, int], rotation: int, group_size: int | str | None
+) -> dict[str, Callable[[Any], Callable[[int], object]]]:
+    """Return a maker of each contestant, which takes the activations; weights rotate through `rotation` bytes."""
+    import torch
+    from torch import nn
+
+    from ..nn import QINSLinear
+
+    linear = nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)
+
+    def copies(size: int) -> range:
+        return range(max(2, rotation // size))
+
+    layers = [QINSLinear.from_linear(linear, group_size=group_size)]
+    for _ in copies(shape[0] * shape[1])[1:]:
+        twin = QINSLinear(shape[1], shape[0], False, group_size=group_size, device="meta").to_empty(device="cpu")
+        twin.load_state_dict(layers[0].state_dict())
+        layers.append(twin)
+    floats = [linear.weight.clone() for _ in copies(linear.weight.nbytes)]
+    halves = [linear.weight.bfloat16() for _ in copies(linear.weight.nbytes // 2)]
+    codes = [layer.get_buffer("codes").numpy() for layer in layers]
+
+    def in_turn(run: Callable[[Any, Any], object], weights: list[Any], x: Any) -> Callable[[int], object]:
+        return lambda i: run(x, weights[i % len(weights)])
+
+    def multiply(x: Any, layer: Any) -> object:
+        return layer(x)
+
+    product = torch.nn.functional.linear
+    return {
+        "plain read of the codes": lambda x: in_turn(lambda _, c: _core.read(c, get_num_threads()), codes, x),
+        "torch float32": lambda x: in_turn(product, floats, x),
+        "torch bfloat16": lambda x: in_turn(product, halves, x.bfloat16()),
+        "log8, float32 in": lambda x: in_turn(multiply, layers, x),
+        "log8, bfloat16 in": lambda x: in_turn(multiply, layers, x.bfloat16()),
+    }
+
+
+def run(
+    shape: tuple[int, int], rows: Iterable[int], seconds: float, group_size: int | str | None = "default"
+) -> dict[str, Any]:
+    """Time x @ W.T of one layer, (out_features, in_features), for each number of rows of x.
+
+    Returns:
+        the machine, the shape, the group size, and milliseconds by rows and contestant.
+
+    """
+    import torch
+
+    from ..codec import resolve_group_size
+
+    makers = _contestants(shape, min(rotation_bytes(), 1 << 30), group_size)
+    milliseconds: dict[int, dict[str, float]] = {}
+    with torch.inference_mode():
+        for n in rows:
+            x = torch.randn(n, shape[1])
+            times = race({name: make(x) for name, make in makers.items()}, seconds)
+            milliseconds[n] = {name: t * 1e3 for name, t in times.items()}
+    size = resolve_group_size("log8", group_size, shape[1])
+    return {"machine": machine(), "shape": list(shape), "group_size": size, "milliseconds": milliseconds}

@@ -1,0 +1,125 @@
+"""`qins generate` and `qins chat`: a model that talks in a terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ..hf import load_tokenizer, require_causal_lm, require_transformers
+
+
+class _Timed:
+    """A streamer that notes when the first token came, and shows what comes unless it is to be silent."""
+
+    def __init__(self, shown: Any) -> None:
+        self.shown = shown
+        self.puts = 0
+        self.first = 0.0
+
+    def put(self, value: Any) -> None:
+        self.puts += 1
+        if self.puts == 2:  # the first is the prompt
+            self.first = time.perf_counter()
+        if self.shown is not None:
+            self.shown.put(value)
+
+    def end(self) -> None:
+        if self.shown is not None:
+            self.shown.end()
+
+
+class Speaker:
+    """A causal language model that prints tokens as they come.
+
+    Args:
+        model: directory or hub name, quantized by qins or not.
+        tokens: how many it says at most.
+        temperature: 0 takes the most likely token.
+        silent: print nothing.
+        seed: of the random numbers; None takes others each time.
+        sampling: further arguments of transformers' `generate`, such as top_p; those that are None are left out.
+
+    Attributes:
+        last: of the latest `say`: prompt, text, prompt_tokens, tokens, prompt_seconds, seconds, tokens_per_second.
+
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokens: int,
+        temperature: float,
+        *,
+        silent: bool = False,
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> None:
+        transformers = require_transformers()
+        require_causal_lm(model)
+        self.name = model
+        self.silent = silent
+        self.last: dict[str, Any] = {}
+        self.tokenizer = load_tokenizer(model)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+        self._streamer = transformers.TextStreamer
+        chosen = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        given = {k: v for k, v in sampling.items() if v is not None}
+        if "stop_strings" in given:
+            given["tokenizer"] = self.tokenizer
+        self.options: dict[str, Any] = {"max_new_tokens": tokens, **chosen, **given}
+        if seed is not None:
+            torch.manual_seed(seed)
+
+    @torch.inference_mode()
+    def say(self, prompt: str, *, special_tokens: bool = True) -> str:
+        """Print what follows the prompt, and return it."""
+        inputs = self.tokenizer(
+            prompt, return_tensors="pt", add_special_tokens=special_tokens, return_token_type_ids=False
+        )
+        length = inputs.input_ids.shape[1]
+        if not length:
+            raise ValueError("prompt: expected at least one token, got none")
+        shown = None if self.silent else self._streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Timed(shown)
+        begun = time.perf_counter()
+        out = self.model.generate(**inputs, **self.options, streamer=streamer)
+        ended = time.perf_counter()
+        text: str = self.tokenizer.decode(out[0, length:], skip_special_tokens=True)
+        made = out.shape[1] - length
+        decoding = ended - streamer.first
+        self.last = {
+            "model": self.name,
+            "prompt": prompt,
+            "text": text,
+            "prompt_tokens": length,
+            "tokens": made,
+            "prompt_seconds": streamer.first - begun,
+            "seconds": decoding,
+            "tokens_per_second": (made - 1) / decoding if made > 1 else None,  # the first comes with the prompt
+        }
+        return text
+
+
+class Conversation:
+    """Questions and answers in the format that a model was trained on.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+
+    """
+
+    def __init__(self, speaker: Speaker, system: str | None = None) -> None:
+        if not getattr(speaker.tokenizer, "chat_template", None):
+            raise ValueError(f"{speaker.name}: has no chat template; qins generate continues a text")
+        self.speaker = speaker
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def answer(self, question: str) -> str:
+        """Print and return the answer to a question, with all that was said before in view."""
+        self.messages.append({"role": "user", "content": question})
+        prompt = self.speaker.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
+        text = self.speaker.say(prompt, special_tokens=False)  # the template has written them
+        self.messages.append({"role": "assistant", "content": text})
+        return text

@@ -1,0 +1,88 @@
+"""The codecs on NumPy arrays, over the C core. Torch is optional: what needs it is imported when it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..system import lazily
+from .array import EncodedArray, decode, encode, matmul
+from .dtypes import is_torch
+from .feedback import DAMPING, ErrorFeedback
+from .fields import (
+    ARRAYS,
+    EXPERT_STACKS,
+    FIELD_ROLES,
+    SCALARS,
+    check_alpha,
+    check_codec,
+    check_group_size,
+    field_names,
+    field_shapes,
+    split_field,
+)
+from .golden import QINSCodec
+from .group_sizes import default_group_size, resolve_group_size, slow_group_size, warn_if_slow
+from .instruction_sets import isa, isas, use_isa
+from .quality import snr_db
+from .rational import DEFAULT_TARGETS, qins_decode, qins_encode, warn_deprecated
+from .rational_arrays import RationalArray, codes_of, decode_old
+
+if TYPE_CHECKING:
+    from .rational_tensors import RationalTensor, decode_tensor, encode_tensor
+    from .tensors import Blocks, decode_fields, decode_on_device, dtype_name
+
+__all__ = [
+    "ARRAYS",
+    "DAMPING",
+    "DEFAULT_TARGETS",
+    "EXPERT_STACKS",
+    "FIELD_ROLES",
+    "SCALARS",
+    "Blocks",
+    "EncodedArray",
+    "ErrorFeedback",
+    "QINSCodec",
+    "RationalArray",
+    "RationalTensor",
+    "check_alpha",
+    "check_codec",
+    "check_group_size",
+    "codes_of",
+    "decode",
+    "decode_fields",
+    "decode_old",
+    "decode_on_device",
+    "decode_tensor",
+    "default_group_size",
+    "dtype_name",
+    "encode",
+    "encode_tensor",
+    "field_names",
+    "field_shapes",
+    "is_torch",
+    "isa",
+    "isas",
+    "matmul",
+    "qins_decode",
+    "qins_encode",
+    "resolve_group_size",
+    "slow_group_size",
+    "snr_db",
+    "split_field",
+    "use_isa",
+    "warn_deprecated",
+    "warn_if_slow",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Blocks": "tensors",
+        "decode_fields": "tensors",
+        "decode_on_device": "tensors",
+        "dtype_name": "tensors",
+        "RationalTensor": "rational_tensors",
+        "decode_tensor": "rational_tensors",
+        "encode_tensor": "rational_tensors",
+    },
+)

@@ -1,0 +1,102 @@
+"""Codes chosen for what a layer computes: error feedback, with the second moments of its inputs in view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from ..system import get_num_threads
+from .array import EncodedArray, encode
+from .dtypes import Array, as_float32
+
+DAMPING = 0.1
+
+_ROWS = 256  # of a matrix that are worked on at a time, where all would double the memory
+
+
+class ErrorFeedback:
+    """Encodes weights as log8 so that the layer's outputs, rather than the weights, are as exact as they can be.
+
+    mu and scales are chosen by the inputs' mean squares. Then columns are rounded one after the other, by descending
+    mean square, and what the rounding of one did to the outputs is made up for by those that follow. With the inputs'
+    second moments H, in that order, plus `damping` times its mean diagonal,
+
+        H = (A + I) D (A + I)^T,  A strictly upper triangular, D diagonal
+
+    (a Cholesky factorization from the last column back), and column j takes the codes nearest to
+    w_j + sum over i < j of (w_i - value_i) A[i, j]. This is GPTQ (Frantar et al., 2022, arXiv:2210.17323) in the form
+    of LDLQ (Chee et al., 2023, arXiv:2307.13304, Theorem 6), which needs no inverse. The format is log8's own.
+
+    Args:
+        gram: (K, K), the sum or mean of x x^T over the tokens x that the layer was given.
+        damping: what is added to gram's diagonal, as a share of its mean.
+
+    Attributes:
+        importance: (K,) gram's diagonal.
+        order: (K,) uint32, the columns in the order of rounding.
+        factors: (K, K) float32, A^T.
+
+    Raises:
+        ValueError: gram is not a symmetric matrix of finite numbers with a diagonal >= 0, or stays singular in spite
+            of damping.
+
+    """
+
+    def __init__(self, gram: Any, damping: float = DAMPING) -> None:
+        """Factorise gram; one object serves all layers that share their inputs."""
+        if not damping >= 0:
+            raise ValueError(f"damping: expected a number >= 0, got {damping!r}")
+        h = _check_gram(gram)
+        cols = h.shape[0]
+        self.importance: Array = h.diagonal().copy()
+        order = np.argsort(-self.importance, kind="stable")
+        self.order: Array = order.astype(np.uint32)
+        self.factors: Array = np.zeros((cols, cols), np.float32)
+        mean = float(self.importance.mean()) if cols else 0.0
+        if mean == 0.0:  # inputs that were never anything but zero ask for nothing
+            return
+        # from the last column back; matrices of float64 are let go as soon as they have served
+        backward = h[np.ix_(order[::-1], order[::-1])]
+        del h
+        backward[np.diag_indices(cols)] += damping * mean
+        try:
+            backward = np.linalg.cholesky(backward)
+        except np.linalg.LinAlgError:
+            raise ValueError(
+                f"gram: singular with a damping of {damping:g}; it needs more tokens of more varied text, or more "
+                "damping"
+            ) from None
+        upper = backward[::-1, ::-1]  # H = upper upper^T
+        for j in range(0, cols, _ROWS):
+            columns = upper[:, j : j + _ROWS]
+            scaled = columns / upper.diagonal()[j : j + _ROWS]
+            self.factors[j : j + _ROWS] = np.tril(scaled.T, j - 1)
+
+    def encode(self, weights: Any, *, group_size: int | None = None, mu: float | None = None) -> EncodedArray:
+        """Encode an (N, K) floating-point array or CPU tensor; arguments and errors as those of `qins.encode`."""
+        w = as_float32(weights)
+        cols = len(self.order)
+        if w.ndim != 2 or w.shape[1] != cols:
+            raise ValueError(f"weights: expected shape (N, {cols}), got {w.shape}")
+        e = encode(w, "log8", group_size=group_size, mu=mu, importance=self.importance)
+        (mu_found,) = e.scalars
+        _core.feedback(w, self.order, self.factors, e.arrays, mu_found, group_size or 0, get_num_threads())
+        return e
+
+
+def _check_gram(gram: Any) -> Array:
+    h = np.asarray(gram, np.float64)
+    if h.ndim != 2 or h.shape[0] != h.shape[1]:
+        raise ValueError(f"gram: expected a square matrix, got shape {h.shape}")
+    largest = float(max(h.max(initial=0.0), -h.min(initial=0.0)))
+    if not np.isfinite(largest):
+        raise ValueError("gram: expected finite numbers, got NaN or infinite ones")
+    if (h.diagonal() < 0).any():
+        raise ValueError(f"gram: expected a diagonal that is not negative, got {h.diagonal().min()}")
+    for row in range(0, h.shape[0], _ROWS):
+        part, turned = h[row : row + _ROWS], h[:, row : row + _ROWS].T
+        if np.abs(part - turned).max(initial=0.0) > 1e-4 * largest:
+            raise ValueError("gram: expected a symmetric matrix, got one that differs from its transpose")
+    return h

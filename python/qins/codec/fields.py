@@ -1,0 +1,92 @@
+"""What each codec stores: the names, order, shapes and dtypes of its fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+
+
+def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
+    """Names of a codec's fields, in the order the operators take them."""
+    return (*array_names(codec, group_size), *SCALARS[codec])
+
+
+# What the C core stores for each codec: arrays in its order, then scalars. `group_scale` joins
+# log8's arrays when the inputs are grouped.
+ARRAYS: dict[str, tuple[str, ...]] = {
+    "golden": ("stored", "sign"),
+    "log9": ("stored", "sign_bits"),
+    "log8": ("codes", "scale"),
+    "rational": ("w_encoded",),
+}
+SCALARS: dict[str, tuple[str, ...]] = {
+    "golden": ("log_min", "log_max"),
+    "log9": ("log_min", "log_max"),
+    "log8": ("mu",),
+    "rational": ("alpha", "z_min", "z_max"),
+}
+# What each field is for: "codes" (one a weight), "sign" or "range".
+FIELD_ROLES = {
+    "stored": "codes", "codes": "codes", "w_encoded": "codes", "sign": "sign", "sign_bits": "sign",
+    "scale": "range", "group_scale": "range", "mu": "range", "log_min": "range", "log_max": "range",
+    "alpha": "range", "z_min": "range", "z_max": "range",
+}  # fmt: skip
+# The stacks of matrices of a mixture's experts; fields of their codes are named `<stack>_<field>`.
+EXPERT_STACKS = ("gate_up_proj", "up_proj", "down_proj")
+_STACKED_FIELDS = {f"{stack}_{field}": (stack, field) for stack in EXPERT_STACKS for field in FIELD_ROLES}
+FIELD_DTYPES: dict[str, np.dtype[Any]] = {
+    "stored": np.dtype(np.uint8),
+    "sign": np.dtype(np.int8),
+    "sign_bits": np.dtype(np.uint8),
+    "codes": np.dtype(np.uint8),
+    "scale": np.dtype(np.float32),
+    "group_scale": np.dtype(np.uint8),
+    "w_encoded": np.dtype(np.uint8),
+}
+
+
+def check_codec(codec: str) -> str:
+    """Return `codec`, or raise the ValueError that lists the codecs."""
+    if codec not in _core.CODECS:
+        raise ValueError(f"codec: expected one of {', '.join(_core.CODECS)}, got {codec!r}")
+    return codec
+
+
+def check_group_size(codec: str, group_size: int | None) -> int | None:
+    """Return `group_size`, or raise if `codec` cannot have it."""
+    if group_size is None:
+        return None
+    if codec != "log8":
+        raise ValueError(f"group_size: expected None for codec {codec!r} (only log8 is grouped), got {group_size!r}")
+    if not isinstance(group_size, (int, np.integer)) or isinstance(group_size, bool) or group_size < 1:
+        raise ValueError(f"group_size: expected a positive integer or None, got {group_size!r}")
+    return int(group_size)
+
+
+def check_alpha(alpha: float) -> float:
+    """Return rational's alpha as a float, or raise if it is not positive and finite in float32."""
+    if not isinstance(alpha, (int, float, np.integer, np.floating)) or not 1e-30 <= alpha <= 1e30:
+        raise ValueError(f"alpha: expected a positive number, 1e-30 to 1e30, got {alpha!r}")
+    return float(alpha)
+
+
+def array_names(codec: str, group_size: int | None) -> tuple[str, ...]:
+    """Names of the array fields, in the C core's order."""
+    return (*ARRAYS[codec], "group_scale") if group_size else ARRAYS[codec]
+
+
+def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the array fields of a weight of this shape; the last dimension is in_features."""
+    lead, cols = shape[:-1], shape[-1] if shape else 1
+    shapes = {"stored": shape, "sign": shape, "codes": shape, "w_encoded": shape, "scale": lead}
+    shapes["sign_bits"] = (*lead, -(-cols // 8))
+    shapes["group_scale"] = (*lead, -(-cols // group_size)) if group_size else ()
+    return {name: shapes[name] for name in array_names(codec, group_size)}
+
+
+def split_field(name: str) -> tuple[str, str] | None:
+    """What a buffer's name stands for: ("", field), or (stack, field) of experts; None if it is not of codes."""
+    return ("", name) if name in FIELD_ROLES else _STACKED_FIELDS.get(name)

@@ -1,0 +1,156 @@
+"""torch tensors as NumPy arrays, and torch's threads as ours. Imported only where torch is in use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from ..system import get_num_threads
+from .fields import SCALARS, array_names, field_names
+
+try:
+    import torch
+except ImportError as e:  # pragma: no cover - depends on the environment
+    raise ImportError("this part of qins needs torch: pip install 'qins[torch]'") from e
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+Array = np.ndarray[Any, Any]
+Tensor = torch.Tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of an element type as the core knows it."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise TypeError(f"dtype: expected one of {', '.join(_NAMES.values())}, got {dtype}") from None
+
+
+def tensor_to_array(t: torch.Tensor) -> tuple[Array, str]:
+    """View a floating-point tensor as an array (uint16 for bfloat16) with its element type's name.
+
+    A tensor on another device than the CPU is copied.
+    """
+    if t.dtype not in _NAMES:
+        raise TypeError(f"weights: expected one of {', '.join(_NAMES.values())}, got {t.dtype}")
+    name = _NAMES[t.dtype]
+    t = t.detach().cpu()
+    return (t.view(torch.uint16) if name == "bfloat16" else t).numpy(), name
+
+
+def _share_torch_threads() -> None:
+    """Run the core's parallel work on the OpenMP threads that torch already has.
+
+    After each operation libgomp's threads spin for a while in wait of the next; a second pool would
+    have to fight them for the cores. Where torch brings another runtime, the core keeps its pool.
+    """
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            address = ctypes.cast(
+                ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel, ctypes.c_void_p
+            ).value
+        except (OSError, AttributeError):
+            continue
+        if address:
+            _core.set_fork_join(address)
+            return
+
+
+_share_torch_threads()
+
+
+def _split(
+    codec: str, group_size: int | None, fields: Sequence[Tensor]
+) -> tuple[tuple[np.ndarray, ...], tuple[float, ...]]:
+    n = len(array_names(codec, group_size))
+    arrays = tuple(f.detach().contiguous().numpy() for f in fields[:n])
+    return arrays, tuple(float(f) for f in fields[n:])
+
+
+class Blocks:
+    """Decodes blocks of one CPU weight matrix."""
+
+    def __init__(self, codec: str, group_size: int | None, fields: Sequence[Tensor]) -> None:
+        self.codec, self.group_size = codec, group_size
+        self.arrays, self.scalars = _split(codec, group_size, fields)
+        self.rows, self.cols = self.arrays[0].shape
+
+    def decode(self, out: Tensor, row: int, col: int) -> Tensor:
+        """Decode the block of out's shape that begins at (row, col)."""
+        array = (out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy()
+        _core.decode(
+            self.codec, self.arrays, self.scalars, self.rows, self.cols, self.group_size or 0, array,
+            dtype_name(out.dtype), row, col, get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def tiles(self, dtype: torch.dtype, scratch: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (rows, columns, decoded tile) over the whole matrix; each tile is in `scratch`."""
+        room = scratch.view(dtype)
+        width = max(1, min(self.cols, room.numel()))
+        height = max(1, room.numel() // width)
+        for row in range(0, self.rows, height):
+            for col in range(0, self.cols, width):
+                shape = min(height, self.rows - row), min(width, self.cols - col)
+                tile = room[: shape[0] * shape[1]].view(shape)
+                yield slice(row, row + shape[0]), slice(col, col + shape[1]), self.decode(tile, row, col)
+
+
+def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Decode with torch's own operations, on whatever device the codes are."""
+    names = field_names(codec, group_size)
+    f = dict(zip(names, fields, strict=True))
+    scalars = tuple(float(f[n]) for n in SCALARS[codec])
+    codes = fields[0]
+    table = torch.frombuffer(bytearray(_core.levels(codec, scalars)), dtype=torch.float32).to(codes.device)
+    if codec == "rational":
+        values, negative = table[(codes & 0x7F).long()], codes >= 0x80
+    elif codec == "log8":
+        scale = f["scale"][:, None]
+        if group_size:
+            multiplier = (f["group_scale"].float() + 1) / 256
+            scale = (scale * multiplier).repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+        values, negative = table[(codes & 0x7F).long()] * scale, codes >= 0x80
+    else:
+        values = table[codes.long()]
+        if codec == "golden":
+            negative = f["sign"] < 0
+        else:
+            bit = torch.arange(8, device=codes.device, dtype=torch.uint8)
+            negative = (f["sign_bits"].unsqueeze(-1) >> bit & 1).flatten(1)[:, : codes.shape[1]].bool()
+    return torch.where(negative, -values, values).to(dtype)
+
+
+def decode_fields(codec: str, fields: Mapping[str, Tensor], group_size: int | None, dtype: torch.dtype) -> Tensor:
+    """Return the decoded weights, of any shape, on the device of the codes."""
+    names = field_names(codec, group_size)
+    codes = fields[names[0]]
+    rows = codes.numel() // codes.shape[-1] if codes.dim() and codes.shape[-1] else int(codes.numel() > 0)
+    flat = []
+    for n in names:
+        f = fields[n]
+        flat.append(f.reshape(-1) if n == "scale" else f if n in SCALARS[codec] else _rows(f, rows))
+    if codes.device.type == "meta":
+        return torch.empty(codes.shape, dtype=dtype, device="meta")
+    if codes.device.type != "cpu":
+        return decode_on_device(codec, group_size, flat, dtype).reshape(codes.shape)
+    out = torch.empty(codes.shape, dtype=dtype)
+    Blocks(codec, group_size, [f.contiguous() for f in flat]).decode(_rows(out, rows), 0, 0)
+    return out
+
+
+def _rows(t: Tensor, rows: int) -> Tensor:
+    return t.reshape(rows, t.shape[-1] if t.dim() else 1)

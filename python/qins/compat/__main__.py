@@ -1,0 +1,5 @@
+"""Run a script of the seed."""
+
+from . import main
+
+main()

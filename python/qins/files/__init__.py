@@ -1,0 +1,35 @@
+"""What lies on the disk: reading what may be damaged or hostile, writing it safely, and saying what is in it."""
+
+from .ahead import ReadAhead
+from .gguf import GgufCheckpoint, open_gguf
+from .inspecting import inspect
+from .inspection_report import InspectionReport
+from .layers import EncodedLayer, encoded_layers, load_layer
+from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_checkpoint, verify
+from .shards import DTYPE_CODES, ShardWriter, Target
+from .source_formats import ScaledCheckpoint, open_scaled
+from .text import read_json, read_text
+
+__all__ = [
+    "DTYPE_CODES",
+    "Checkpoint",
+    "EncodedLayer",
+    "GgufCheckpoint",
+    "InspectionReport",
+    "ReadAhead",
+    "ScaledCheckpoint",
+    "ShardWriter",
+    "StoredTensor",
+    "Target",
+    "checksum",
+    "encoded_layers",
+    "fingerprint",
+    "inspect",
+    "load_layer",
+    "open_checkpoint",
+    "open_gguf",
+    "open_scaled",
+    "read_json",
+    "read_text",
+    "verify",
+]

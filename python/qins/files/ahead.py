@@ -1,0 +1,87 @@
+"""Reading a checkpoint's tensors before they are asked for."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..system import is_resident, page_in
+from .direct import KNOWN, aligned_memory, blocks_around, read_directly
+from .reading import Checkpoint
+
+# Bytes of a tensor that is worth it, and of one of which three may be in memory; others are mapped.
+_LEAST, _MOST = 1 << 20, 1 << 28
+
+
+class ReadAhead:
+    """Loads tensors of a checkpoint; those that were announced are read by another thread, in that order.
+
+    Nobody needs floats again whose codes are made. So they go from the disk straight into memory that is used over and
+    over, unless the page cache has them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._pool = ThreadPoolExecutor(1)
+        self._coming: dict[str, Future[torch.Tensor]] = {}
+        self._places: dict[Path, dict[str, int]] = {}
+        self._rooms: list[mmap.mmap] = []  # which no tensor uses
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._coming.clear()
+
+    def announce(self, name: str) -> None:
+        """Begin to read a tensor that will be asked for once."""
+        self._coming[name] = self._pool.submit(self._read, name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one tensor, read or mapped."""
+        coming = self._coming.pop(name, None)
+        return self.checkpoint.load(name) if coming is None else coming.result()
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self.checkpoint.load(name)
+        suits = self.checkpoint.format == "safetensors" and _LEAST <= tensor.nbytes <= _MOST
+        if KNOWN and suits and not is_resident(tensor):
+            with suppress(OSError):  # mapping needs nothing special of a file system
+                return self._read_directly(name, tensor)
+        page_in(tensor)
+        return tensor
+
+    def _read_directly(self, name: str, mapped: torch.Tensor) -> torch.Tensor:
+        path = self.checkpoint.where(name)
+        if path not in self._places:
+            self._places[path] = _places(path)
+        begin = self._places[path][name]
+        first, size = blocks_around(begin, mapped.nbytes)
+        room = self._take(size)
+        view = memoryview(room)
+        weakref.finalize(view, self._rooms.append, room)  # the tensor refers to the view
+        read_directly(path, begin, mapped.nbytes, view)
+        return torch.frombuffer(view, dtype=mapped.dtype, count=mapped.numel(), offset=begin - first).view(mapped.shape)
+
+    def _take(self, size: int) -> mmap.mmap:
+        for i, room in enumerate(self._rooms):
+            if len(room) >= size:
+                return self._rooms.pop(i)
+        self._rooms.clear()  # rooms for the largest tensors are enough
+        return aligned_memory(size)
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Offset of each tensor in a safetensors file, which the library has read and found well-formed."""
+    with path.open("rb") as f:
+        header = f.read(int.from_bytes(f.read(8), "little"))
+        start = f.tell()
+    return {k: start + v["data_offsets"][0] for k, v in json.loads(header).items() if k != "__metadata__"}

@@ -1,0 +1,132 @@
+"""What a saved model holds: codecs, dtypes, bytes by kind, and (against another one) the error of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..codec import ARRAYS, slow_group_size, snr_db
+from .inspection_report import InspectionReport, LayerError
+from .layers import KINDS, EncodedLayer, encoded_layers, load_layer
+from .reading import Checkpoint, open_checkpoint, verify
+
+_HISTOGRAM_CODES = 1 << 20
+
+
+def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
+    codes = checkpoint.load(layer.fields[ARRAYS[layer.codec][0]]).numpy().reshape(-1)
+    step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that it goes through all columns
+    # one bit of sign and seven of magnitude, or eight of magnitude, of which 255 is the smallest
+    signed = layer.codec in ("log8", "rational")
+    levels = codes[::step] & 0x7F if signed else (255 - codes[::step]) >> 1
+    counts: list[int] = np.bincount(levels >> 2, minlength=32).tolist()
+    return counts
+
+
+def inspect(path: str | Path, against: str | Path | None = None, *, histograms: bool = False) -> InspectionReport:
+    """Say what a saved model holds.
+
+    Args:
+        path: a safetensors, torch or GGUF file, or a directory with one model.
+        against: another checkpoint; each layer of both is then compared, codes or floats on either side.
+        histograms: count how often each level is used.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, hostile, or `against` has no layer in common.
+
+    """
+    checkpoint = open_checkpoint(path)
+    problems: list[str] = []
+    layers = encoded_layers(checkpoint, problems)
+    of_layers = {key: n for layer in layers for n, key in layer.fields.items()}
+    report = InspectionReport(
+        str(path), checkpoint.format, {p.name: n for p, n in checkpoint.files.items()}, len(checkpoint.tensors), layers,
+        problems=problems,
+    )  # fmt: skip
+    slow = Counter(slow_group_size(layer.codec, layer.group_size) for layer in layers)
+    report.notes = [f"{n} layer{'s' if n > 1 else ''} with {told}" for told, n in sorted(slow.items()) if told]
+    kinds: dict[str, int] = dict.fromkeys(("stored", "sign", "range", "other"), 0)
+    dtypes: dict[str, int] = defaultdict(int)
+    seen: set[tuple[str, int]] = set()
+    for key, t in checkpoint.tensors.items():
+        if t.storage in seen and t.bytes:
+            continue
+        seen.add(t.storage)
+        kind = KINDS[of_layers[key]] if key in of_layers else "other"
+        kinds[kind] += t.bytes
+        dtypes[t.dtype] += t.bytes
+        report.float32_bytes += 4 * t.elements if kind in ("stored", "other") else 0
+    report.bytes_by_kind, report.bytes_by_dtype = kinds, dict(dtypes)
+    report.tensor_bytes = sum(kinds.values())
+    if checkpoint.format != "gguf":
+        for layer in layers:
+            _check_layer(checkpoint, layer, problems)
+            if histograms:
+                report.histograms[layer.name] = _histogram(checkpoint, layer)
+        report.verified = _verify(checkpoint, problems)
+    if against is not None:
+        report.errors = _compare(checkpoint, layers, open_checkpoint(against))
+    return report
+
+
+def _check_layer(checkpoint: Checkpoint, layer: EncodedLayer, problems: list[str]) -> None:
+    try:
+        load_layer(checkpoint, layer)
+    except (ValueError, TypeError) as e:
+        problems.append(str(e))
+
+
+def _verify(checkpoint: Checkpoint, problems: list[str]) -> int:
+    """Compare tensors with the checksums that the checkpoint has; return how many are right."""
+    quantization = checkpoint.config.get("quantization_config")
+    known = quantization.get("checksums") if isinstance(quantization, dict) else None
+    right, wrong = verify(checkpoint, known) if isinstance(known, dict) else (0, [])
+    problems += wrong
+    return right
+
+
+class _Weights:
+    """The weights of a checkpoint by layer, whether codes or floats."""
+
+    def __init__(self, checkpoint: Checkpoint, layers: list[EncodedLayer]) -> None:
+        self.checkpoint = checkpoint
+        self.layers = {layer.name: layer for layer in layers}
+        floats = {"float32", "float16", "bfloat16", "float64"}
+        self.floats = {
+            k.removesuffix(".weight")
+            for k, t in checkpoint.tensors.items()
+            if k.endswith(".weight") and t.dtype in floats and len(t.shape) >= 2
+        }
+
+    def names(self) -> list[str]:
+        return [*self.layers, *sorted(self.floats - set(self.layers))]
+
+    def load(self, name: str) -> np.ndarray[Any, Any]:
+        if name in self.layers:
+            layer = self.layers[name]
+            decoded = [e.decode() for e in load_layer(self.checkpoint, layer)]
+            return np.stack(decoded) if layer.is_stack else decoded[0]
+        return self.checkpoint.load(f"{name}.weight").float().numpy()
+
+
+def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoint) -> list[LayerError]:
+    mine, theirs = _Weights(checkpoint, layers), _Weights(other, encoded_layers(other, []))
+    common = [n for n in mine.names() if n in {*theirs.names()}]
+    if not common:
+        raise ValueError(f"{other.path}: expected layers of {checkpoint.path}, got none of the same name")
+    errors = []
+    for name in common:
+        a, b = mine.load(name), theirs.load(name)
+        if a.shape != b.shape:
+            raise ValueError(f"{other.path}: {name}: expected shape {a.shape} as in {checkpoint.path}, got {b.shape}")
+        signal = float(np.vdot(b.astype(np.float64), b))
+        difference = a - b
+        noise = float(np.vdot(difference.astype(np.float64), difference))
+        snr = snr_db(signal, noise)
+        worst = float(np.abs(difference).max(initial=0.0))
+        errors.append(LayerError(name, snr, worst, math.sqrt(noise / signal) if signal > 0 else math.inf))
+    return errors

@@ -1,0 +1,132 @@
+"""The encoded layers of a checkpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..codec import ARRAYS, EXPERT_STACKS, FIELD_ROLES, SCALARS, EncodedArray, default_group_size, split_field
+from .reading import Checkpoint, StoredTensor
+
+# What the bytes of a field are counted as: the seed calls codes "stored".
+KINDS = {name: "stored" if role == "codes" else role for name, role in FIELD_ROLES.items()}
+
+
+@dataclass(frozen=True)
+class EncodedLayer:
+    """The codes of one layer in a file.
+
+    Attributes:
+        name: of the layer; its fields are `<name>.<field>`.
+        codec: "log8", "log9", "golden" or "rational".
+        shape: of the weight.
+        group_size: inputs that share a scale, or None.
+        fields: field name to key in the file.
+        bytes: of all fields.
+
+    """
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    group_size: int | None
+    fields: dict[str, str]
+    bytes: int
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is the experts of a mixture, one matrix each."""
+        return self.name.rpartition(".")[2] in EXPERT_STACKS and len(self.shape) == 3
+
+
+def _group_size(cols: int, groups: int, config: Mapping[str, Any]) -> int:
+    """The group size that gives so many groups: the config's, else the default one, else a power of two."""
+    told = config.get("quantization_config", {})
+    told = told.get("group_size") if isinstance(told, dict) else None
+    candidates = [told] if isinstance(told, int) and told > 0 else []
+    candidates += [default_group_size(cols), *(1 << i for i in range(20)), -(-cols // max(groups, 1))]
+    return next((g for g in candidates if -(-cols // g) == groups), 0)
+
+
+def encoded_layers(checkpoint: Checkpoint, problems: list[str]) -> list[EncodedLayer]:
+    """Find the layers that are held as codes; what is incomplete or does not fit goes to `problems`."""
+    by_layer: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for key, tensor in checkpoint.tensors.items():
+        prefix, _, last = key.rpartition(".")
+        found = split_field(last)
+        if found is not None:
+            stack, name = found
+            by_layer[f"{prefix}.{stack}" if stack else prefix][name] = tensor
+    layers = []
+    for name, parts in by_layer.items():
+        codec = next((c for c, names in ARRAYS.items() if set(names) <= set(parts)), None)
+        if codec is None:
+            codes = next((k for k in parts if KINDS[k] == "stored"), None)
+            if codes is not None:
+                known = " or ".join(" and ".join(v) for v in ARRAYS.values() if v[0] == codes)
+                problems.append(f"{name}: expected {known} together, got {', '.join(parts)}")
+            continue
+        layer = _layer(name, codec, parts, checkpoint, problems)
+        if layer is not None:
+            layers.append(layer)
+    return layers
+
+
+def _layer(
+    name: str, codec: str, parts: dict[str, StoredTensor], checkpoint: Checkpoint, problems: list[str]
+) -> EncodedLayer | None:
+    codes = parts[ARRAYS[codec][0]]
+    if codes.dtype != "uint8":
+        size = codes.bytes / max(codes.elements, 1)
+        problems.append(
+            f"{codes.name}: expected uint8 codes, got {codes.dtype}, {size:g} bytes a weight: not quantized"
+        )
+        return None
+    wanted = {*ARRAYS[codec], *SCALARS[codec]}
+    group = None
+    if codec == "log8" and "group_scale" in parts:
+        wanted.add("group_scale")
+        shape = parts["group_scale"].shape
+        group = _group_size(codes.shape[-1] if codes.shape else 1, shape[-1] if shape else 0, checkpoint.config)
+        if group == 0:
+            problems.append(f"{name}: group_scale of shape {shape} fits no group size for codes of {codes.shape}")
+            return None
+    missing = sorted(wanted - set(parts))
+    if missing:
+        problems.append(f"{name}: {codec} without {', '.join(missing)}")
+        return None
+    fields = {n: parts[n].name for n in parts if n in wanted}
+    return EncodedLayer(name, codec, codes.shape, group, fields, sum(parts[n].bytes for n in fields))
+
+
+def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> list[EncodedArray]:
+    """Load the codes of a layer, every field checked: one matrix, or those of its experts.
+
+    Raises:
+        ValueError, TypeError: a field is not what its codec has; the message names the file and the layer.
+
+    """
+    tensors = {n: checkpoint.load(key) for n, key in layer.fields.items()}
+    experts = layer.shape[0] if layer.is_stack else 1
+    for n in SCALARS[layer.codec]:
+        if tensors[n].numel() != experts:
+            told = "one number" if experts == 1 else f"{experts} numbers"
+            raise ValueError(f"{checkpoint.path}: {layer.name}.{n}: expected {told}, got {tuple(tensors[n].shape)}")
+        tensors[n] = tensors[n].reshape((experts,) if layer.is_stack else ()).float()
+    fields = {n: t.detach().numpy() for n, t in tensors.items()}
+    try:
+        if not layer.is_stack:
+            return [EncodedArray.from_fields(layer.codec, fields, layer.group_size)]
+        short = [n for n, f in fields.items() if len(f) != experts]
+        if short:
+            raise ValueError(f"{short[0]}: expected {experts} experts, got {len(fields[short[0]])}")
+        return [
+            EncodedArray.from_fields(layer.codec, {n: np.asarray(f[i]) for n, f in fields.items()}, layer.group_size)
+            for i in range(experts)
+        ]
+    except (ValueError, TypeError) as e:
+        raise type(e)(f"{checkpoint.path}: {layer.name}: {e}") from None

@@ -1,0 +1,371 @@
+"""Reading checkpoints that may be damaged or hostile: safetensors, torch files, GGUF headers, sharded directories.
+
+Nothing here runs code from a file, and nothing is read into memory but what is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickletools
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..system import naming_extras
+from .text import read_json
+
+_SAFETENSORS_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
+    "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+_SAFETENSORS_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
+    "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64",
+    "F64": "float64",
+}  # fmt: skip
+
+# What a state dict is made of. torch's own list for weights_only is longer: it has bytearray, which
+# takes a size from the file.
+_PICKLED = {
+    "collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size",
+    "torch.serialization._get_layout", "torch._tensor._rebuild_from_type_v2", "torch.Tensor",
+    "torch.storage.UntypedStorage", "torch.nn.parameter.Parameter",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file.
+
+    Attributes:
+        name: its key.
+        dtype: NumPy's or torch's name of it, or the file's own name of a block format.
+        shape: its shape.
+        bytes: of its elements.
+        storage: what it shares with other tensors, if it has one of these in common with them.
+
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    storage: tuple[str, int]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of one or several files.
+
+    Attributes:
+        path: the file or directory.
+        format: "safetensors", "torch" or "gguf".
+        files: with their sizes in bytes.
+        tensors: by name.
+        config: config.json beside the files, if there is one.
+        metadata: what the files say of themselves.
+        decodes: whether `load` makes tensors of what the files hold, so that reading their bytes ahead is of no use.
+
+    """
+
+    decodes: ClassVar[bool] = False
+
+    path: Path
+    format: str
+    files: dict[Path, int] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    _where: dict[str, Path] = field(default_factory=dict)
+    _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
+
+    def where(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._where[name]
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one tensor, mapped from its file where that is possible.
+
+        Raises:
+            KeyError: there is none of this name.
+            ValueError: the format is only read for its header.
+
+        """
+        if name not in self.tensors:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        if self.format == "gguf":
+            raise ValueError(f"{self.path}: tensors of GGUF files are listed, not loaded")
+        if name in self._loaded:
+            return self._loaded[name]
+        from safetensors import safe_open
+
+        with safe_open(self._where[name], framework="pt") as f:
+            tensor: torch.Tensor = f.get_tensor(name)
+        return tensor
+
+    def load_each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return tensors as `load` does, in the files' order, each file opened once."""
+        wanted = set(names)
+        for path in self.files:
+            here = [n for n in self.tensors if n in wanted and self._where[n] == path]
+            if self.format != "safetensors":
+                yield from ((n, self.load(n)) for n in here)
+                continue
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as f:
+                for n in here:
+                    yield n, f.get_tensor(n)
+
+
+def checksum(tensor: torch.Tensor, before: str | None = None) -> str:
+    """CRC-32 of a tensor's bytes, in hexadecimal; `before` is that of the bytes in front of them."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
+
+
+def verify(checkpoint: Checkpoint, checksums: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Compare tensors with their checksums; return how many are right, and a sentence on each that is not."""
+
+    def compare(found: tuple[str, torch.Tensor]) -> str:
+        name, got = found[0], checksum(found[1])
+        if got == checksums[name]:
+            return ""
+        where = checkpoint.where(name)
+        return f"{where}: {name}: expected checksum {checksums[name]}, got {got}: the file is damaged"
+
+    with ThreadPoolExecutor() as pool:  # the sums release the GIL, and disks like to be asked for much at once
+        told = list(pool.map(compare, checkpoint.load_each(checksums)))
+    problems = [t for t in told if t]
+    return len(told) - len(problems), problems
+
+
+def fingerprint(files: Iterable[str | Path]) -> str:
+    """SHA-256 of files' sizes, first and last mebibytes, which hold the headers, in the order of their names."""
+    h = hashlib.sha256()
+    for path in sorted(map(Path, files), key=lambda p: p.name):
+        size = path.stat().st_size
+        h.update(size.to_bytes(8, "little"))
+        with path.open("rb") as f:
+            h.update(f.read(1 << 20))
+            f.seek(max(size - (1 << 20), 0))
+            h.update(f.read(1 << 20))
+    return h.hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a file, or a directory with one model's files; only headers are read.
+
+    Raises:
+        FileNotFoundError: there is nothing there, or a shard is missing.
+        ValueError: a file is damaged, truncated, of an unknown kind, or holds more than tensors.
+
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_directory(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    checkpoint = Checkpoint(path, _format(path))
+    _add_file(checkpoint, path)
+    return checkpoint
+
+
+def _format(path: Path) -> str:
+    with path.open("rb") as f:
+        start = f.read(16)
+    if start[:4] == b"GGUF":
+        return "gguf"
+    # first, since the length of a header, eight bytes, may begin as a pickle does
+    if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30):
+        return "safetensors"
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return "torch"
+    raise ValueError(
+        f"{path}: expected a safetensors, torch or GGUF file, got {len(start)} bytes that begin {start[:8]!r}"
+    )
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / index).is_file():
+            return _open_sharded(path, path / index)
+    for pattern in ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"):
+        found = sorted(p for p in path.glob(pattern) if p.is_file())
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:4])
+            raise ValueError(f"{path}: expected one model, got {len(found)} files ({names}) and no index")
+        if found:
+            checkpoint = Checkpoint(path, _format(found[0]), config=_config(path))
+            _add_file(checkpoint, found[0])
+            return checkpoint
+    raise FileNotFoundError(f"{path}: no safetensors, torch or GGUF file in it")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return read_json(path / "config.json") if (path / "config.json").is_file() else {}
+
+
+def _open_sharded(path: Path, index: Path) -> Checkpoint:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index}: expected a weight_map of names to files")
+    checkpoint = Checkpoint(path, "safetensors" if "safetensors" in index.name else "torch", config=_config(path))
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index}: expected names of files beside it, got {name!r}")
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name}: named in {index.name}, but not there")
+        if _format(path / name) != checkpoint.format:
+            raise ValueError(f"{path / name}: expected a {checkpoint.format} file")
+        _add_file(checkpoint, path / name)
+    for tensor, name in weight_map.items():
+        if checkpoint._where.get(tensor) != path / name:
+            raise ValueError(f"{path / name}: no tensor {tensor!r}, which {index.name} says is there")
+    return checkpoint
+
+
+def _add_file(checkpoint: Checkpoint, path: Path) -> None:
+    checkpoint.files[path] = path.stat().st_size
+    read = {"safetensors": _read_safetensors, "torch": _read_torch, "gguf": _read_gguf}[checkpoint.format]
+    for tensor in read(checkpoint, path):
+        if tensor.name in checkpoint.tensors:
+            raise ValueError(f"{path}: tensor {tensor.name!r} is in {checkpoint._where[tensor.name].name}, too")
+        checkpoint.tensors[tensor.name] = tensor
+        checkpoint._where[tensor.name] = path
+
+
+def _read_safetensors(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
+    with naming_extras():
+        from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            checkpoint.metadata |= f.metadata() or {}
+            for i, name in enumerate(f.keys()):
+                part = f.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                size = _SAFETENSORS_BITS.get(dtype, 8)
+                for s in shape:
+                    size *= s
+                yield StoredTensor(name, _SAFETENSORS_NAMES.get(dtype, dtype), shape, size // 8, (str(path), i))
+    except (SafetensorError, OSError, MemoryError) as e:
+        raise ValueError(f"{path}: not a readable safetensors file (truncated or damaged): {e}") from None
+
+
+def _check_pickle(path: Path, stream: Any, pickles: int) -> None:
+    """Refuse a pickle that names anything but the parts of a state dict."""
+    for _ in range(pickles):
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "STACK_GLOBAL" or opcode.name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+                raise ValueError(f"{path}: expected a state dict, got pickled objects ({opcode.name})")
+            if opcode.name == "GLOBAL":
+                name = str(argument).replace(" ", ".")
+                storage = name.startswith("torch.") and name.endswith("Storage") and name.count(".") == 1
+                dtype = name.startswith("torch.") and isinstance(getattr(torch, name[6:], None), torch.dtype)
+                if not storage and not dtype and name not in _PICKLED:
+                    raise ValueError(
+                        f"{path}: expected a state dict, got a pickle that calls {name}; it was not run "
+                        "(torch.save(model.state_dict()) writes what can be read here)"
+                    )
+
+
+def _check_torch_file(path: Path) -> bool:
+    """Check what torch.load would unpickle; True for the zip format, which can be mapped."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as f:
+            if f.read(2) == b"PK":
+                raise ValueError("truncated: the end of the zip archive is missing")
+            f.seek(0)
+            _check_pickle(path, f, 4)  # magic number, protocol, system, then the objects
+        return False
+    with zipfile.ZipFile(path) as z:
+        entries = z.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+            raise ValueError("compressed entries, which torch.save does not write")
+        if sum(e.file_size for e in entries) > path.stat().st_size:
+            raise ValueError("entries larger than the file")
+        pickles = [e for e in entries if e.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"expected one data.pkl, got {len(pickles)}")
+        with z.open(pickles[0]) as f:
+            _check_pickle(path, f, 1)
+    return True
+
+
+def _read_torch(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
+    try:
+        mapped = _check_torch_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as e:  # torch lets whatever goes wrong while parsing through
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if reason.startswith(str(path)):
+            raise ValueError(reason) from None
+        raise ValueError(f"{path}: not a readable torch file (truncated or damaged): {reason}") from None
+    for name, tensor in _state_dict(path, loaded).items():
+        storage = tensor.untyped_storage()
+        if tensor.is_sparse or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {name}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
+        size = tensor.numel() * tensor.element_size()
+        if size > max(storage.nbytes(), 0) or storage.nbytes() > path.stat().st_size:
+            raise ValueError(f"{path}: {name}: shape {tuple(tensor.shape)} is more than the file holds")
+        checkpoint._loaded[name] = tensor
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield StoredTensor(name, dtype, tuple(tensor.shape), size, (str(path), storage.data_ptr()))
+
+
+def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, or of one that is wrapped together with other things."""
+    for _ in range(3):
+        if not isinstance(loaded, dict):
+            break
+        tensors = {str(k): v.detach() for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+        if tensors:
+            return tensors
+        inner = [loaded[k] for k in ("state_dict", "model_state_dict", "model") if isinstance(loaded.get(k), dict)]
+        loaded = inner[0] if inner else None
+    raise ValueError(f"{path}: expected a state dict (names to tensors), got none")
+
+
+def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
+    with naming_extras():
+        import gguf
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(24)
+    # every tensor and every key takes at least 12 bytes of the header
+    counts = [int.from_bytes(head[i : i + 8], "little") for i in (8, 16)]
+    if len(head) < 24 or sum(counts) > size // 12:
+        raise ValueError(f"{path}: not a readable GGUF file: {sum(counts)} entries in {size} bytes")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as e:  # the library lets whatever goes wrong while parsing through
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path}: not a readable GGUF file (truncated or damaged): {reason}") from None
+    architecture = reader.get_field("general.architecture")
+    if architecture is not None:
+        checkpoint.metadata["architecture"] = str(architecture.contents())
+    for i, t in enumerate(reader.tensors):
+        shape = tuple(int(s) for s in reversed(t.shape))
+        dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(t.tensor_type.name, t.tensor_type.name)
+        yield StoredTensor(str(t.name), dtype, shape, int(t.n_bytes), (str(path), i))

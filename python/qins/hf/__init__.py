@@ -1,0 +1,66 @@
+"""transformers and PEFT: models are quantized while they load, saved, and loaded again.
+
+Importing this room registers quant_method "qins".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..system import lazily
+from .card import CARD, UploadWithCard, hub_name, write_card
+from .config import QinsConfig
+from .embeddings import input_embedding, tied_output, tied_to
+from .models import load_causal_lm, load_tokenizer, not_found, require_causal_lm, require_transformers
+from .modules import pending_experts, pending_layers
+from .names import Names, guard
+from .packaged import cache_directory, find_model
+from .quantizer import QinsHfQuantizer
+from .registering import attach, load, register
+
+if TYPE_CHECKING:
+    from .cache import QINSCache
+    from .calibrating import Calibration, CheckpointCalibration, tokenized
+    from .experts import one_by_one
+
+__all__ = [
+    "CARD",
+    "Calibration",
+    "CheckpointCalibration",
+    "Names",
+    "QINSCache",
+    "QinsConfig",
+    "QinsHfQuantizer",
+    "UploadWithCard",
+    "attach",
+    "cache_directory",
+    "find_model",
+    "guard",
+    "hub_name",
+    "input_embedding",
+    "load",
+    "load_causal_lm",
+    "load_tokenizer",
+    "not_found",
+    "one_by_one",
+    "pending_experts",
+    "pending_layers",
+    "register",
+    "require_causal_lm",
+    "require_transformers",
+    "tied_output",
+    "tied_to",
+    "tokenized",
+    "write_card",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Calibration": "calibrating",
+        "CheckpointCalibration": "calibrating",
+        "tokenized": "calibrating",
+        "one_by_one": "experts",
+        "QINSCache": "cache",
+    },
+)

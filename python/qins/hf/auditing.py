@@ -1,0 +1,63 @@
+"""What of a model has become codes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from ..nn import (
+    ConversionReport,
+    ConvertedModule,
+    SkippedModule,
+    other_matrices,
+)
+from .config import QinsConfig
+from .modules import (
+    coded_modules,
+)
+from .names import some
+
+logger = logging.getLogger("qins")
+
+
+def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> ConversionReport:
+    """List what is quantized and what is not; raise if it is less than min_quantized asks for."""
+    report = ConversionReport(skipped=list(skipped))
+    config.modules = {}
+    coded = floats = 0
+    owners: dict[int, str] = {}
+    for name, module in coded_modules(model):
+        for part, shape, group_size, fields in module.matrices(name):
+            owner = owners.setdefault(id(fields[0]), part)
+            config.modules[part] = [module.codec, group_size]
+            if module._non_persistent_buffers_set:
+                config.modules[part].append(owner)
+                continue
+            size = sum(f.nbytes for f in fields)
+            weights = math.prod(shape)
+            report.converted.append(
+                ConvertedModule(part, shape, module.codec, group_size, weights * 4, size, float("nan"))
+            )
+            coded += weights
+    seen: set[int] = set()
+    for name, p in model.named_parameters():
+        if id(p) not in seen:
+            seen.add(id(p))
+            floats += p.numel()
+            if p.dim() >= 3 and p.shape[0] > 1:
+                owner = name.rpartition(".")[0]
+                module = model.get_submodule(owner)
+                about = SkippedModule(name, "parameter", "a stack of matrices, such as experts")
+                if other_matrices(module):
+                    about = SkippedModule(owner, type(module).__name__, other_matrices(module))
+                if about not in report.skipped:
+                    report.skipped.append(about)
+    share = coded / max(coded + floats, 1)
+    text = f"qins: {100 * share:.1f} % of the parameters are codes, in {len(report.converted)} layers"
+    left = sorted({f"{s.name} ({s.reason})" for s in report.skipped})
+    level = logging.WARNING if share < 0.5 else logging.INFO
+    logger.log(level, "%s%s", text, f"; left: {some(left)}" if left else "")
+    if share < config.min_quantized:
+        raise RuntimeError(f"{text}, less than min_quantized = {config.min_quantized:g}; left: {some(left)}")
+    return report

@@ -1,0 +1,157 @@
+"""Calibrating what transformers loads: models in memory, and checkpoints on their way to the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration import Choice, Layer, Store, Text, choose_codes, cut, plan_layers, split
+from ..files import read_text
+from ..nn import ConversionReport, QINSExperts, QINSLinear, projections
+from ..system import progress, write_json
+from .choosing import chosen_layers
+from .config import QinsConfig
+from .embeddings import loaded
+from .models import load_tokenizer
+from .modules import conv1d, experts_codec, put, sizes
+
+
+def tokenized(source: str | Path, text: str, tokens: int) -> Text:
+    """Cut a text into calibration data with the tokenizer of a model.
+
+    Raises:
+        ValueError: it is too short or too uniform.
+
+    """
+    ids: torch.Tensor = load_tokenizer(str(source))(text, return_tensors="pt", verbose=False).input_ids
+    return split(cut(ids, tokens))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate a checkpoint.
+
+    Attributes:
+        text: what the model is to read; tokens: of it, at most.
+        target_bits, target_kld: what `qins.plan` is to reach; at most one of them.
+
+    """
+
+    text: str
+    tokens: int = 8192
+    target_bits: float | None = None
+    target_kld: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is done."""
+        if self.target_bits is not None and self.target_kld is not None:
+            raise ValueError("calibration: expected at most one of target_bits and target_kld, got both")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether group sizes are to be planned."""
+        return self.target_bits is not None or self.target_kld is not None
+
+    def record(self, text: Text) -> dict[str, Any]:
+        """What a checkpoint says of its calibration."""
+        tokens, held_out = text.tokens
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        targets = {"target_bits": self.target_bits, "target_kld": self.target_kld} if self.has_target else {}
+        return {"tokens": tokens, "held_out": held_out, "text_sha256": digest} | targets
+
+
+def calibrate_loaded(model: Any, config: QinsConfig, report: ConversionReport) -> None:
+    """Replace the modules of a float model that has just been loaded by calibrated ones."""
+    assert isinstance(config.calibration, str)
+    source = read_text(config.calibration)
+    text = tokenized(model.config._name_or_path, source, config.calibration_tokens)
+    layers: dict[str, Layer] = {}
+    chosen = chosen_layers(model, config, report)
+    # text reaches an expert too rarely for statistics, so experts get the nearest codes
+    experts = {n: m for n, m in chosen.items() if projections(m)}
+    for name, module in chosen.items():
+        if name not in experts:
+            codec, size = config.layer(name, sizes(module)[0])
+            layers[name] = Layer(module, codec, size, isinstance(module, conv1d()))
+    total = sum(layer.weight.numel() for layer in layers.values())
+    with progress("calibrating", total, None) as advance:
+        made = dict(choose_codes(model, layers, text, mapped=True, advance=advance))
+    for name, choice in made.items():
+        put(model, name, layers[name].module, coded(layers[name], choice))
+    for name, module in experts.items():
+        new = QINSExperts.from_experts(module, *experts_codec(config, name, module))
+        put(model, name, module, loaded(new))
+    config.calibration = Calibration(source, config.calibration_tokens).record(text)
+
+
+def coded(layer: Layer, choice: Choice) -> QINSLinear:
+    """Return the QINSLinear that takes a layer's place; its buffers count as loaded."""
+    out_features, in_features = layer.weight.shape
+    new = QINSLinear(
+        in_features, out_features, bias=False, codec=layer.codec, group_size=layer.group_size, device="meta",
+        dtype=layer.weight.dtype,
+    )  # fmt: skip
+    new._take_codes(choice.encoded, "cpu")
+    new.register_parameter("bias", layer.module._parameters["bias"])
+    new.train(layer.module.training)
+    return loaded(new)
+
+
+class CheckpointCalibration:
+    """Puts the codes of a checkpoint's modules into a store; its floats stay mapped files.
+
+    Args:
+        source: directory of the checkpoint.
+        architecture: transformers' class of the model.
+        text: what to calibrate on.
+        store: where the codes go; those that are there already are not made again.
+        show_progress: None shows a bar on a terminal.
+
+    """
+
+    def __init__(
+        self, source: Path, architecture: type[Any], text: Text, store: Store, show_progress: bool | None
+    ) -> None:
+        self.text, self.store, self.show_progress = text, store, show_progress
+        self.model = architecture.from_pretrained(source, dtype="auto").eval()
+
+    def _layers(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> dict[str, Layer]:
+        return {n: Layer(self.model.get_submodule(n), *about) for n, about in modules.items()}
+
+    def plan(
+        self, modules: Mapping[str, tuple[str, int | None, bool]], calibration: Calibration, config: QinsConfig
+    ) -> str:
+        """Choose group sizes, once; they become overrides of the config. Returns the plan in words."""
+        path = self.store.directory / "plan.json"
+        if not path.exists():
+            layers = {n: layer for n, layer in self._layers(modules).items() if layer.codec == "log8"}
+            total = sum(layer.weight.numel() for layer in layers.values())
+            with progress("planning", total, self.show_progress) as advance:
+                made = plan_layers(
+                    self.model, layers, self.text, calibration.target_bits, calibration.target_kld, mapped=True,
+                    advance=advance,
+                )  # fmt: skip
+            about = {"sizes": made.group_sizes, "left": made.left, "words": str(made), "bits": made.bits,
+                     "kld": made.kld}  # fmt: skip
+            write_json(path, about)
+        about = json.loads(path.read_text("utf-8"))
+        config.overrides = {n: {"codec": "log8", "group_size": s} for n, s in about["sizes"].items()} | config.overrides
+        config.exclude = [*config.exclude, *about["left"]]
+        assert isinstance(config.calibration, dict)
+        config.calibration |= {"bits": about["bits"], "estimated_kld": about["kld"]}
+        words: str = about["words"]
+        return words
+
+    def encode(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> None:
+        """Choose the codes of these modules: name to (codec, group_size, transposed)."""
+        layers = self._layers(modules)
+        total = sum(layer.weight.numel() for layer in layers.values())
+        with progress("calibrating", total, self.show_progress) as advance:
+            for _ in choose_codes(self.model, layers, self.text, mapped=True, store=self.store, advance=advance):
+                pass

@@ -1,0 +1,172 @@
+"""The model card, README.md, of a model in codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..files import open_checkpoint
+from ..system import atomically
+
+logger = logging.getLogger("qins")
+
+CARD = "README.md"
+_OURS = "<!-- Written by qins, which replaces it as long as this line is here. -->"
+# of transformers' own card, which says nothing
+_EMPTY = "This model card has been automatically generated"
+_ORIGINAL = "## The original's card\n"
+_CARRIED = ("license", "license_name", "license_link", "language", "tags", "pipeline_tag")
+
+_TEXT = """\
+{ours}
+
+# {title}
+
+**This needs `pip install "qins[hf]"`.** Without it transformers warns of an "Unknown quantization type, got qins" and
+stops at an empty tensor whose size does not match; told to ignore that, it gives nonsense.
+
+```python
+import qins
+from transformers import AutoTokenizer
+
+name = "..."  # this directory, or its name on the hub
+model, tokenizer = qins.load(name), AutoTokenizer.from_pretrained(name)
+```
+
+It runs on CPUs, straight from the codes. `qins generate` and `qins chat` take it on the command line; `qins inspect`
+compares its checksums.
+
+| | |
+|---|---|
+| codec | {codec} |
+| bits a weight | {bits:.2f}, of {weights:,} weights in {layers} layers |
+| size | {size:,.1f} MB; in float32 {float_size:,.1f} MB |
+| written by | qins {version} |
+"""
+
+
+def write_card(directory: Path, base: str | None, source: Path | None, fidelity: str | None = None) -> None:
+    """Write the card of a converted model, unless it has one that a person wrote.
+
+    Args:
+        directory: the model's, complete.
+        base: the float model's name on the hub, if it has one.
+        source: the float model's directory, or that of the codes which the model was loaded from; license, language and
+            tags are those of its card.
+        fidelity: what was measured, in words.
+
+    """
+    there = _read(directory / CARD)
+    original = _read(source / CARD) if source is not None else ""
+    if there not in ("", original) and _OURS not in there and _EMPTY not in there:
+        return
+    text = _card(directory, base, original or (there if _OURS in there else ""), _parts(there)[0].get("tags"), fidelity)
+    with atomically(directory / CARD) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def hub_name(name: Any) -> str | None:
+    """A model's name on the hub, or None if it is not one."""
+    told = str(name or "")
+    return told if re.fullmatch(r"[\w.-]+/[\w.-]+", told) and not Path(told).exists() else None
+
+
+def _read(path: Path) -> str:
+    return path.read_text("utf-8", "replace") if path.is_file() else ""
+
+
+def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    from ..files import encoded_layers
+    from ..system import VERSION
+
+    checkpoint = open_checkpoint(directory)
+    layers = encoded_layers(checkpoint, [])
+    weights = [math.prod(layer.shape) for layer in layers]
+    fields = {key for layer in layers for key in layer.fields.values()}
+    floats = sum(weights) + sum(t.elements for n, t in checkpoint.tensors.items() if n not in fields)
+    carried, text = _parts(original)
+    about = {k: carried[k] for k in _CARRIED if carried.get(k)}
+    base = base or carried.get("base_model")
+    about["tags"] = list(dict.fromkeys([*_listed(about.get("tags")), *_listed(tags), "qins", "8-bit", "cpu"]))
+    if base:
+        about |= {"base_model": base, "base_model_relation": "quantized"}
+    architecture = (checkpoint.config.get("architectures") or [""])[0]
+    if architecture.endswith("ForCausalLM"):
+        about.setdefault("pipeline_tag", "text-generation")
+    named = base[0] if isinstance(base, list) and base else base
+    body = _TEXT.format(
+        ours=_OURS,
+        title=f"{named or architecture} in 8-bit logarithmic codes",
+        codec="; ".join(_codecs(checkpoint.config)),
+        bits=8 * sum(layer.bytes for layer in layers) / max(sum(weights), 1),
+        weights=sum(weights),
+        layers=len(layers),
+        size=checkpoint.file_bytes / 1e6,
+        float_size=4 * floats / 1e6,
+        version=VERSION,
+    )
+    if fidelity:
+        body += f"\n## Fidelity\n\n{fidelity}\n"
+    if text:
+        body += f"\n{_ORIGINAL}\n{text}\n"
+    data = ModelCardData(library_name="transformers", **about)
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _parts(original: str) -> tuple[dict[str, Any], str]:
+    """What a card says in its head, and its text; of a card of ours the text that was the original's."""
+    from huggingface_hub import ModelCard
+
+    if not original.startswith("---"):
+        return {}, original.strip()
+    try:
+        card = ModelCard(original, ignore_metadata_errors=True)
+        head, text = card.data.to_dict(), str(card.text)  # type: ignore[no-untyped-call]
+    except Exception as e:  # what YAML's and the library's own checks raise
+        logger.warning("qins: the original's %s has a head that is not readable, so nothing of it is kept: %s", CARD, e)
+        return {}, original
+    return head, (text.partition(_ORIGINAL)[2] if _OURS in text else text).strip()
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value] if value else []
+
+
+def _codecs(config: dict[str, Any]) -> list[str]:
+    """Codecs and group sizes, the most frequent first."""
+    modules = config["quantization_config"]["modules"].values()
+    found = Counter((about[0], about[1]) for about in modules if len(about) < 3)
+    return [f"{c}, {f'groups of {g} inputs' if g else 'a scale a row'}" for (c, g), _ in found.most_common()]
+
+
+class UploadWithCard:
+    """A loaded model's `_upload_modified_files`: the card that `push_to_hub` puts beside codes says how to read them.
+
+    Attributes:
+        source: what the model was loaded from.
+
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the card and upload what transformers has saved."""
+        from transformers.utils.hub import PushToHubMixin
+
+        directory = Path(working_dir)
+        told = (
+            json.loads((directory / "config.json").read_text("utf-8")) if (directory / "config.json").is_file() else {}
+        )
+        if (told.get("quantization_config") or {}).get("quant_method") == "qins":
+            source = Path(self.source) if self.source and Path(self.source).is_dir() else None
+            write_card(directory, hub_name(self.source), source)
+        kwargs["commit_message"] = kwargs.get("commit_message") or "Upload model"
+        return PushToHubMixin()._upload_modified_files(working_dir, *args, **kwargs)

@@ -1,0 +1,166 @@
+"""QinsConfig: how transformers is told to quantize a model."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..codec import check_codec, check_group_size, resolve_group_size, warn_if_slow
+
+FORMAT_VERSION = 1
+
+
+class QinsConfig(QuantizationConfigMixin):
+    """How to quantize a model: `AutoModel.from_pretrained(name, quantization_config=QinsConfig())`.
+
+    Args:
+        codec: "log8", "log9", "golden" or "rational".
+        group_size: inputs that share a group scale (log8); "default" for what `qins.default_group_size` says of each
+            layer, None for one scale a row.
+        include: fnmatch patterns of module names to quantize; None for all linear layers.
+        exclude: patterns of module names to leave alone, besides the output embedding and routers of experts.
+        modules_to_not_convert: names or endings of names, as in other quantization configs; added to `exclude`.
+        overrides: pattern to a dict with "codec" and "group_size"; the first pattern that matches a module counts.
+        calibration: text file that log8's codes are chosen with in view (see `qins.calibrate`), when a float model is
+            loaded; in a saved checkpoint a dict that says what was used.
+        calibration_tokens: of that text, at most.
+        lm_head: quantize the output embedding, too. Where it is tied to the input's, it gets codes of its own, unless
+            `embeddings` lets both share one set.
+        embeddings: quantize the input embedding, too.
+        min_quantized: least share of the bytes of all parameters, 0 to 1, that must become codes; less is an error.
+        format_version: of a saved checkpoint.
+        checksums: of a saved checkpoint: CRC-32 of each tensor's bytes, in hexadecimal; `qins inspect` compares them.
+        source: of a saved checkpoint: what `qins.files.fingerprint` says of the files it was made of.
+        modules: of a saved checkpoint: name of each quantized module, or stack of experts, to its codec and
+            group_size, and to the module whose codes it shares if it does.
+        verify: while a checkpoint that has codes is loaded, compare its tensors with the checksums, which reads all
+            of its files; QINS_VERIFY=1 in the environment does so, too. It is not saved.
+
+    Raises:
+        ValueError, TypeError: an argument is unknown or out of range.
+
+    """
+
+    quant_method: Any  # transformers has an enumeration of its own methods
+
+    def __init__(
+        self,
+        codec: str = "log8",
+        group_size: int | str | None = "default",
+        include: list[str] | None = None,
+        exclude: list[str] | tuple[str, ...] = (),
+        modules_to_not_convert: list[str] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        calibration: str | dict[str, Any] | None = None,
+        calibration_tokens: int = 8192,
+        lm_head: bool = False,
+        embeddings: bool = False,
+        min_quantized: float = 0.0,
+        format_version: int = FORMAT_VERSION,
+        modules: dict[str, list[Any]] | None = None,
+        checksums: dict[str, str] | None = None,
+        source: str | None = None,
+        verify: bool = False,
+        **unknown: Any,
+    ) -> None:
+        method = unknown.pop("quant_method", "qins")
+        if method != "qins":
+            raise ValueError(f"quant_method: expected 'qins', got {method!r}")
+        if unknown:
+            raise TypeError(f"QinsConfig: unknown arguments {', '.join(sorted(unknown))}")
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: this qins reads version {FORMAT_VERSION}, the checkpoint has {format_version!r}; "
+                "another version of qins wrote it"
+            )
+        _expect("codec", codec, str)
+        resolve_group_size(codec, group_size, 1)
+        for name, value in {"overrides": overrides, "modules": modules, "checksums": checksums}.items():
+            _expect(name, value, dict, type(None))
+        _expect("source", source, str, type(None))
+        _expect("calibration_tokens", calibration_tokens, int)
+        _expect("min_quantized", min_quantized, float, int)
+        if modules is None:  # of a saved checkpoint it is too late
+            warn_if_slow(codec, group_size)
+        for pattern, values in (overrides or {}).items():
+            _expect(f"overrides[{pattern!r}]", values, dict)
+            other = sorted(set(values) - {"codec", "group_size"})
+            if other:
+                raise ValueError(f"overrides[{pattern!r}]: expected codec and group_size, got {', '.join(other)}")
+            chosen = values.get("codec", codec), values.get("group_size", "default")
+            resolve_group_size(*chosen, 1)
+            if modules is None:
+                warn_if_slow(*chosen)
+        if not 0.0 <= float(min_quantized) <= 1.0:
+            raise ValueError(f"min_quantized: expected a share from 0 to 1, got {min_quantized!r}")
+        self.quant_method = "qins"
+        self.codec, self.group_size = codec, group_size
+        self.include = None if include is None else _strings("include", include)
+        self.exclude = _strings("exclude", exclude)
+        self.modules_to_not_convert = _strings("modules_to_not_convert", modules_to_not_convert or [])
+        self.overrides = dict(overrides or {})
+        if not (calibration is None or isinstance(calibration, (str, dict))):
+            raise TypeError(f"calibration: expected the name of a text file, got {calibration!r}")
+        self.calibration, self.calibration_tokens = calibration, calibration_tokens
+        self.lm_head, self.embeddings = bool(lm_head), bool(embeddings)
+        self.min_quantized = float(min_quantized)
+        self.format_version = format_version
+        self.modules, self.checksums, self.source = modules, checksums, source
+        self.verify = bool(verify)
+        for name, about in (modules or {}).items():
+            try:
+                _check_entry(about)
+            except (ValueError, TypeError) as e:
+                raise type(e)(f"modules[{name!r}]: {e}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: everything but how this process loads."""
+        saved: dict[str, Any] = super().to_dict()
+        for name in self.get_loading_attributes():
+            del saved[name]
+        return saved
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What counts of a config that is given for a checkpoint with a config of its own."""
+        return {"verify": self.verify}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything: transformers 4 asks for it and has no default."""
+        return self.to_dict()
+
+    def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
+        """Codec and group size of a module."""
+        for pattern, values in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                codec = values.get("codec", self.codec)
+                return codec, resolve_group_size(codec, values.get("group_size", "default"), in_features)
+        return self.codec, resolve_group_size(self.codec, self.group_size, in_features)
+
+
+def _expect(name: str, value: Any, *kinds: type) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name}: expected {words}, got {value!r}")
+
+
+def _check_entry(about: Any) -> None:
+    """Check what a saved checkpoint says of a module: codec, group size, and perhaps whose codes it shares."""
+    _expect("codes", about, list, tuple)
+    if len(about) not in (2, 3):
+        raise ValueError(f"expected codec and group_size, and perhaps a module's name, got {about!r}")
+    _expect("codec", about[0], str)
+    check_codec(about[0])
+    check_group_size(about[0], about[1])
+    if len(about) == 3:
+        _expect("the module whose codes it shares", about[2], str)
+
+
+def _strings(argument: str, values: Any) -> list[str]:
+    if not isinstance(values, (str, list, tuple, set, frozenset)):
+        raise TypeError(f"{argument}: expected strings, got {values!r}")
+    listed = [values] if isinstance(values, str) else list(values)
+    if not all(isinstance(v, str) for v in listed):
+        raise TypeError(f"{argument}: expected strings, got {values!r}")
+    return listed

@@ -1,0 +1,35 @@
+"""Codes back to floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import (
+    QINSEmbedding,
+    QINSExperts,
+    QINSLinear,
+)
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Replace codes by the floats that they stand for."""
+    if isinstance(dtype, str):  # a copied config has the name
+        dtype = getattr(torch, dtype)
+    for name, module in list(model.named_modules()):
+        new: nn.Module
+        if isinstance(module, QINSExperts):
+            new = module.to_float(dtype)
+        elif isinstance(module, QINSLinear):
+            with torch.device("meta"):
+                new = nn.Linear(module.in_features, module.out_features, bias=False)
+            new.weight = nn.Parameter(module.weight.to(dtype or module.weight_dtype))
+            new.bias = module.bias
+        elif isinstance(module, QINSEmbedding):
+            new = module.to_float(dtype)
+        else:
+            continue
+        model.set_submodule(name, new.train(module.training))
+    return model

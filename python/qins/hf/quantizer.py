@@ -1,0 +1,251 @@
+"""What transformers calls while it loads and saves a model with a QinsConfig."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from ..files import fingerprint, open_checkpoint, read_text
+from ..nn import (
+    Coded,
+    CodedWeight,
+    ConversionReport,
+)
+from ..system import page_out
+from .auditing import audit
+from .config import QinsConfig
+from .dequantizing import dequantize
+from .embeddings import encode_embeddings, expect_embeddings
+from .expecting import environment_asks_to_verify, expect_codes, expect_floats, verify_files
+from .modules import (
+    PendingExperts,
+    PendingLinear,
+    check_layer,
+    coded_modules,
+    pending_experts,
+    pending_layers,
+    submodule,
+)
+from .names import some
+from .saving import prepare_saving, state_to_save
+
+_VERSION = int(transformers.__version__.partition(".")[0])
+
+
+class QinsHfQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with a QinsConfig."""
+
+    quantization_config: QinsConfig
+    requires_calibration = False
+    requires_parameters_quantization = True  # transformers 4
+
+    def __init__(self, quantization_config: QinsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report = ConversionReport()
+        self._dtype: torch.dtype | None = None
+        self._missing_biases: list[str] = []
+        self._shared: dict[str, str] = {}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through the codes, so adapters can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operators have fake kernels."""
+        return True
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """Codes are ordinary buffers."""
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Codes are made and multiplied on the CPU.
+
+        Raises:
+            ValueError: the map names anything else.
+
+        """
+        if device_map is None:
+            return None  # which is the CPU, and does not need accelerate
+        if device_map in ("auto", "cpu") or device_map == torch.device("cpu"):
+            return {"": "cpu"}
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if all(str(d) == "cpu" for d in devices):
+            return device_map
+        raise ValueError(f"device_map: qins runs on the CPU, got {device_map!r}; leave device_map out or give 'cpu'")
+
+    # -- before the weights -----------------------------------------------------------------------
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if _VERSION < 5 and files is None and model.config._name_or_path:  # it does not say which
+            with suppress(OSError, ValueError):  # a hub's name, or files that open_checkpoint does not choose among
+                files = open_checkpoint(model.config._name_or_path).files
+        if self.pre_quantized:
+            if self.quantization_config.verify or environment_asks_to_verify():
+                verify_files(self.quantization_config, files)
+            self._shared = expect_codes(model, self.quantization_config)
+            return
+        self.quantization_config.source = fingerprint(files) if files else None
+        expect_embeddings(model, self.quantization_config)
+        if isinstance(self.quantization_config.calibration, str):
+            read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
+        else:
+            expect_floats(model, self.quantization_config, self.report)
+
+    # -- while they arrive ------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a key of the checkpoint is a weight that is to be encoded."""
+        path, _, tensor = param_name.rpartition(".")
+        module = submodule(model, path)
+        if isinstance(module, PendingExperts):
+            return tensor in module.waiting
+        return tensor == "weight" and isinstance(module, PendingLinear)
+
+    def get_quantize_ops(self) -> Any:
+        """The operation that transformers 5 runs on such a weight."""
+        from transformers.core_model_loading import ConversionOps
+
+        quantizer = self
+
+        class QinsQuantize(ConversionOps):
+            def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> Any:
+                missing = kwargs.get("missing_keys")
+                result: dict[str, Any] = {}
+                for name in list(input_dict):  # several where one stored weight is split into more
+                    value = input_dict.pop(name)
+                    value = value[0] if isinstance(value, list) else value
+                    if not quantizer.param_needs_quantization(model, name):
+                        result[name] = value
+                        continue
+                    result |= quantizer.encode_weight(model, name, value)
+                    if missing is not None:
+                        missing.discard(name)
+                return result
+
+        return QinsQuantize()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Let transformers 5 encode experts one by one, instead of putting their floats together first."""
+        from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+        from .experts import EncodeExperts
+
+        super_ = getattr(super(), "update_weight_conversions", None)
+        conversions: list[Any] = super_(weight_conversions, model) if super_ else weight_conversions
+        if not self.pre_quantized and not isinstance(self.quantization_config.calibration, str):
+            for c in conversions:
+                if isinstance(c, WeightConverter) and type(c.operations[0]) is MergeModulelist:
+                    c.operations = [EncodeExperts(c.operations)]
+        return conversions
+
+    def create_quantized_param(self, model: Any, param_value: torch.Tensor, param_name: str, *args: Any) -> None:
+        """Encode a weight: what transformers 4 calls."""
+        for name, value in self.encode_weight(model, param_name, param_value).items():
+            path, _, field = name.rpartition(".")
+            model.get_submodule(path)._buffers[field] = value
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Raise for missing weights and codes before transformers 4 makes them up."""
+        # It would also cast scales to the model's dtype; so nothing is cast, and what is not codes is afterwards.
+        self._dtype, model.config._pre_quantization_dtype = model.config._pre_quantization_dtype, None
+        kept, lost = [], []
+        for key in missing_keys:
+            path, _, field = key.rpartition(".")
+            module = submodule(model, path)
+            if not isinstance(module, CodedWeight):
+                kept.append(key)
+            elif field == "bias":
+                self._missing_biases.append(path)
+                kept.append(key)
+            elif field == "weight" or not isinstance(module, PendingLinear):
+                lost.append(key)
+        if lost:
+            what = "codes" if self.pre_quantized else "weight"
+            raise RuntimeError(f"the checkpoint has no {what} for {some(lost)}")
+        return kept
+
+    def encode_weight(self, model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode the weight of this key; return buffers by key."""
+        path, _, tensor = name.rpartition(".")
+        module: PendingLinear | PendingExperts = model.get_submodule(path)
+        try:
+            codes = module.accept(tensor, value) if isinstance(module, PendingExperts) else module.accept(value)
+            page_out(value)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+        return {f"{path}.{n}": t for n, t in codes.items()}
+
+    # -- after them -------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
+            from .calibrating import calibrate_loaded  # a room that loading codes does without
+
+            calibrate_loaded(model, self.quantization_config, self.report)
+        pending = [*pending_layers(model), *(f"{n}.{s}" for n, m in pending_experts(model).items() for s in m.waiting)]
+        if pending:
+            raise RuntimeError(f"the checkpoint has no weight for {some(pending)}")
+        if self.pre_quantized:
+            for name, source in self._shared.items():
+                model.get_submodule(name)._buffers.update(model.get_submodule(source)._buffers)
+        else:
+            encode_embeddings(model, self.quantization_config)
+        layers = dict(coded_modules(model))
+        lost = [f"{n}.{b}" for n, m in layers.items() for b in m._names if not _is_loaded(m._buffers[b])]
+        if lost:
+            raise RuntimeError(f"the checkpoint has no codes, or codes of another shape, for {some(lost)}")
+        for name, layer in layers.items():
+            check_layer(name, layer)
+            bias = layer._parameters.get("bias")
+            if bias is not None and (name in self._missing_biases or not _is_loaded(bias)):
+                nn.init.zeros_(bias)
+        if _VERSION < 5:
+            model.config._pre_quantization_dtype = self._dtype
+            _cast(model, self._dtype)
+        model.config.quantization_config = self.quantization_config
+        prepare_saving(model)
+        self.audit(model)
+        return model
+
+    def audit(self, model: Any) -> ConversionReport:
+        """List what is quantized and what is not; raise if it is less than min_quantized asks for."""
+        self.report = audit(model, self.quantization_config, self.report.skipped)
+        return self.report
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
+        """What transformers calls first when it saves: the checksums are of what is saved."""
+        saved = state_to_save(model, self.quantization_config)
+        return None if getattr(model, "_hf_peft_config_loaded", False) else saved, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace codes by the floats that they stand for."""
+        return dequantize(model, dtype)
+
+
+def _is_loaded(tensor: torch.Tensor | None) -> bool:
+    """Whether a buffer or a parameter came from the checkpoint: transformers 5 marks these."""
+    if tensor is None or tensor.is_meta:
+        return False
+    return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast what a checkpoint holds; frequencies of rotations and the like stay as their modules made them."""
+    kept = [
+        (m, n, m._buffers[n])
+        for m in model.modules()
+        if not isinstance(m, Coded)
+        for n in m._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer

@@ -1,0 +1,97 @@
+"""Making transformers know quant_method "qins", and loading what was saved with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from ..nn import CodedWeight, after_conversion
+from .config import QinsConfig
+from .embeddings import untie
+from .quantizer import QinsHfQuantizer
+from .saving import prepare_saving
+
+
+def attach(model: nn.Module) -> None:
+    """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
+    if isinstance(model, transformers.PreTrainedModel):
+        _attach(model)
+
+
+def _attach(model: Any) -> None:
+    quantizer = QinsHfQuantizer(QinsConfig(), pre_quantized=True)
+    untie(model, {n for n, m in model.named_modules() if isinstance(m, CodedWeight)})
+    quantizer.audit(model)
+    prepare_saving(model)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized = True
+    model.quantization_method = "qins"
+
+
+def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
+    """Load a model that was saved with codes, as its own class.
+
+    Args:
+        path: directory or hub name.
+        verify: compare every tensor with its checksum first, which reads all of the files.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: it was not saved by qins, or is not what was saved.
+
+    """
+    if verify:
+        kwargs["quantization_config"] = QinsConfig(verify=True)
+    told, _ = transformers.PretrainedConfig.get_config_dict(path)
+    about = told.get("quantization_config") or {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: quantization_config: expected an object, got {about!r}")
+    method = about.get("quant_method")
+    if method != "qins":
+        raise ValueError(f"{path}: expected a checkpoint with quant_method 'qins', got {method!r}")
+    names = told.get("architectures") or transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"]
+    if not isinstance(names, list) or not isinstance(names[0], str) or not hasattr(transformers, names[0]):
+        raise ValueError(f"{path}: architectures: expected a list of classes of transformers, got {names!r}")
+    architecture = names[0]
+    return getattr(transformers, architecture).from_pretrained(path, **kwargs)
+
+
+def register() -> None:
+    """Make transformers know quant_method "qins"; doing it twice is harmless."""
+    if "qins" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config("qins")(QinsConfig)
+    after_conversion["transformers"] = attach
+    if "qins" not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer("qins")(QinsHfQuantizer)
+        _merge_loading_attributes()
+
+
+def _merge_loading_attributes() -> None:
+    """Let a QinsConfig say how to load codes: transformers does so for a closed list of its own classes."""
+    merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merged(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        given = quantization_config_from_args
+        if not isinstance(given, QinsConfig):
+            return merge(quantization_config, given)
+        # which warns that the rest of it is ignored
+        result = merge(quantization_config, given if given.to_dict() != QinsConfig().to_dict() else None)
+        if isinstance(result, QinsConfig):
+            vars(result).update(given.get_loading_attributes())
+        return result
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merged)  # type: ignore[method-assign]
+
+
+register()

@@ -1,0 +1,66 @@
+"""torch: operators, modules whose weights are codes, and the conversion of whole models in memory."""
+
+from .affine_form import affine
+from .choosing import check_finite, choose, choose_experts, other_matrices
+from .coded import Coded, CodedWeight, field_layout, floats_as_bits
+from .comparing import WeightComparison
+from .converting import (
+    Places,
+    after_conversion,
+    convert,
+    encode_experts,
+    keep_hooks,
+    places_of,
+    sharing_codes,
+    tell_others,
+)
+from .embedding import QINSEmbedding
+from .experts import QINSExperts, projections, stack_sizes
+from .kv_cache import GrowingTokens, QINSKVCache, check_cache_codec, savings
+from .linear import QINSLinear
+from .memory import MemoryReport, memory_report
+from .ops import linear, multiply, multiply_codes, set_fused_rows
+from .rational import QINSWeightLinear, convert_linear_to_qins, verify_qins_layer
+from .report import ConversionReport, ConvertedModule, SkippedModule
+
+__all__ = [
+    "Coded",
+    "CodedWeight",
+    "ConversionReport",
+    "ConvertedModule",
+    "GrowingTokens",
+    "MemoryReport",
+    "Places",
+    "QINSEmbedding",
+    "QINSExperts",
+    "QINSKVCache",
+    "QINSLinear",
+    "QINSWeightLinear",
+    "SkippedModule",
+    "WeightComparison",
+    "affine",
+    "after_conversion",
+    "check_cache_codec",
+    "check_finite",
+    "choose",
+    "choose_experts",
+    "convert",
+    "convert_linear_to_qins",
+    "encode_experts",
+    "field_layout",
+    "floats_as_bits",
+    "keep_hooks",
+    "linear",
+    "memory_report",
+    "multiply",
+    "multiply_codes",
+    "other_matrices",
+    "places_of",
+    "projections",
+    "savings",
+    "set_fused_rows",
+    "sharing_codes",
+    "stack_sizes",
+    "tell_others",
+    "verify_qins_layer",
+]

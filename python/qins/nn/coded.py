@@ -1,0 +1,164 @@
+"""What modules share that keep a weight matrix as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..codec import EncodedArray, decode_fields, encode, field_names, field_shapes, resolve_group_size
+
+FIELD_DTYPES = {
+    "stored": torch.uint8,
+    "sign": torch.int8,
+    "sign_bits": torch.uint8,
+    "codes": torch.uint8,
+    "scale": torch.float32,
+    "group_scale": torch.uint8,
+    "w_encoded": torch.uint8,
+}
+
+
+def field_layout(
+    codec: str, shape: tuple[int, ...], group_size: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of a matrix (out, in), or of a stack of them (count, out, in), by name in order."""
+    shapes = field_shapes(codec, shape, group_size)
+    return {n: (shapes.get(n, shape[:-2]), FIELD_DTYPES.get(n, torch.float32)) for n in field_names(codec, group_size)}
+
+
+@contextmanager
+def floats_as_bits(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Show float32 buffers as integers meanwhile: a cast in `_apply` then leaves their bits alone."""
+    kept = [n for n in names if module._buffers[n].dtype == torch.float32]  # type: ignore[union-attr]
+    for name in kept:
+        module._buffers[name] = module._buffers[name].view(torch.int32)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for name in kept:
+            module._buffers[name] = module._buffers[name].view(torch.float32)  # type: ignore[union-attr]
+
+
+# Name, shape, group size and fields of a matrix, or of a stack of them.
+Matrix = tuple[str, tuple[int, ...], int | None, list[torch.Tensor]]
+
+
+class Coded(nn.Module):
+    """A module that holds codes in buffers, whose float32 ones keep their bits through every cast.
+
+    Attributes:
+        codec: "log8", "log9", "golden" or "rational".
+
+    """
+
+    codec: str
+    _names: tuple[str, ...]
+    _dtype: torch.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What the codes are decoded to."""
+        return self._dtype
+
+    def matrices(self, name: str) -> Iterator[Matrix]:
+        """What the module of this name holds."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Coded:
+        """As nn.Module's, except that float32 codes keep their bits."""
+        with floats_as_bits(self, self._names):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._names:  # copy_ would convert other dtypes silently
+            value, own = state_dict.get(prefix + name), self._buffers[name]
+            if isinstance(value, torch.Tensor) and own is not None and value.dtype != own.dtype:
+                raise TypeError(f"{prefix}{name}: expected dtype {own.dtype}, got {value.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CodedWeight(Coded):
+    """A module whose `weight`, a matrix, is kept as codes.
+
+    The codes are buffers named as docs/formats.md names the fields (for `golden`: stored, sign, log_min, log_max).
+
+    Attributes:
+        group_size: columns that share a group scale (log8), or None.
+
+    """
+
+    group_size: int | None
+    _shape: tuple[int, int]
+
+    def _make_codes(
+        self, shape: tuple[int, int], codec: str, group_size: int | str | None, device: Any, dtype: torch.dtype | None
+    ) -> None:
+        """Register the buffers, with the codes of zeros unless they are on the meta device."""
+        self.codec, self.group_size = codec, resolve_group_size(codec, group_size, shape[1])
+        self._names, self._shape = field_names(codec, self.group_size), shape
+        self._dtype = dtype or torch.get_default_dtype()
+        layout = field_layout(codec, shape, self.group_size)
+        if torch.device(device or torch.get_default_device()).type == "meta":
+            for name, (s, kind) in layout.items():
+                self.register_buffer(name, torch.empty(s, dtype=kind, device="meta"))
+            return
+        zero = encode(np.zeros((1, 1), np.float32), codec)
+        for name, (s, kind) in layout.items():
+            value = 0 if name in ("sign_bits", "group_scale") else zero.fields[name].item()
+            self.register_buffer(name, torch.full(s, value, dtype=kind, device=device))
+
+    def _take_codes(self, encoded: EncodedArray, device: Any) -> None:
+        for name in self._names:
+            self._buffers[name] = torch.from_numpy(encoded.fields[name]).to(device)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded matrix, made anew at each access; changing it changes nothing."""
+        return decode_fields(self.codec, dict(self._buffers), self.group_size, self._dtype)  # type: ignore[arg-type]
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        name = type(self).__name__
+        raise AttributeError(f"weight of a {name} is decoded from its codes; from_{name[4:].lower()} makes new codes")
+
+    def matrices(self, name: str) -> Iterator[Matrix]:
+        """The one matrix."""
+        yield name, self._shape, self.group_size, [self.get_buffer(n) for n in self._names]
+
+    @property
+    def encoded(self) -> EncodedArray:
+        """The codes as an EncodedArray over the same memory (CPU only), every field checked."""
+        fields = {n: self._buffers[n].detach().numpy() for n in self._names}  # type: ignore[union-attr]
+        return EncodedArray.from_fields(self.codec, fields, self.group_size)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; refuses `weight`, which is decoded from the codes."""
+        if name == "weight":
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Refuse: there is no float weight to initialize."""
+        raise RuntimeError(f"a {type(self).__name__} cannot be re-initialized; initialize a float one and encode it")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        empty = state_dict.get(prefix + "weight")
+        if isinstance(empty, torch.Tensor) and empty.numel() == 0:  # beside codes in files, see hf.names.guard
+            del state_dict[prefix + "weight"]
+        if prefix + "weight" in state_dict and prefix + self._names[0] not in state_dict:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{prefix}weight: expected codes ({', '.join(self._names)}), got a float weight; load it into an "
+                f"nn.{name[4:]} and use {name}.from_{name[4:].lower()}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _codec_repr(self) -> str:
+        return f"codec={self.codec}" + (f", group_size={self.group_size}" if self.group_size else "")

@@ -1,0 +1,208 @@
+"""torch operators on codes: decode, and x @ W.T without a decoded copy of W.
+
+Codes travel as a list of tensors, `fields`, in the order of `field_names`. The operators are
+registered with torch.library, so that torch.compile and torch.export see them whole.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .. import _core
+from ..codec import SCALARS, Blocks, decode_fields, decode_on_device, field_names, isas
+from ..system import threads
+
+Tensor = torch.Tensor
+
+# Scratch for decoded tiles: at most 6 x 4 MiB in the whole process, whatever the number of calls.
+_SCRATCH_BYTES = 4 << 20
+_SCRATCHES = 6
+_scratch: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
+for _ in range(_SCRATCHES):
+    _scratch.put(None)
+
+
+@contextmanager
+def _borrow_scratch() -> Iterator[Tensor]:
+    """Lend one scratch buffer; waits while all are in use."""
+    buffer = _scratch.get()
+    try:
+        if buffer is None:
+            buffer = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
+        yield buffer
+    finally:
+        _scratch.put(buffer)
+
+
+# Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
+# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. None: all, in an
+# instruction set that has bfloat16 arithmetic, else see below.
+_fused_rows: dict[torch.dtype, int | None] = {
+    torch.float32: sys.maxsize,
+    torch.bfloat16: None,
+    torch.float16: sys.maxsize,
+}
+_BF16_ISAS = frozenset(name for name in isas() if _core.has_bf16(name))
+# torch's bfloat16 is fast on processors that have such instructions, and slower than float32 on other x86 ones; what it
+# is on others has not been measured.
+_FUSED_ROWS_BF16 = 256 if _BF16_ISAS else sys.maxsize if "avx2" in isas() else 32
+
+_CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
+_DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _is_fused(dtype: torch.dtype, batch: int) -> bool:
+    most = _fused_rows.get(dtype, 0)
+    if most is None:
+        return batch <= _FUSED_ROWS_BF16 or _core.isa() in _BF16_ISAS
+    return batch <= most
+
+
+def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
+    """Multiply up to `rows` rows of x straight from the codes, for one dtype of x or for all."""
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+        raise ValueError(f"rows: expected an integer >= 0, got {rows!r}")
+    if dtype is not None and dtype not in _fused_rows:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _fused_rows))}, got {dtype}")
+    for d in _fused_rows if dtype is None else [dtype]:
+        _fused_rows[d] = rows
+
+
+def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    """X @ W.T, without dispatcher or gradient."""
+    # On the way to the kernels every step is the cheapest there is: a small layer takes ten microseconds.
+    codes, second = fields[0], fields[1]
+    rows, cols = codes.shape
+    shape, dtype = x.shape, x.dtype
+    if not shape or shape[-1] != cols:
+        raise ValueError(f"x: expected shape (..., {cols}), got {tuple(shape)}")
+    if not x.is_cpu:
+        return torch.nn.functional.linear(x, decode_on_device(codec, group_size, fields, dtype))
+    batch = x.numel() // cols if cols else 0
+    if (
+        batch
+        and _is_fused(dtype, batch)
+        and codes.is_contiguous()
+        and second.is_contiguous()
+        and fields[2].is_contiguous()
+    ):
+        third = scalar2 = 0
+        if codec != "log8":
+            scalar, scalar2 = fields[2].data_ptr(), fields[3].data_ptr()
+        elif not group_size:
+            scalar = fields[2].data_ptr()
+        else:
+            third, scalar = fields[2].data_ptr(), fields[3].data_ptr()
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = x.new_empty(*shape[:-1], rows)
+        _core.linear_at(
+            _CODEC_NUMBER[codec], codes.data_ptr(), second.data_ptr(), third, scalar, scalar2, rows, cols,
+            group_size or 0, x.data_ptr(), batch, _DTYPE_NUMBER[dtype], out.data_ptr(),
+            threads._chosen or torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+    return _multiply_tiles(x, fields, codec, group_size)
+
+
+def _multiply_tiles(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    blocks = Blocks(codec, group_size, fields)
+    x2 = x.reshape(-1, blocks.cols)
+    out = x.new_empty(x2.shape[0], blocks.rows)
+    with _borrow_scratch() as scratch:
+        for tile_rows, tile_cols, tile in blocks.tiles(x.dtype, scratch):
+            part = x2[:, tile_cols] @ tile.T
+            if tile_cols.start == 0:
+                out[:, tile_rows] = part
+            else:
+                out[:, tile_rows] += part
+    if blocks.cols == 0:
+        out.zero_()
+    return out.reshape(*x.shape[:-1], blocks.rows)
+
+
+def multiply_codes_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
+    """G @ W, without dispatcher or gradient."""
+    if g.device.type != "cpu":
+        return g @ decode_on_device(codec, group_size, fields, g.dtype)
+    blocks = Blocks(codec, group_size, fields)
+    g2 = g.reshape(-1, blocks.rows)
+    # summed over tiles of rows, so in float32 at least
+    out = torch.zeros(g2.shape[0], blocks.cols, dtype=torch.promote_types(g.dtype, torch.float32))
+    with _borrow_scratch() as scratch:
+        for rows, cols, tile in blocks.tiles(g.dtype, scratch):
+            out[:, cols] += g2[:, rows] @ tile
+    return out.to(g.dtype).reshape(*g.shape[:-1], blocks.cols)
+
+
+@torch.library.custom_op("qins::linear", mutates_args=())
+def linear(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    """X @ W.T; x (..., in_features) in float32, bfloat16, float16 or float64, the result in x's dtype."""
+    return multiply_codes(x, fields, codec, group_size or None)
+
+
+@linear.register_fake
+def _linear_shape(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], fields[0].shape[0])
+
+
+@torch.library.custom_op("qins::linear_backward", mutates_args=())
+def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    """G @ W; g (..., out_features), the result in g's dtype."""
+    return multiply_codes_transposed(g, fields, codec, group_size or None)
+
+
+@linear_backward.register_fake
+def _linear_backward_shape(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
+    return g.new_empty(*g.shape[:-1], fields[0].shape[1])
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, fields, ctx.codec, ctx.group_size = inputs
+    ctx.save_for_backward(*fields)
+
+
+def _backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+    fields = list(ctx.saved_tensors)
+    return linear_backward(g, fields, ctx.codec, ctx.group_size), [None] * len(fields), None, None
+
+
+def _double_backward(ctx, gg: Tensor):  # type: ignore[no-untyped-def]
+    fields = list(ctx.saved_tensors)
+    return linear(gg, fields, ctx.codec, ctx.group_size), [None] * len(fields), None, None
+
+
+linear.register_autograd(_backward, setup_context=_save_for_backward)
+linear_backward.register_autograd(_double_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("qins::embedding", mutates_args=())
+def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Decode rows of a matrix: ids (...) to (..., columns)."""
+    names = field_names(codec, group_size or None)
+    flat = ids.reshape(-1)
+    rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
+    return decode_fields(codec, rows, group_size or None, dtype).reshape(*ids.shape, fields[0].shape[1])
+
+
+@embedding.register_fake
+def _embedding_shape(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    return fields[0].new_empty(*ids.shape, fields[0].shape[1], dtype=dtype)
+
+
+def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
+    """`linear` by the shortest way: past the dispatcher when nothing but the result is wanted."""
+    if (
+        type(x) is Tensor
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+    ):
+        return multiply_codes(x, fields, codec, group_size)
+    y: Tensor = linear(x, fields, codec, group_size or 0)
+    return y

@@ -1,0 +1,35 @@
+"""What the system and the environment give: threads, memory, files, terminals, and packages that may not be installed.
+
+The lowest room: it imports nothing of ours.
+"""
+
+from . import threads
+from .atomic import atomically, locked, write_json
+from .extras import naming_extras, require
+from .lazy import lazily
+from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
+from .pages import give_back_freed_memory, is_resident, page_in, page_out
+from .progress_bar import progress
+from .threads import get_num_threads, set_num_threads
+from .version import VERSION
+
+__all__ = [
+    "VERSION",
+    "atomically",
+    "cpu_name",
+    "get_num_threads",
+    "give_back_freed_memory",
+    "is_resident",
+    "lazily",
+    "locked",
+    "naming_extras",
+    "page_in",
+    "page_out",
+    "peak_resident_bytes",
+    "progress",
+    "require",
+    "reset_peak_resident_bytes",
+    "set_num_threads",
+    "threads",
+    "write_json",
+]

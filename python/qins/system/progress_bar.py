@@ -1,0 +1,38 @@
+"""Progress bars, on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(
+    description: str, total: int, show: bool | None, *, in_bytes: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Lend a function that advances a bar by n steps; without a terminal, or rich, it does nothing."""
+    if show is None:
+        show = sys.stderr.isatty()
+    if show:
+        try:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+        except ImportError:
+            show = False
+    if not show:
+        yield lambda n: None
+        return
+    amount = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (TaskProgressColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)

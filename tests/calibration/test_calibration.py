@@ -1,0 +1,396 @@
+"""Calibrating models: which codes are kept, what is refused, rounds, resuming, and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qins
+from qins.calibration import Choice, Store
+from qins.calibration.activations import cut, split
+from qins.checkpoint import quantize_checkpoint
+from qins.codec import DAMPING, ErrorFeedback
+from qins.hf import Calibration, tokenized
+
+transformers = pytest.importorskip("transformers")
+from tiny import MODELS, make, outputs, same_state  # noqa: E402
+from tiny_experts import V5  # noqa: E402
+from tiny_experts import make as moe  # noqa: E402
+from tokens import save_tokenizer, token_ids  # noqa: E402
+from tokens import text as words  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+
+def batches(tokens=1024, seed=0):
+    return cut(token_ids(tokens, seed=seed), tokens, 64)
+
+
+class Net(nn.Module):
+    """Two layers that share their input, one that follows, one that is never used, one that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(160, 48)
+        self.embed.weight.data = torch.randn(160, 12) @ torch.randn(12, 48)  # correlated, as activations are
+        self.a, self.b = nn.Linear(48, 32), nn.Linear(48, 32, bias=False)
+        self.c, self.unused = nn.Linear(32, 48), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for _ in range(2):
+            x = x + self.c(torch.tanh(self.a(x) + self.b(x)))
+        return x
+
+
+def recorded_inputs(model, data):
+    """What each linear layer of a model is given, all tokens together, in float64."""
+    seen = {}
+    hooks = [
+        m.register_forward_hook(lambda _m, a, _y, n=n: seen.setdefault(n, []).append(a[0].detach().flatten(0, -2)))
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    for h in hooks:
+        h.remove()
+    return {n: torch.cat(x).double().numpy() for n, x in seen.items()}
+
+
+@pytest.mark.parametrize("room", [1, 48 * 48 * 4 + 1, 1 << 30])
+def test_layers_get_the_codes_of_their_inputs(room):
+    """Whatever the rounds: statistics are those of the float model."""
+    model, data = Net(), batches()
+    text = split(data)
+    x = recorded_inputs(model, text.batches)
+    weights = {n: m.weight.detach().numpy().copy() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    report = qins.calibrate(model, data, room=room, group_size=32)
+    kept = {m.name: m for m in report.converted}
+    assert list(kept) == ["a", "b", "c", "unused"]
+    assert kept["unused"].kept == "nearest: the calibration text does not reach it"
+    for name in ("a", "b", "c"):
+        assert kept[name].kept == "calibrated"
+        assert kept[name].error < 0.7 * kept[name].nearest_error
+        e = ErrorFeedback(x[name].T @ x[name], DAMPING).encode(weights[name], group_size=32)
+        codes = model.get_submodule(name).codes.numpy()
+        assert (codes == e.fields["codes"]).mean() > 0.99  # sums in float32 move a few ties
+    assert report.tokens == sum(b.numel() for b in text.batches)
+    assert report.held_out == 128
+    assert "3 of 4 layers have" in str(report)
+    assert model(data[0]).isfinite().all()
+
+
+def test_deterministic():
+    one, other = Net(), Net()
+    qins.calibrate(one, batches())
+    qins.calibrate(other, batches())
+    assert same_state(one, other)
+
+
+def test_sequential_sees_codes():
+    """Layers of later rounds are fitted to what the codes of earlier ones make of the text."""
+    parallel, sequential = Net(), Net()
+    report = qins.calibrate(sequential, batches(), sequential=True, room=1)
+    assert [m.name for m in report.converted] == ["a", "b", "c", "unused"]
+    qins.calibrate(parallel, batches(), room=1)
+    assert torch.equal(sequential.a.codes, parallel.a.codes)
+    assert not torch.equal(sequential.c.codes, parallel.c.codes)
+
+
+def test_a_layer_that_would_be_worse_keeps_the_nearest_codes():
+    """Calibrated on text that says the opposite of what is held out."""
+    model = nn.Sequential(nn.Linear(32, 16))
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    v = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
+    rare = torch.eye(32)[torch.arange(64) % 32]
+    data = [x * 0.001 + v * torch.randn(64, 1) for _ in range(7)] + [rare]
+    nearest = qins.encode(model[0].weight.detach().numpy())
+    report = qins.calibrate(model, [d[None] for d in data], group_size=None)
+    assert report.converted[0].kept.startswith("nearest: no better")
+    assert report.converted[0].error == report.converted[0].nearest_error
+    np.testing.assert_array_equal(model[0].codes.numpy(), nearest.fields["codes"])
+
+
+def test_shared_layers_and_weights():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.b.weight = self.a.weight
+            self.again = self.c
+
+    model = Tied()
+    report = qins.calibrate(model, batches())
+    assert model.again is model.c
+    assert model.b.codes is model.a.codes
+    assert model.a.bias is not None
+    assert model.b.bias is None
+    assert [m.name for m in report.converted] == ["a", "c", "unused"]
+    assert ("b", "shares the codes of a module with the same weight") in [(s.name, s.reason) for s in report.skipped]
+
+
+def test_modes_and_hooks_stay():
+    model = Net().train()
+    model.c.eval()
+    calls = []
+    model.a.register_forward_hook(lambda *_: calls.append(1))
+    qins.calibrate(model, batches())
+    assert model.training
+    assert not model.c.training
+    assert isinstance(model.a, qins.QINSLinear)
+    calls.clear()
+    model(batches()[0])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_architectures(name):
+    """Every layer that runs is calibrated, on what the model itself takes."""
+    model = make(name)
+    data = [{"input_ids": b} for b in batches()]
+    if model.config.is_encoder_decoder:
+        data = [d | {"decoder_input_ids": d["input_ids"][:, :32]} for d in data]
+    report = qins.calibrate(model, data)
+    named = {m.name for m in report.converted}
+    assert named == {n for n, m in model.named_modules() if isinstance(m, qins.QINSLinear)}
+    reached = [m for m in report.converted if "not reach" not in m.kept]
+    assert len(reached) >= 0.8 * sum("visual" not in n for n in named)  # text does not reach what sees pictures
+    better = sum(m.error for m in reached) / max(sum(m.nearest_error for m in reached), 1e-30)
+    assert not reached or better < 1
+    assert outputs(model).isfinite().all()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_rounds_do_not_matter(name, sequential, monkeypatch):
+    """A layer a round, with blocks passed over, gives what whole passes give, for every architecture."""
+    data = [{"input_ids": b} for b in batches(512)]
+    one, other = make(name), make(name)
+    if one.config.is_encoder_decoder:
+        data = [d | {"decoder_input_ids": d["input_ids"][:, :32]} for d in data]
+    qins.calibrate(one, data, room=1, sequential=sequential)
+    if sequential:
+        monkeypatch.setattr("qins.calibration.blocks.BlockChain.run", lambda self, i, forward, **_: forward())
+    qins.calibrate(other, data, room=1 if sequential else 1 << 30, sequential=sequential)
+    assert same_state(one, other)
+
+
+def test_blocks_are_passed_over():
+    model = make("llama")
+    first = model.model.layers[0].self_attn.q_proj
+    calls = []
+    first.register_forward_hook(lambda *_: calls.append(1))
+    data = batches()
+    qins.calibrate(model, data, room=1)
+    # five rounds begin with the first block; in the sixth the order is learned, and leaving it out is checked
+    assert len(calls) == 5 * len(data) + 2
+
+
+def test_models_whose_blocks_share_more_run_whole():
+    """A block that looks at what the first one left elsewhere: passing over that one would be wrong."""
+
+    class Block(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.linear, self.shared = nn.Linear(48, 48), shared
+
+        def forward(self, hidden_states):
+            out = hidden_states + torch.tanh(self.linear(hidden_states) + self.shared.get("sum", 0.0))
+            self.shared["sum"] = self.shared.get("sum", 0.0) + out.mean()
+            return out
+
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.shared = {}
+            self.embed = nn.Embedding(160, 48)
+            self.blocks = nn.ModuleList(Block(self.shared) for _ in range(4))
+
+        def forward(self, ids):
+            self.shared.clear()
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    one, other = Sharing(), Sharing()
+    qins.calibrate(one, batches(), room=1)
+    qins.calibrate(other, batches(), room=1 << 30)
+    assert same_state(one, other)
+
+
+def test_bad_text():
+    model = Net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="expected at least 256 tokens, got 100"):
+        qins.calibrate(model, [token_ids(100)[None]])
+    with pytest.raises(ValueError, match="expected at least 256 tokens, got 0"):
+        qins.calibrate(model, [])
+    with pytest.raises(ValueError, match="expected text with at least 32 different tokens, got 1"):
+        qins.calibrate(model, [torch.full((4, 128), 7)] * 3)
+    with pytest.raises(ValueError, match="expected at least 2 batches"):
+        qins.calibrate(model, [token_ids(512)[None]])
+    with pytest.raises(ValueError, match=r"held_out: expected a share from 0 to 0.5, got 0.9"):
+        qins.calibrate(model, batches(), held_out=0.9)
+    with pytest.raises(ValueError, match="a or b: gram: singular|a: gram: singular"):
+        qins.calibrate(model, [token_ids(256)[None][:, :130]] * 4, damping=0.0, held_out=0.25)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_bad_weights():
+    model = Net()
+    model.c.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="c: weights: expected finite"):
+        qins.calibrate(model, batches())
+    assert type(model.a) is nn.Linear
+
+
+def test_infinite_activations_are_named():
+    model = Net()
+    model.embed.weight.data[10] = float("inf")
+    with pytest.raises(ValueError, match="a: gram: expected finite numbers"):
+        qins.calibrate(model, batches())
+
+
+def test_no_held_out():
+    report = qins.calibrate(Net(), batches(), held_out=0.0)
+    assert report.held_out == 0
+    assert all(m.kept == "calibrated" for m in report.converted if m.name != "unused")
+
+
+def test_store(tmp_path):
+    layer = Choice(qins.encode(np.ones((2, 8), np.float32), group_size=4), 0.5, 0.25)
+    store = Store(tmp_path / "s", "one")
+    store.put("model.layers.0.x", layer)
+    again = Store(tmp_path / "s", "one").get("model.layers.0.x")
+    assert (again.nearest_error, again.error, again.kept) == (0.5, 0.25, "calibrated")
+    assert again.encoded.group_size == 4
+    assert all(np.array_equal(again.encoded.fields[n], f) for n, f in layer.encoded.fields.items())
+    assert store.get("another") is None
+    with pytest.raises(FileExistsError, match="another model, on other text or with other settings"):
+        Store(tmp_path / "s", "two")
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A sharded float checkpoint with a tokenizer that splits at spaces, and a text file."""
+    path = tmp_path / "float"
+    make("llama").save_pretrained(path, max_shard_size="60KB")
+    save_tokenizer(path)
+    (tmp_path / "text.txt").write_text(words(2048))
+    return path
+
+
+def test_from_pretrained_and_quantize_agree(source, tmp_path):
+    text = tmp_path / "text.txt"
+    config = qins.QinsConfig(calibration=str(text), calibration_tokens=1024, overrides={"*o_proj": {"codec": "log9"}})
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    layer = loaded.model.layers[0].self_attn
+    assert isinstance(layer.q_proj, qins.QINSLinear)
+    assert layer.o_proj.codec == "log9"
+    nearest = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=qins.QinsConfig())
+    assert not torch.equal(layer.q_proj.codes, nearest.model.layers[0].self_attn.q_proj.codes)
+    loaded.save_pretrained(tmp_path / "saved")
+
+    config = qins.QinsConfig(overrides={"*o_proj": {"codec": "log9"}})
+    quantize_checkpoint(source, tmp_path / "out", config, calibration=Calibration(text.read_text(), 1024))
+    assert not (tmp_path / "out" / "qins-calibration").exists()
+    told = [json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("out", "saved")]
+    assert told[0]["calibration"] == told[1]["calibration"]
+    assert told[0]["calibration"]["tokens"] == 896
+    for d in ("out", "saved"):
+        again = qins.load(tmp_path / d)
+        assert same_state(again, loaded)
+        assert torch.equal(outputs(again), outputs(loaded))
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers")
+def test_experts_get_the_nearest_codes(tmp_path):
+    source, text = tmp_path / "float", tmp_path / "text.txt"
+    moe("mixtral").save_pretrained(source)
+    save_tokenizer(source)
+    text.write_text(words(2048))
+    config = qins.QinsConfig(calibration=str(text), calibration_tokens=1024, lm_head=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    config = qins.QinsConfig(lm_head=True)
+    nearest = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    for got, other in zip(loaded.model.layers, nearest.model.layers, strict=True):
+        assert same_state(got.mlp.experts, other.mlp.experts)
+        assert not torch.equal(got.self_attn.q_proj.codes, other.self_attn.q_proj.codes)
+    quantize_checkpoint(
+        source, tmp_path / "out", qins.QinsConfig(lm_head=True), calibration=Calibration(text.read_text(), 1024)
+    )
+    assert same_state(qins.load(tmp_path / "out"), loaded)
+    # in place
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    report = qins.calibrate(model, tokenized(source, text.read_text(), 1024), exclude=["*.gate"])
+    assert same_state(model, loaded)
+    assert sum("experts" in m.name for m in report.converted) == 4
+
+
+def test_command_line(source, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "qins.cli", "quantize", str(source), str(tmp_path / "out"), "--calibrate",
+         str(tmp_path / "text.txt"), "--calibration-tokens", "512"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert qins.load(tmp_path / "out").config.quantization_config.calibration["tokens"] == 448
+    short = tmp_path / "short.txt"
+    short.write_text("w5 w6")
+    run = subprocess.run(
+        [sys.executable, "-m", "qins.cli", "quantize", str(source), str(tmp_path / "no"), "--calibrate", str(short)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "expected at least 256 tokens" in run.stderr
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
+def test_killed_and_resumed(source, tmp_path):
+    script = (
+        "import sys, qins, qins.checkpoint.quantizing as c\n"
+        "c.quantize_checkpoint(*sys.argv[1:3], qins.QinsConfig(), calibration=c.Calibration(open(sys.argv[3]).read()))"
+    )
+
+    def start(out):
+        command = [sys.executable, "-c", script, str(source), str(out), str(tmp_path / "text.txt")]
+        return subprocess.Popen(command)
+
+    assert start(tmp_path / "whole").wait() == 0
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    out, kills, seen = tmp_path / "out", 0, set()
+    for after in range(1, 4):  # after so many layers
+        run = start(out)
+        while run.poll() is None:
+            done = {p.name for p in (out / "qins-calibration").glob("*.safetensors")}
+            if len(done) >= 2 * after:
+                break
+            time.sleep(0.002)
+        if run.poll() is None:
+            os.kill(run.pid, signal.SIGKILL)
+            kills += 1
+        run.wait()
+        assert done >= seen or not (out / "qins-calibration").exists()
+        seen = done
+    assert kills > 0
+    # one that was not killed in time has finished, and a finished one is not begun again
+    assert (start(out).wait() == 0) == (kills == 3)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == expected

@@ -1,0 +1,169 @@
+"""Plans: estimates against what is measured, the best choice against all of them, and checkpoints made by one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import qins
+from qins.calibration.activations import Layer, cut
+from qins.calibration.planning import Option, allocate, hull, sensitivities
+from qins.fidelity import metrics
+
+transformers = pytest.importorskip("transformers")
+from tiny import make  # noqa: E402
+from tokens import save_tokenizer, token_ids  # noqa: E402
+from tokens import text as words  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+
+def model_and_batches():
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # or all next tokens would be as likely
+    return model, cut(token_ids(2048), 2048, 64)
+
+
+def linear_layers(model):
+    return {
+        n: Layer(m, "log8", None) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    }
+
+
+def test_sensitivities_predict_divergence():
+    """Noise on one layer's output, small enough for second order, against the divergence that it causes."""
+    model, batches = model_and_batches()
+    layers = linear_layers(model)
+    found = sensitivities(model, layers, batches)
+    ids = batches[0]
+    with torch.no_grad():
+        p = model(ids).logits.log_softmax(-1)
+    generator = torch.Generator().manual_seed(1)
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"):
+        measured = []
+        for _ in range(8):
+            hook = layers[name].module.register_forward_hook(
+                lambda _m, _x, y: y + 0.01 * torch.randn(y.shape, generator=generator)
+            )
+            with torch.no_grad():
+                q = model(ids).logits.log_softmax(-1)
+            hook.remove()
+            measured.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        estimate = 0.5 * 0.01**2 * float(found[name].sum())
+        assert estimate == pytest.approx(np.mean(measured), rel=0.35), name
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_hull():
+    points = [
+        Option(None, 8.0, 5.0),
+        Option(64, 8.1, 4.9),
+        Option(32, 8.2, 2.0),
+        Option(1, 9.0, 3.0),
+        Option(-1, 16, 0),
+    ]
+    assert [o.bits for o in hull(points)] == [8.0, 8.2, 16]
+    assert hull([points[0]]) == [points[0]]
+
+
+def test_allocation_is_the_best_that_fits(rng):
+    """Against every combination, on problems small enough to try them all."""
+    for _ in range(20):
+        found = {}
+        for i in range(5):
+            errors = np.sort(rng.random(3))[::-1].tolist()
+            found[f"l{i}"] = [Option(None, 8.0, errors[0]), Option(64, 8.125, errors[1]), Option(32, 8.25, errors[2])]
+        weights = dict.fromkeys(found, 100)
+        plan = allocate(found, weights, target_bits=8.12)
+        assert plan.bits <= 8.12 + 1e-12
+        best = min(
+            sum(o.kld for o in combination)
+            for combination in itertools.product(*found.values())
+            if sum(o.bits for o in combination) <= 5 * 8.12
+        )
+        step = max(a.kld - b.kld for o in found.values() for a, b in itertools.pairwise(hull(o)))
+        assert plan.kld <= best + step  # what does not fit whole is left
+        enough = allocate(found, weights, target_kld=plan.kld)
+        assert enough.kld <= plan.kld
+        assert enough.bits <= plan.bits + 0.05  # the last step may be too much of a good thing
+
+
+def test_plan_and_calibrate():
+    model, batches = model_and_batches()
+    with torch.no_grad():  # a layer that hardly matters, and one that matters much
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-4)
+        model.model.layers[1].mlp.down_proj.weight.mul_(10)
+    plan = qins.plan(model, batches, target_bits=8.6)
+    assert plan.bits <= 8.6
+    chosen = {n.removeprefix("model.layers."): str(o) for n, o in plan.chosen.items()}
+    assert chosen["0.mlp.down_proj"] == "log8"
+    assert chosen["1.mlp.down_proj"] == "log8/32"
+    reference = make("llama")
+    reference.load_state_dict(model.state_dict())
+    report = qins.calibrate(model, batches, plan=plan)
+    assert {m.name: m.group_size for m in report.converted} == plan.group_sizes
+    assert 8 * report.bytes_after / sum(plan.weights.values()) == pytest.approx(plan.bits)
+    windows = list(token_ids(512, seed=3).reshape(8, 1, 64))
+    assert plan.kld == pytest.approx(metrics.fidelity(reference, model, windows).kl_mean, rel=0.6)
+    assert "bits a weight, estimated mean KL divergence" in str(plan)
+
+
+def test_layers_left_as_floats():
+    model, batches = model_and_batches()
+    half = model.bfloat16()
+    plan = qins.plan(half, batches, target_bits=12.0)
+    assert plan.left
+    assert 8 < plan.bits <= 12
+    report = qins.calibrate(half, batches, plan=plan)
+    assert {s.name for s in report.skipped if s.reason == "left by the plan"} == set(plan.left)
+    assert all(type(half.get_submodule(n)) is torch.nn.Linear for n in plan.left)
+
+
+def test_least_bits_for_a_divergence():
+    model, batches = model_and_batches()
+    loose, tight = (qins.plan(model, batches, target_kld=k) for k in (1.0, 2e-5))
+    assert {str(o) for o in loose.chosen.values()} == {"log8"}
+    assert tight.kld <= 2e-5
+    assert tight.bits > loose.bits
+
+
+def test_errors():
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match="expected one of target_bits and target_kld"):
+        qins.plan(model, batches)
+    with pytest.raises(ValueError, match=r"target_bits: expected at least 8\.\d+ for these layers, got 7"):
+        qins.plan(model, batches, target_bits=7)
+    with pytest.raises(ValueError, match="target_kld: expected at least"):
+        qins.plan(model, batches, target_kld=-1.0)
+    with pytest.raises(ValueError, match="plan: expected a model whose output has logits, got"):
+        qins.plan(make("bert").bert, batches, target_bits=9)
+
+
+def test_command_line(tmp_path):
+    model, _ = model_and_batches()
+    model.save_pretrained(tmp_path / "float")
+    save_tokenizer(tmp_path / "float")
+    (tmp_path / "text.txt").write_text(words(2048))
+    command = [sys.executable, "-m", "qins.cli", "quantize", str(tmp_path / "float"), str(tmp_path / "out")]
+    bits = ["--target-bits", "8.65"]
+    run = subprocess.run([*command, *bits], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "expected --calibrate TEXT beside them" in run.stderr
+    run = subprocess.run([*command, *bits, "--calibrate", str(tmp_path / "text.txt")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "bits a weight, estimated mean KL divergence" in run.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["calibration"]["target_bits"] == 8.65
+    assert 8.0 < config["calibration"]["bits"] <= 8.65
+    loaded = qins.load(tmp_path / "out")
+    layers = [m for m in loaded.modules() if isinstance(m, qins.QINSLinear)]
+    assert len({m.group_size for m in layers}) > 1
+    weights = sum(m.in_features * m.out_features for m in layers)
+    assert 8 * sum(m.encoded.nbytes for m in layers) / weights == pytest.approx(config["calibration"]["bits"])

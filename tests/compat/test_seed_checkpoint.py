@@ -1,0 +1,79 @@
+"""Checkpoints that the seed's code saved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import qins
+
+pytestmark = pytest.mark.once
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 60, bias=False), nn.Embedding(10, 7))
+
+
+def converted(codec, group="default"):
+    m = model()
+    qins.convert(m, codec, group_size=group)
+    return m
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_load_seed_checkpoint(tmp_path, kind):
+    saved = converted("golden")
+    path = tmp_path / "seed.pt"
+    torch.save(saved.state_dict(), path) if kind == "torch" else save_file(saved.state_dict(), path)
+    target = model(seed=1).eval()
+    assert qins.load_seed_checkpoint(target, path) == ["0", "2"]
+    assert isinstance(target[0], qins.QINSLinear)
+    assert target[0].codec == "golden"
+    assert not target[0].training
+    for key, value in saved.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value)
+    path.unlink()  # the codes are the model's own
+    x = torch.randn(3, 60)
+    assert torch.equal(target[2](target[0](x)), saved[2](saved[0](x)))
+
+
+def test_load_seed_checkpoint_with_tied_weights(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.proj, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+    torch.manual_seed(0)
+    m, target = Tied(), Tied()
+    qins.convert(m, "golden", include="proj")
+    state = m.state_dict()
+    del state["head.weight"]
+    torch.save(state, tmp_path / "tied.pt")
+    qins.load_seed_checkpoint(target, tmp_path / "tied.pt")
+    assert torch.equal(target.head.weight, m.embed.weight)
+    assert target.head.weight is target.embed.weight
+
+
+def test_load_seed_checkpoint_that_does_not_fit(tmp_path):
+    state = converted("golden").state_dict()
+    cases = {
+        "expected an nn.Linear": {("1" + k[1:] if k[0] == "0" else k): v for k, v in state.items()},
+        "missing 0.bias": {k: v for k, v in state.items() if k != "0.bias"},
+        "unexpected x": state | {"x": torch.zeros(1)},
+        "mismatched 3.weight": state | {"3.weight": torch.zeros(2, 2)},
+        "got none": model().state_dict(),
+    }
+    for message, bad in cases.items():
+        torch.save(bad, tmp_path / "bad.pt")
+        target = model(seed=1)
+        before = copy.deepcopy(target)
+        with pytest.raises(ValueError, match=message):
+            qins.load_seed_checkpoint(target, tmp_path / "bad.pt")
+        assert [type(m) for m in target] == [type(m) for m in before]
+        assert all(torch.equal(a, b) for a, b in zip(target.parameters(), before.parameters(), strict=True))

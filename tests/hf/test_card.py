@@ -1,0 +1,206 @@
+"""The card of a model in codes: beside what `qins quantize` writes, and in what push_to_hub uploads."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+
+import qins
+from qins.checkpoint import quantize_checkpoint
+from qins.hf import write_card
+
+transformers = pytest.importorskip("transformers")
+from tiny import make, same_state  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+ORIGINAL = """\
+---
+license: apache-2.0
+language:
+- en
+- de
+tags:
+- chat
+base_model: some/ancestor
+model-index:
+- name: broken
+---
+# Tiny
+
+A model of two layers.
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    make("llama").save_pretrained(tmp_path / "float")
+    (tmp_path / "float" / "README.md").write_text(ORIGINAL)
+    return tmp_path / "float"
+
+
+def parts(card):
+    _, head, text = card.split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_beside_codes(source, tmp_path):
+    quantize_checkpoint(source, tmp_path / "out", qins.QinsConfig(overrides={"*.down_proj": {"codec": "golden"}}))
+    head, text = parts((tmp_path / "out" / "README.md").read_text())
+    assert head["license"] == "apache-2.0"
+    assert head["language"] == ["en", "de"]
+    assert head["tags"] == ["chat", "qins", "8-bit", "cpu"]
+    assert (head["base_model"], head["base_model_relation"]) == ("some/ancestor", "quantized")
+    assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
+    assert 'This needs `pip install "qins[hf]"`' in text[:300]
+    assert "| codec | log8, groups of 128 inputs; golden, a scale a row |" in text
+    report = qins.inspect(tmp_path / "out")
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    bits = 8 * sum(layer.bytes for layer in report.layers) / weights
+    assert f"| bits a weight | {bits:.2f}, of {weights:,} weights in 14 layers |" in text
+    assert f"in float32 {report.float32_bytes / 1e6:,.1f} MB" in text
+    assert text.endswith("## The original's card\n\n# Tiny\n\nA model of two layers.\n")
+
+
+@pytest.mark.parametrize("original", ["", "no head\n", "---\n- a list\n---\ntext", "---\n{\n---\ntext", "---\n"])
+def test_originals_without_a_head(source, tmp_path, original):
+    (source / "README.md").write_text(original)
+    if not original:
+        (source / "README.md").unlink()
+    config = json.loads((source / "config.json").read_text()) | {"_name_or_path": "some/tiny"}
+    (source / "config.json").write_text(json.dumps(config))
+    quantize_checkpoint(source, tmp_path / "out")
+    head, text = parts((tmp_path / "out" / "README.md").read_text())
+    assert head["base_model"] == "some/tiny"
+    assert "# some/tiny in 8-bit logarithmic codes" in text
+    assert original.strip() in text
+
+
+def test_of_the_hub(source, tmp_path, monkeypatch):
+    """The base model is what was asked for, not what the original's card calls its own base."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(source))
+    quantize_checkpoint("some/tiny", tmp_path / "out")
+    head, text = parts((tmp_path / "out" / "README.md").read_text())
+    assert head["base_model"] == "some/tiny"
+    assert head["license"] == "apache-2.0"
+    assert "# some/tiny in 8-bit logarithmic codes" in text
+    assert "## Fidelity" not in text
+    write_card(tmp_path / "out", "some/tiny", source, "Mean KL divergence 1e-3.")
+    assert "\n## Fidelity\n\nMean KL divergence 1e-3.\n\n## The" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_that_somebody_wrote_stays(source, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(source, out)
+    ours = (out / "README.md").read_text()
+    for there, stays in (("# Mine\n", True), (ORIGINAL, False), ("---\nlicense: mit\n---\n" + ours, False)):
+        (out / "README.md").write_text(there)
+        write_card(out, None, source)
+        assert ((out / "README.md").read_text() == there) == stays
+    assert (out / "README.md").read_text() == ours
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as an upload of small files needs; it keeps what it is sent."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, value, status=200, **headers):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        for name, header in headers.items():
+            self.send_header(name.replace("_", "-"), header)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        if self.path.endswith("/README.md"):
+            self.answer({}, 404, X_Error_Code="EntryNotFound")
+        else:
+            self.answer({"id": "me/tiny", "sha": "0" * 40, "siblings": []})
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"{self.server.address}/me/tiny", "name": "me/tiny"})
+        elif "/preupload/" in self.path:
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"{self.server.address}/me/tiny/commit/" + "1" * 40
+            self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": url})
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address, server.files = f"http://127.0.0.1:{server.server_port}", {}
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+PUSH = """
+import sys, qins, transformers
+{}
+model.push_to_hub("me/tiny", token="hf_x", tags=["small"])
+"""
+
+
+@pytest.mark.parametrize("how", ["of codes", "while loading", "in place", "dequantized"])
+def test_push_to_hub(source, tmp_path, hub, how):
+    quantize_checkpoint(source, tmp_path / "out")
+    made = {
+        "of codes": f"model = qins.load({str(tmp_path / 'out')!r})",
+        "while loading": "model = transformers.LlamaForCausalLM.from_pretrained("
+        f"{str(source)!r}, quantization_config=qins.QinsConfig())",
+        "in place": f"model = transformers.LlamaForCausalLM.from_pretrained({str(source)!r}); qins.convert(model)",
+        "dequantized": f"model = qins.load({str(tmp_path / 'out')!r}).dequantize()",
+    }
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
+                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    command = [sys.executable, "-c", PUSH.format(made[how])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    head, text = parts(hub.files["README.md"].decode())
+    assert "small" in head["tags"]
+    if how == "dequantized":
+        assert "codes" not in text
+        return
+    assert head["license"] == "apache-2.0"
+    assert {"qins", "chat"} <= set(head["tags"])
+    assert 'This needs `pip install "qins[hf]"`' in text[:300]
+    assert text.count("# Tiny") == 1
+    (tmp_path / "there").mkdir()
+    for name, content in hub.files.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    pushed = qins.load(tmp_path / "there", verify=True)
+    assert same_state(pushed, qins.load(tmp_path / "out"))
+    assert same_state(pickle.loads(pickle.dumps(copy.deepcopy(pushed))), pushed)

@@ -1,0 +1,224 @@
+"""LoRA on codes: training, saving, merging, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qins
+
+peft = pytest.importorskip("peft")
+from tiny import make, outputs, same_state  # noqa: E402
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already "),
+]
+
+
+def adapted(seed=0, name="llama", **kwargs):
+    """A model of codes with an adapter that does something."""
+    base = make(name)
+    qins.convert(base)
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False} | kwargs
+    return peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+
+
+def layer_of(model):
+    return model.base_model.model.model.layers[0].mlp.up_proj
+
+
+def test_training_lowers_the_loss():
+    model = adapted(init_lora_weights=True).train()
+    codes = {n: b.clone() for n, b in model.named_buffers()}
+    ids = torch.arange(3, 43).reshape(2, 20)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3
+    assert all(torch.equal(codes[n], b) for n, b in model.named_buffers())
+
+
+def test_save_and_reload(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    base = make("llama")
+    qins.convert(base)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(outputs(again), outputs(model))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_and_unmerge(safe):
+    model = adapted()
+    layer = layer_of(model)
+    assert type(layer).__name__ == "QINSLoraLinear"
+    before = {n: b.clone() for n, b in layer.base_layer.named_buffers()}
+    expected, original = outputs(model), outputs(model.get_base_model()) * 0
+    with model.disable_adapter():
+        original = outputs(model)
+    wanted = layer.base_layer.weight + layer.get_delta_weight("default")
+    model.merge_adapter(safe_merge=safe)
+    assert isinstance(layer.base_layer, qins.QINSLinear)
+    error = (layer.base_layer.weight - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.02
+    merged = outputs(model)
+    assert (merged - expected).norm() < 0.1 * (expected - original).norm()
+    model.unmerge_adapter()
+    assert all(torch.equal(before[n], b) for n, b in layer.base_layer.named_buffers())
+    assert torch.equal(outputs(model), expected)
+
+
+def test_two_adapters_unmerge_exactly():
+    model = adapted()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    layer = layer_of(model)
+    before = copy.deepcopy(layer.base_layer)
+    wanted = before.weight + layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    model.base_model.merge_adapter(["default"])
+    model.base_model.merge_adapter(["default", "second"])
+    assert (layer.base_layer.weight - wanted).norm() < 0.02 * wanted.norm()
+    model.unmerge_adapter()
+    assert same_state(layer.base_layer, before)
+
+
+def test_merge_and_unload():
+    model = adapted()
+    expected = outputs(model)
+    plain = model.merge_and_unload()
+    assert isinstance(plain.model.layers[0].mlp.up_proj, qins.QINSLinear)
+    assert (outputs(plain) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_biases_are_merged():
+    model = adapted(name="qwen2", lora_bias=True, target_modules=["q_proj"])
+    for name, p in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            torch.nn.init.normal_(p)
+    expected = outputs(model)
+    bias = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias.clone()
+    model.merge_adapter()
+    assert (outputs(model) - expected).norm() < 0.1 * expected.norm()
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias, bias)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+    ],
+)
+def test_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        adapted(**kwargs)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig", "HRAConfig"])
+def test_other_tuners_run_but_do_not_merge(kind):
+    """They would add to a decoded copy of the weight, and what they learned would be lost without a word."""
+    config = {"target_modules": ["q_proj", "v_proj"]}
+    if kind == "IA3Config":
+        config |= {"feedforward_modules": []}
+    if kind == "OFTConfig":
+        config |= {"oft_block_size": 8}
+    model = make("llama").eval()
+    qins.convert(model)
+    expected = outputs(model)
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(**config))
+    assert outputs(tuned).isfinite().all()
+    codes = {n: b.clone() for n, b in tuned.named_buffers() if n.endswith("codes")}
+    for merge in (tuned.merge_adapter, tuned.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot merge into the codes of a QINSLinear; only LoRA can"):
+            merge()
+    assert all(torch.equal(b, codes[n]) for n, b in tuned.named_buffers() if n in codes)
+    assert torch.equal(outputs(tuned.unload()), expected)
+
+
+def test_an_adapter_of_embeddings_runs_but_does_not_merge(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    load = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained
+    model = load(tmp_path, quantization_config=qins.QinsConfig(embeddings=True))
+    expected = outputs(model)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    assert torch.equal(outputs(tuned), expected)  # an untrained adapter changes nothing
+    tuned(torch.arange(3, 23)[None]).logits.square().mean().backward()
+    assert tuned.base_model.model.model.embed_tokens.lora_embedding_A["default"].grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="cannot merge into the codes of a QINSEmbedding"):
+        tuned.merge_and_unload()
+    assert torch.equal(outputs(tuned.unload()), expected)
+
+
+def test_other_models_are_left_alone():
+    model = peft.get_peft_model(make("llama"), peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert type(layer_of(model)) is peft.tuners.lora.layer.Linear
+
+
+def test_prepare_for_training():
+    base = make("llama")
+    qins.convert(base)
+    codes = base.model.layers[0].mlp.up_proj.scale.clone()
+    prepared = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    assert torch.equal(prepared.model.layers[0].mlp.up_proj.scale, codes)
+    model = peft.get_peft_model(prepared, peft.LoraConfig(r=2, target_modules="all-linear"))
+    model(input_ids=torch.arange(3, 23)[None], labels=torch.arange(3, 23)[None]).loss.backward()
+
+
+@pytest.mark.parametrize("order", ["import qins, peft", "import peft, qins"])
+def test_the_order_of_imports_does_not_matter(order):
+    code = f"{order}\nassert qins.QINSLinear in peft.LoraConfig()._custom_modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_smollm2_end_to_end(tmp_path):
+    """Quantized while loading, saved, loaded, trained with LoRA in transformers' Trainer, saved, loaded, merged."""
+    transformers = pytest.importorskip("transformers")
+    from qins.fidelity import metrics
+    from qins.hf import find_model
+
+    source = find_model()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=qins.QinsConfig())
+    model.save_pretrained(tmp_path / "codes")
+    loaded = qins.load(tmp_path / "codes")
+    assert same_state(loaded, model)
+    del model
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    out = loaded.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert "Paris" in tokenizer.decode(out[0])
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    tuned = peft.get_peft_model(loaded, config).train()
+    ids = tokenizer(metrics.sample_text(), return_tensors="pt").input_ids[:, :128]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=5, learning_rate=2e-3, per_device_train_batch_size=1,
+        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", lr_scheduler_type="constant",
+        disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    example = {"input_ids": ids[0], "labels": ids[0]}
+    trainer = transformers.Trainer(model=tuned, args=arguments, train_dataset=[example] * 5)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print("losses", losses)
+    assert losses[-1] < losses[0] - 0.1
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(qins.load(tmp_path / "codes"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
+        again.merge_adapter()
+        kl = expected.log_softmax(-1).exp() * (expected.log_softmax(-1) - again(input_ids=ids).logits.log_softmax(-1))
+    assert kl.sum(-1).mean() < 0.02
