@@ -38,13 +38,19 @@ int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays);
 /* A codec's scalars, in the order of qins.codec.SCALARS. */
 int qins_read_scalars(qins_codes *e, PyObject *scalars);
 int qins_check_group_size(Py_ssize_t group_size);
+/* `count` arguments, which must be `expected` numbers, for functions that are called hundreds of times a token. */
+int qins_numbers(const char *function, PyObject *const *args, Py_ssize_t count, size_t *out, Py_ssize_t expected);
+/* The codes that such numbers describe: codec, addresses of codes, of the second and third array, of the first and
+ * second scalar, rows, cols, group_size. */
+enum { QINS_CODES_NUMBERS = 9 };
+void qins_codes_at(const size_t *numbers, qins_codes *e);
 
 /* module.c: the instruction set in use, and the tables of log8 in KV caches */
 const qins_kernels *qins_active(void);
 extern qins_log8_tables qins_cache_tables;
 /* Work shorter than this, in elements, is done with the GIL held: releasing it costs more. */
 enum { QINS_RELEASE_GIL_ABOVE = 4096 };
-/* module_codes.c, module_products.c: functions of the module */
-extern PyMethodDef qins_code_methods[], qins_product_methods[];
+/* module_codes.c, module_products.c, module_decoder.c: functions of the module */
+extern PyMethodDef qins_code_methods[], qins_product_methods[], qins_decoder_methods[];
 
 #endif
