@@ -208,10 +208,7 @@ class LayerStep:
         for where, name, value in self._watched:
             if where.get(name) is not value:
                 return False
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return False
-        return True
+        return all(tensor._version == version for tensor, version in self._versions)
 
     def _is_observed(self) -> bool:
         for m in self._modules:
