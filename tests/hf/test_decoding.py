@@ -19,6 +19,8 @@ from transformers import DynamicCache  # noqa: E402
 
 from qins.hf import decoding  # noqa: E402
 
+pytestmark = pytest.mark.once  # one test forces every instruction set
+
 WINDOW = 8
 SIZES = COMMON | {"num_key_value_heads": 2, "num_hidden_layers": 4}
 FAMILIES = {
