@@ -37,6 +37,8 @@ FAMILIES = {
     "Olmo2": {},
     "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
 }
+# which transformers 4 gives the rotations of both kinds of attention
+OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
 
 
 def family(name, **more):
@@ -109,7 +111,7 @@ def test_same_answers_as_the_modules(name, batch, padding, at_once):
     ids, mask = texts(batch, padding=padding)
     got = logits(model, ids, mask, at_once=at_once)
     assert len(layers_of(model)) == SIZES["num_hidden_layers"]
-    assert all(proved(model))
+    assert any(proved(model)) == all(proved(model)) == (name not in OWN_MODULES)
     without_steps(model)
     assert divergence(got, logits(model, ids, mask, at_once=at_once)) < 1e-8
 
@@ -139,7 +141,7 @@ def test_soft_caps(attention):
     got = logits(model, ids, mask)
     assert all(proved(model))
     without_steps(model)
-    assert divergence(got, logits(model, ids, mask)) < 1e-8
+    assert divergence(got, logits(model, ids, mask)) < 1e-6
 
 
 def test_every_instruction_set(isa):
