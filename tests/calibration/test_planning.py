@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,12 +11,10 @@ import torch
 import qins
 from qins.calibration.activations import Layer, cut
 from qins.calibration.planning import Option, allocate, hull, sensitivities
-from qins.fidelity import metrics
 
 transformers = pytest.importorskip("transformers")
 from tiny import make  # noqa: E402
-from tokens import save_tokenizer, token_ids  # noqa: E402
-from tokens import text as words  # noqa: E402
+from tokens import token_ids  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -111,7 +106,10 @@ def test_plan_and_calibrate():
     assert {m.name: m.group_size for m in report.converted} == plan.group_sizes
     assert 8 * report.bytes_after / sum(plan.weights.values()) == pytest.approx(plan.bits)
     windows = list(token_ids(512, seed=3).reshape(8, 1, 64))
-    assert plan.kld == pytest.approx(metrics.fidelity(reference, model, windows).kl_mean, rel=0.6)
+    with torch.no_grad():
+        pairs = [(reference(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1)) for ids in windows]
+    measured = [float((p.exp() * (p - q)).sum(-1)[:, :-1].mean()) for p, q in pairs]
+    assert plan.kld == pytest.approx(sum(measured) / len(measured), rel=0.6)
     assert "bits a weight, estimated mean KL divergence" in str(plan)
 
 
@@ -144,26 +142,3 @@ def test_errors():
         qins.plan(model, batches, target_kld=-1.0)
     with pytest.raises(ValueError, match="plan: expected a model whose output has logits, got"):
         qins.plan(make("bert").bert, batches, target_bits=9)
-
-
-def test_command_line(tmp_path):
-    model, _ = model_and_batches()
-    model.save_pretrained(tmp_path / "float")
-    save_tokenizer(tmp_path / "float")
-    (tmp_path / "text.txt").write_text(words(2048))
-    command = [sys.executable, "-m", "qins.cli", "quantize", str(tmp_path / "float"), str(tmp_path / "out")]
-    bits = ["--target-bits", "8.65"]
-    run = subprocess.run([*command, *bits], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert "expected --calibrate TEXT beside them" in run.stderr
-    run = subprocess.run([*command, *bits, "--calibrate", str(tmp_path / "text.txt")], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "bits a weight, estimated mean KL divergence" in run.stdout
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["calibration"]["target_bits"] == 8.65
-    assert 8.0 < config["calibration"]["bits"] <= 8.65
-    loaded = qins.load(tmp_path / "out")
-    layers = [m for m in loaded.modules() if isinstance(m, qins.QINSLinear)]
-    assert len({m.group_size for m in layers}) > 1
-    weights = sum(m.in_features * m.out_features for m in layers)
-    assert 8 * sum(m.encoded.nbytes for m in layers) / weights == pytest.approx(config["calibration"]["bits"])

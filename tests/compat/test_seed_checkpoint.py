@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from damage import DAMAGES, damaged
 from safetensors.torch import save_file
 from torch import nn
 
@@ -77,3 +78,27 @@ def test_load_seed_checkpoint_that_does_not_fit(tmp_path):
             qins.load_seed_checkpoint(target, tmp_path / "bad.pt")
         assert [type(m) for m in target] == [type(m) for m in before]
         assert all(torch.equal(a, b) for a, b in zip(target.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_damaged_files_change_nothing(tmp_path, change):
+    save_file(damaged(converted("golden").state_dict(), change), tmp_path / "bad.safetensors")
+    target = model()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises((ValueError, TypeError)):
+        qins.load_seed_checkpoint(target, tmp_path / "bad.safetensors")
+    assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
+
+
+def test_the_empty_tensor_is_no_weight(tmp_path):
+    """That of our own checkpoints, which stops transformers where qins is not installed."""
+    transformers = pytest.importorskip("transformers")
+    from tiny import make, same_state
+
+    make("llama").save_pretrained(tmp_path / "float")
+    config = qins.QinsConfig("golden")
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    quantized.save_pretrained(tmp_path / "out")
+    again = make("llama", seed=1)
+    assert len(qins.load_seed_checkpoint(again, tmp_path / "out")) == 14
+    assert same_state(again, quantized)

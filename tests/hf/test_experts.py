@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qins
-from qins.fidelity import bytes_by_component
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_while_loading  # noqa: E402
@@ -88,9 +87,6 @@ def test_matrix(tmp_path, name, codec):
         for m in quantized.modules()
         if isinstance(m, (qins.QINSLinear, qins.QINSExperts))
     )
-    kinds = [bytes_by_component(m) for m in (model, quantized)]
-    assert all("experts" in k for k in kinds)
-    assert kinds[0]["experts"] > 1.8 * kinds[1]["experts"]
     # and back
     assert same_state(copy.deepcopy(two).dequantize(), with_decoded_weights(model, quantized))
 

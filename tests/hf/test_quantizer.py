@@ -335,7 +335,7 @@ def test_where_qins_is_not_installed(tmp_path):
 
 def test_the_empty_tensor_is_no_weight(tiny):
     """Whoever reads the file's tensors into a model of codes, or of floats."""
-    model, path = tiny
+    _, path = tiny
     quantized = load(path / "float", quantization_config=qins.QinsConfig("golden"), device_map="auto")
     quantized.save_pretrained(path / "out")
     state = load_file(path / "out" / "model.safetensors")
@@ -343,9 +343,6 @@ def test_the_empty_tensor_is_no_weight(tiny):
     other = load(path / "out")
     other.load_state_dict(state)
     assert same_state(other, quantized)
-    names = qins.load_seed_checkpoint(model, path / "out")
-    assert len(names) == 14
-    assert same_state(model, quantized)
     with pytest.raises(RuntimeError, match="size mismatch for model.layers.0.mlp.down_proj.weight"):
         make("llama").load_state_dict(state, strict=False)
 

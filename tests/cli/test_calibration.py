@@ -1,0 +1,49 @@
+"""`qins quantize --calibrate`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import qins
+
+transformers = pytest.importorskip("transformers")
+from tiny import make  # noqa: E402
+from tokens import save_tokenizer  # noqa: E402
+from tokens import text as words  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A sharded float checkpoint with a tokenizer that splits at spaces, and a text file."""
+    path = tmp_path / "float"
+    make("llama").save_pretrained(path, max_shard_size="60KB")
+    save_tokenizer(path)
+    (tmp_path / "text.txt").write_text(words(2048))
+    return path
+
+
+def test_command_line(source, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "qins.cli", "quantize", str(source), str(tmp_path / "out"), "--calibrate",
+         str(tmp_path / "text.txt"), "--calibration-tokens", "512"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert qins.load(tmp_path / "out").config.quantization_config.calibration["tokens"] == 448
+    short = tmp_path / "short.txt"
+    short.write_text("w5 w6")
+    run = subprocess.run(
+        [sys.executable, "-m", "qins.cli", "quantize", str(source), str(tmp_path / "no"), "--calibrate", str(short)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "expected at least 256 tokens" in run.stderr
+    assert not (tmp_path / "no").exists()

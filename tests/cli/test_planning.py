@@ -1,0 +1,50 @@
+"""`qins quantize --target-bits`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qins
+from qins.calibration.activations import cut
+
+transformers = pytest.importorskip("transformers")
+from tiny import make  # noqa: E402
+from tokens import save_tokenizer, token_ids  # noqa: E402
+from tokens import text as words  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+
+def model_and_batches():
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # or all next tokens would be as likely
+    return model, cut(token_ids(2048), 2048, 64)
+
+
+def test_command_line(tmp_path):
+    model, _ = model_and_batches()
+    model.save_pretrained(tmp_path / "float")
+    save_tokenizer(tmp_path / "float")
+    (tmp_path / "text.txt").write_text(words(2048))
+    command = [sys.executable, "-m", "qins.cli", "quantize", str(tmp_path / "float"), str(tmp_path / "out")]
+    bits = ["--target-bits", "8.65"]
+    run = subprocess.run([*command, *bits], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "expected --calibrate TEXT beside them" in run.stderr
+    run = subprocess.run([*command, *bits, "--calibrate", str(tmp_path / "text.txt")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "bits a weight, estimated mean KL divergence" in run.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["calibration"]["target_bits"] == 8.65
+    assert 8.0 < config["calibration"]["bits"] <= 8.65
+    loaded = qins.load(tmp_path / "out")
+    layers = [m for m in loaded.modules() if isinstance(m, qins.QINSLinear)]
+    assert len({m.group_size for m in layers}) > 1
+    weights = sum(m.in_features * m.out_features for m in layers)
+    assert 8 * sum(m.encoded.nbytes for m in layers) / weights == pytest.approx(config["calibration"]["bits"])
