@@ -1,8 +1,10 @@
-"""The examples of the documentation run, and its pages and links are there."""
+"""The examples of the documentation run, its pages and links are there, and its figures agree."""
 
 from __future__ import annotations
 
+import ast
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import qins
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+BENCHMARKS = ROOT / "benchmarks"
 PAGES = sorted(p for p in (DOCS.glob("*.md") if DOCS.is_dir() else ()))
 
 pytestmark = pytest.mark.once
@@ -55,3 +58,38 @@ def test_every_public_name_is_in_the_api():
     others = {"CalibrationReport", "InspectionReport", "MemoryReport", "Plan", "rational"}
     assert set(qins.__all__) - others == described & set(qins.__all__)
     assert not described - set(qins.__all__) - {"quantize_checkpoint"}
+
+
+measured = pytest.mark.skipif(not (DOCS.is_dir() and BENCHMARKS.is_dir()), reason="the documentation is not here")
+
+
+@measured
+def test_the_measured_page_is_its_generators():
+    """The words of docs/measurements.md are those of benchmarks/measurements.py; only figures differ between runs."""
+    tree = ast.parse((BENCHMARKS / "measurements.py").read_text("utf-8"))
+    page = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "page")
+    text = next(n.value for n in ast.walk(page) if isinstance(n, ast.Return) and isinstance(n.value, ast.JoinedStr))
+    words = "".join(re.escape(v.value) if isinstance(v, ast.Constant) else "(.+?)" for v in text.values)
+    assert re.fullmatch(words, (DOCS / "measurements.md").read_text("utf-8"), re.DOTALL)
+
+
+@measured
+def test_the_picture_shows_the_measured_page():
+    """What docs/why-qins.svg says is what the tables of docs/measurements.md say, so it was drawn from that page."""
+    spec = importlib.util.spec_from_file_location("picture", BENCHMARKS / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    page = (DOCS / "measurements.md").read_text("utf-8")
+    pytest.importorskip("matplotlib")
+    committed, drawn = (
+        re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+        for svg in ((DOCS / "why-qins.svg").read_text("utf-8"), picture.draw(page))
+    )
+    assert committed == drawn
+    cells = [c for panel in picture.figures(page) for c in panel if c]
+    assert len(cells) == 17
+    assert {picture._said(c) for c in cells} <= set(drawn)
+    with pytest.raises(ValueError, match="expected 'float32' in the table of '## Speed'"):
+        picture.figures(page.replace("| float32 | 2.02", "| other | 2.02"))
+    with pytest.raises(ValueError, match="expected a section '## Speed'"):
+        picture.figures(page.replace("## Speed", "## Other"))
