@@ -73,12 +73,17 @@ def test_the_measured_page_is_its_generators():
     assert re.fullmatch(words, (DOCS / "measurements.md").read_text("utf-8"), re.DOTALL)
 
 
-@measured
-def test_the_picture_shows_the_measured_page():
-    """What docs/why-qins.svg says is what the tables of docs/measurements.md say, so it was drawn from that page."""
+def load_picture():
     spec = importlib.util.spec_from_file_location("picture", BENCHMARKS / "picture.py")
     picture = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(picture)
+    return picture
+
+
+@measured
+def test_the_picture_shows_the_measured_page():
+    """What docs/why-qins.svg says is what the tables of docs/measurements.md say, so it was drawn from that page."""
+    picture = load_picture()
     page = (DOCS / "measurements.md").read_text("utf-8")
     pytest.importorskip("matplotlib")
     committed, drawn = (
@@ -93,3 +98,22 @@ def test_the_picture_shows_the_measured_page():
         picture.figures(page.replace("| float32 | 2.02", "| other | 2.02"))
     with pytest.raises(ValueError, match="expected a section '## Speed'"):
         picture.figures(page.replace("## Speed", "## Other"))
+
+
+@measured
+def test_the_readmes_table_is_of_the_measured_page():
+    """Weights, decode, prefill and KL divergence of each format, rounded; and what the page says of bits."""
+    picture = load_picture()
+    page = (DOCS / "measurements.md").read_text("utf-8")
+    lines = re.findall(r"^\|.*\|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    table = {row[0].strip("*").replace("`", ""): row for row in rows if len(row) == 7}
+    fidelity = picture.table_of(page, picture.FIDELITY)
+    for i, (label, _, name) in enumerate(picture.ROWS):
+        row = table[label.removeprefix("qins ")]
+        said = [row[6].removesuffix(" GB"), row[4], row[5], row[2]]
+        for cell, cells in zip(said, picture.figures(page), strict=True):
+            assert cell == "as `log8`" if not cells[i] else float(cell) == pytest.approx(float(cells[i]), rel=0.03)
+        if name is not None:
+            assert float(row[1]) == float(fidelity[name]["bits per weight"])
+            assert float(row[3].removesuffix(" %")) == pytest.approx(float(fidelity[name]["top-1"][:-2]), abs=0.051)
