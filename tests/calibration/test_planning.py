@@ -112,7 +112,7 @@ def test_plan_and_calibrate():
     assert 8 * report.bytes_after / sum(plan.weights.values()) == pytest.approx(plan.bits)
     windows = list(token_ids(512, seed=3).reshape(8, 1, 64))
     assert plan.kld == pytest.approx(metrics.fidelity(reference, model, windows).kl_mean, rel=0.6)
-    assert "bits a weight, estimated mean KL divergence" in str(plan)
+    assert "bits per weight, estimated mean KL divergence" in str(plan)
 
 
 def test_layers_left_as_floats():
@@ -158,7 +158,7 @@ def test_command_line(tmp_path):
     assert "expected --calibrate TEXT beside them" in run.stderr
     run = subprocess.run([*command, *bits, "--calibrate", str(tmp_path / "text.txt")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "bits a weight, estimated mean KL divergence" in run.stdout
+    assert "bits per weight, estimated mean KL divergence" in run.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["calibration"]["target_bits"] == 8.65
     assert 8.0 < config["calibration"]["bits"] <= 8.65
