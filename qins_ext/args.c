@@ -194,3 +194,40 @@ int qins_check_group_size(Py_ssize_t group_size)
     }
     return 0;
 }
+
+int qins_numbers(const char *function, PyObject *const *args, Py_ssize_t count, size_t *out, Py_ssize_t expected)
+{
+    if (count != expected) {
+        PyErr_Format(PyExc_TypeError, "%s: expected %zd numbers, got %zd", function, expected, count);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        out[i] = PyLong_AsSize_t(args[i]);
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+void qins_codes_at(const size_t *numbers, qins_codes *e)
+{
+    enum { CODEC, CODES, SECOND, THIRD, SCALAR, SCALAR2, ROWS, COLS, GROUP };
+    memset(e, 0, sizeof *e);
+    e->codec = (qins_codec)numbers[CODEC];
+    e->rows = numbers[ROWS];
+    e->cols = numbers[COLS];
+    e->group_size = numbers[GROUP];
+    e->codes = (uint8_t *)numbers[CODES];
+    if (e->codec == QINS_log8) {
+        e->scale = (float *)numbers[SECOND];
+        e->group_scale = (uint8_t *)numbers[THIRD];
+        memcpy(&e->mu, (const void *)numbers[SCALAR], sizeof e->mu);
+    } else if (e->codec == QINS_rational) {
+        memcpy(&e->alpha, (const void *)numbers[SECOND], sizeof e->alpha);
+        memcpy(&e->z_min, (const void *)numbers[SCALAR], sizeof e->z_min);
+        memcpy(&e->z_max, (const void *)numbers[SCALAR2], sizeof e->z_max);
+    } else {
+        e->sign = (int8_t *)numbers[SECOND];
+        e->sign_bits = (uint8_t *)numbers[SECOND];
+        memcpy(&e->log_min, (const void *)numbers[SCALAR], sizeof e->log_min);
+        memcpy(&e->log_max, (const void *)numbers[SCALAR2], sizeof e->log_max);
+    }
+}

@@ -38,13 +38,19 @@ int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays);
 /* Reads a codec's scalars, in the order of qins.codec.SCALARS. */
 int qins_read_scalars(qins_codes *e, PyObject *scalars);
 int qins_check_group_size(Py_ssize_t group_size);
+/* Reads `count` arguments, which must be `expected` numbers; for functions that run hundreds of times per token. */
+int qins_numbers(const char *function, PyObject *const *args, Py_ssize_t count, size_t *out, Py_ssize_t expected);
+/* The codes described by such numbers: codec; addresses of the codes, of the second and third array, and of the first
+ * and second scalar; rows, cols, group_size. */
+enum { QINS_CODES_NUMBERS = 9 };
+void qins_codes_at(const size_t *numbers, qins_codes *e);
 
 /* module.c: the instruction set in use, and the tables of log8 in KV caches */
 const qins_kernels *qins_active(void);
 extern qins_log8_tables qins_cache_tables;
 /* Below this many elements the GIL stays held: releasing it would cost more than it gains. */
 enum { QINS_RELEASE_GIL_ABOVE = 4096 };
-/* module_codes.c, module_products.c: the functions of the module */
-extern PyMethodDef qins_code_methods[], qins_product_methods[];
+/* module_codes.c, module_products.c, module_decoder.c: the functions of the module */
+extern PyMethodDef qins_code_methods[], qins_product_methods[], qins_decoder_methods[];
 
 #endif

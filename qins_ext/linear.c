@@ -229,19 +229,124 @@ static void product_blocks(void *context, size_t begin, size_t end)
     p->kernels->few->end();
 }
 
+/* -- one x, and one matrix or some ---------------------------------------------------------------- */
+
+/* How the rows of x are kept, and what multiplies them. */
+typedef struct {
+    char *room;     /* scratch memory, or NULL */
+    size_t at_once; /* rows of codes that a part has a multiple of */
+    void (*multiply)(void *, size_t, size_t);
+} preparation;
+
+/* Makes x, whose way is chosen, what kernels take. Matrices with the same columns, group_size and way can share it.
+ * Returns 0, or -1 without memory. */
+static int take_activations(product *p, const void *x, int threads, preparation *plan)
+{
+    const qins_codes *e = p->e;
+    const size_t batch = p->batch;
+    const int fixed = p->way == QINS_WORDS || p->way == QINS_BYTES || p->way == QINS_TILES;
+    const int copied = p->dtype != QINS_F32 || p->way == QINS_BYTES || p->way == QINS_TILES;
+    /* bytes, multiples of 64; scales: floats */
+    size_t floats = copied ? ceil_div(batch * e->cols * sizeof(float), 64) * 64 : 0;
+    size_t outliers = fixed ? ceil_div(batch * sizeof(qins_outliers), 64) * 64 : 0, packed = 0, scales = 0;
+    p->step = scale_step(e);
+    switch (p->way) {
+    case QINS_WORDS:
+        p->step = least(p->step, p->kernels->word_step);
+        scales = ceil_div(batch, QINS_BATCH) * QINS_BATCH * ceil_div(e->cols, p->step);
+        packed = batch * ceil_div(e->cols, p->step) * p->step * sizeof(int16_t);
+        break;
+    case QINS_BYTES:
+        scales = ceil_div(e->cols, p->step);
+        packed = scales * p->step * 2;
+        break;
+    case QINS_TILES:
+        scales = p->blocks * qins_few_panels(batch) * QINS_PANEL;
+        packed = p->blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
+        break;
+    case QINS_FACTORS:
+        p->padded = p->blocks * QINS_BLOCK;
+        packed = batch * p->padded * sizeof(float);
+        break;
+    default:
+        break;
+    }
+    const size_t all = floats + outliers + packed + scales * sizeof(float);
+    plan->room = all > 0 ? qins_scratch_take(all) : NULL;
+    if (all > 0 && plan->room == NULL) {
+        return -1;
+    }
+    p->x = x;
+    if (copied) {
+        p->rest = (float *)(void *)plan->room;
+    }
+    if (p->dtype != QINS_F32) {
+        p->kernels->widen[p->dtype](x, batch * e->cols, p->rest);
+        p->x = p->rest;
+    }
+    if (fixed) {
+        p->outliers = (qins_outliers *)(void *)(plan->room + floats);
+    }
+    if (packed > 0) {
+        p->packed = plan->room + floats + outliers;
+        p->fixed_scale = (float *)(void *)(p->packed + packed);
+    }
+    const size_t row_grain = ceil_div(GRAIN, e->cols + 1);
+    plan->at_once = 1;
+    plan->multiply = product_rows;
+    switch (p->way) {
+    case QINS_WORDS:
+        qins_parallel(batch, row_grain, threads, fix_rows, p);
+        plan->multiply = product_words;
+        break;
+    case QINS_BYTES:
+        p->kernels->single->pack(take_outliers(p, 0, p->rest), e->cols, p->step, p->packed, p->fixed_scale);
+        plan->multiply = product_single;
+        break;
+    case QINS_TILES:
+        qins_parallel(batch, row_grain, threads, copy_rows, p);
+        qins_parallel(ceil_div(e->cols, p->step), ceil_div(GRAIN, p->step * batch + 1), threads, pack_steps, p);
+        plan->multiply = product_blocks;
+        plan->at_once = QINS_PANEL;
+        break;
+    case QINS_FACTORS:
+        qins_parallel(batch, row_grain, threads, quarter_rows, p);
+        break;
+    default:
+        break;
+    }
+    return atomic_load(&p->failed) == 0 ? 0 : -1;
+}
+
+/* Makes the tables of one matrix; `own` is where log8's are if they are not kept. */
+static void take_matrix(product *p, const qins_codes *e, void *y, qins_log8_words *own)
+{
+    p->e = e;
+    p->y = y;
+    switch (p->way) {
+    case QINS_WORDS:
+    case QINS_BYTES:
+    case QINS_TILES:
+        p->words = qins_log8_words_of(e->mu, own);
+        break;
+    case QINS_FACTORS:
+        qins_golden_factors_build(&p->factors, e->log_min, e->log_max);
+        break;
+    default:
+        qins_decoder_init(&p->from, p->kernels, e);
+        break;
+    }
+}
+
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
                 void *y, int threads)
 {
-    product p = {.kernels = kernels, .e = e, .batch = batch, .dtype = dtype, .y = y};
-    qins_log8_words own;
-    atomic_init(&p.failed, 0);
-    p.blocks = ceil_div(e->cols, QINS_BLOCK);
-    p.padded = e->cols;
     if (batch == 0 || e->rows == 0) {
         return 0;
     }
-    p.way = qins_choose_way(kernels, e, batch, dtype);
-    const qins_panels *form = qins_panels_of(kernels, p.way);
+    const qins_way way = qins_choose_way(kernels, e, batch, dtype);
+    const qins_panels *form = qins_panels_of(kernels, way);
+    qins_log8_words own;
     if (form != NULL) {
         const int by_words = form != kernels->floats && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
         const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, &own) : NULL;
@@ -254,88 +359,78 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
                    ? -1
                    : qins_linear(kernels, e, rest, left, dtype, (char *)y + MOST_BATCH * e->rows * size, threads);
     }
-    const int fixed = p.way == QINS_WORDS || p.way == QINS_BYTES || p.way == QINS_TILES;
-    const int copied = dtype != QINS_F32 || p.way == QINS_BYTES || p.way == QINS_TILES;
-    /* bytes, multiples of 64; scales: floats */
-    size_t floats = copied ? ceil_div(batch * e->cols * sizeof(float), 64) * 64 : 0;
-    size_t outliers = fixed ? ceil_div(batch * sizeof(qins_outliers), 64) * 64 : 0, packed = 0, scales = 0;
-    p.step = scale_step(e);
-    switch (p.way) {
-    case QINS_WORDS:
-        p.step = least(p.step, kernels->word_step);
-        scales = ceil_div(batch, QINS_BATCH) * QINS_BATCH * ceil_div(e->cols, p.step);
-        packed = batch * ceil_div(e->cols, p.step) * p.step * sizeof(int16_t);
-        break;
-    case QINS_BYTES:
-        scales = ceil_div(e->cols, p.step);
-        packed = scales * p.step * 2;
-        break;
-    case QINS_TILES:
-        scales = p.blocks * qins_few_panels(batch) * QINS_PANEL;
-        packed = p.blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
-        break;
-    case QINS_FACTORS:
-        p.padded = p.blocks * QINS_BLOCK;
-        packed = batch * p.padded * sizeof(float);
-        break;
-    default:
-        break;
+    product p = {.kernels = kernels, .e = e, .way = way, .batch = batch, .dtype = dtype};
+    preparation plan;
+    atomic_init(&p.failed, 0);
+    p.blocks = ceil_div(e->cols, QINS_BLOCK);
+    p.padded = e->cols;
+    int failed = take_activations(&p, x, threads, &plan);
+    if (!failed) {
+        take_matrix(&p, e, y, &own);
+        qins_parallel(ceil_div(e->rows, plan.at_once), ceil_div(GRAIN, plan.at_once * e->cols * batch + 1), threads,
+                      plan.multiply, &p);
+        failed = atomic_load(&p.failed) == 0 ? 0 : -1;
     }
-    size_t all = floats + outliers + packed + scales * sizeof(float);
-    char *room = all > 0 ? qins_scratch_take(all) : NULL;
-    if (all > 0 && room == NULL) {
-        return -1;
+    if (plan.room != NULL) {
+        qins_scratch_give(plan.room);
     }
-    p.x = x;
-    if (copied) {
-        p.rest = (float *)(void *)room;
+    return failed;
+}
+
+typedef struct {
+    product *p; /* one for each matrix */
+    size_t count, first[QINS_SET + 1];
+    void (*multiply)(void *, size_t, size_t);
+} product_set;
+
+static void multiply_set(void *context, size_t begin, size_t end)
+{
+    const product_set *set = context;
+    for (size_t i = 0; i < set->count; i++) {
+        const size_t first = set->first[i], from = begin > first ? begin : first, to = least(end, set->first[i + 1]);
+        if (from < to) {
+            set->multiply(&set->p[i], from - first, to - first);
+        }
     }
-    if (dtype != QINS_F32) {
-        kernels->widen[dtype](x, batch * e->cols, p.rest);
-        p.x = p.rest;
+}
+
+int qins_linear_set(const qins_kernels *kernels, const qins_codes *const *e, size_t count, const float *x, size_t batch,
+                    float *const *y, int threads)
+{
+    const qins_way way = qins_choose_way(kernels, e[0], batch, QINS_F32);
+    int alike = count <= QINS_SET && batch <= MOST_BATCH && qins_panels_of(kernels, way) == NULL;
+    for (size_t i = 1; alike && i < count; i++) {
+        alike = e[i]->cols == e[0]->cols && e[i]->codec == e[0]->codec && e[i]->group_size == e[0]->group_size &&
+                qins_choose_way(kernels, e[i], batch, QINS_F32) == way;
     }
-    if (fixed) {
-        p.outliers = (qins_outliers *)(void *)(room + floats);
+    if (!alike || count == 1) {
+        int failed = 0;
+        for (size_t i = 0; i < count && !failed; i++) {
+            failed = qins_linear(kernels, e[i], x, batch, QINS_F32, y[i], threads);
+        }
+        return failed;
     }
-    if (packed > 0) {
-        p.packed = room + floats + outliers;
-        p.fixed_scale = (float *)(void *)(p.packed + packed);
+    product p[QINS_SET] = {{.kernels = kernels, .e = e[0], .way = way, .batch = batch, .dtype = QINS_F32}};
+    qins_log8_words own[QINS_SET];
+    preparation plan;
+    atomic_init(&p[0].failed, 0);
+    p[0].blocks = ceil_div(e[0]->cols, QINS_BLOCK);
+    p[0].padded = e[0]->cols;
+    int failed = take_activations(&p[0], x, threads, &plan);
+    if (!failed) {
+        product_set set = {.p = p, .count = count, .multiply = plan.multiply};
+        for (size_t i = 0; i < count; i++) {
+            if (i > 0) {
+                memcpy(&p[i], &p[0], sizeof p[i]);
+            }
+            take_matrix(&p[i], e[i], y[i], &own[i]);
+            set.first[i + 1] = set.first[i] + ceil_div(e[i]->rows, plan.at_once);
+        }
+        qins_parallel(set.first[count], ceil_div(GRAIN, plan.at_once * e[0]->cols * batch + 1), threads, multiply_set,
+                      &set);
     }
-    const size_t row_grain = ceil_div(GRAIN, e->cols + 1);
-    size_t at_once = 1; /* rows of codes */
-    void (*multiply)(void *, size_t, size_t) = product_rows;
-    switch (p.way) {
-    case QINS_WORDS:
-        p.words = qins_log8_words_of(e->mu, &own);
-        qins_parallel(batch, row_grain, threads, fix_rows, &p);
-        multiply = product_words;
-        break;
-    case QINS_BYTES:
-        p.words = qins_log8_words_of(e->mu, &own);
-        kernels->single->pack(take_outliers(&p, 0, p.rest), e->cols, p.step, p.packed, p.fixed_scale);
-        multiply = product_single;
-        break;
-    case QINS_TILES:
-        p.words = qins_log8_words_of(e->mu, &own);
-        qins_parallel(batch, row_grain, threads, copy_rows, &p);
-        qins_parallel(ceil_div(e->cols, p.step), ceil_div(GRAIN, p.step * batch + 1), threads, pack_steps, &p);
-        multiply = product_blocks;
-        at_once = QINS_PANEL;
-        break;
-    case QINS_FACTORS:
-        qins_golden_factors_build(&p.factors, e->log_min, e->log_max);
-        qins_parallel(batch, row_grain, threads, quarter_rows, &p);
-        break;
-    default:
-        qins_decoder_init(&p.from, kernels, e);
-        break;
+    if (plan.room != NULL) {
+        qins_scratch_give(plan.room);
     }
-    if (atomic_load(&p.failed) == 0) {
-        qins_parallel(ceil_div(e->rows, at_once), ceil_div(GRAIN, at_once * e->cols * batch + 1), threads, multiply,
-                      &p);
-    }
-    if (room != NULL) {
-        qins_scratch_give(room);
-    }
-    return atomic_load(&p.failed) == 0 ? 0 : -1;
+    return failed;
 }

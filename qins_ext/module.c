@@ -141,6 +141,7 @@ static int module_exec(PyObject *module)
     int failed = codecs == NULL || ways == NULL || mu_max == NULL ||
                  PyModule_AddFunctions(module, qins_code_methods) < 0 ||
                  PyModule_AddFunctions(module, qins_product_methods) < 0 ||
+                 PyModule_AddFunctions(module, qins_decoder_methods) < 0 ||
                  PyModule_AddObjectRef(module, "CODECS", codecs) < 0 ||
                  PyModule_AddObjectRef(module, "WAYS", ways) < 0 || PyModule_AddObjectRef(module, "MU_MAX", mu_max) < 0;
     Py_XDECREF(codecs);

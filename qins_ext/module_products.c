@@ -39,32 +39,11 @@ static PyObject *linear_at(PyObject *module, PyObject *const *args, Py_ssize_t c
     (void)module;
     enum { CODEC, CODES, SECOND, THIRD, SCALAR, SCALAR2, ROWS, COLS, GROUP, X, BATCH, DTYPE, Y, THREADS, COUNT };
     size_t a[COUNT];
-    if (count != COUNT) {
-        PyErr_Format(PyExc_TypeError, "linear_at: expected %d arguments, got %zd", COUNT, count);
+    qins_codes e;
+    if (qins_numbers("linear_at", args, count, a, COUNT) < 0) {
         return NULL;
     }
-    for (int i = 0; i < COUNT; i++) {
-        a[i] = PyLong_AsSize_t(args[i]);
-    }
-    if (PyErr_Occurred()) {
-        return NULL;
-    }
-    qins_codes e = {.codec = (qins_codec)a[CODEC], .rows = a[ROWS], .cols = a[COLS], .group_size = a[GROUP]};
-    e.codes = (uint8_t *)a[CODES];
-    if (e.codec == QINS_log8) {
-        e.scale = (float *)a[SECOND];
-        e.group_scale = (uint8_t *)a[THIRD];
-        memcpy(&e.mu, (const void *)a[SCALAR], sizeof e.mu);
-    } else if (e.codec == QINS_rational) {
-        memcpy(&e.alpha, (const void *)a[SECOND], sizeof e.alpha);
-        memcpy(&e.z_min, (const void *)a[SCALAR], sizeof e.z_min);
-        memcpy(&e.z_max, (const void *)a[SCALAR2], sizeof e.z_max);
-    } else {
-        e.sign = (int8_t *)a[SECOND];
-        e.sign_bits = (uint8_t *)a[SECOND];
-        memcpy(&e.log_min, (const void *)a[SCALAR], sizeof e.log_min);
-        memcpy(&e.log_max, (const void *)a[SCALAR2], sizeof e.log_max);
-    }
+    qins_codes_at(a, &e);
     const qins_kernels *kernels = qins_active();
     PyThreadState *released = a[ROWS] * a[COLS] > QINS_RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
     int failed =
@@ -170,14 +149,7 @@ static PyObject *cache_at(PyObject *module, PyObject *const *args, Py_ssize_t co
     (void)module;
     enum { WRITE, CODEC, CODES, SECOND, THIRD, HEADS, ROOM, DIM, START, TOKENS, X, DTYPE, THREADS, COUNT };
     size_t a[COUNT];
-    if (count != COUNT) {
-        PyErr_Format(PyExc_TypeError, "cache_at: expected %d arguments, got %zd", COUNT, count);
-        return NULL;
-    }
-    for (int i = 0; i < COUNT; i++) {
-        a[i] = PyLong_AsSize_t(args[i]);
-    }
-    if (PyErr_Occurred()) {
+    if (qins_numbers("cache_at", args, count, a, COUNT) < 0) {
         return NULL;
     }
     qins_cache c = {.codec = (qins_codec)a[CODEC], .heads = a[HEADS], .room = a[ROOM], .dim = a[DIM]};

@@ -293,6 +293,14 @@ typedef struct {
                        const qins_golden_factors *t, const float *x, size_t stride, int batch, float *out);
     /* out[m] = sum of w * x[m] */
     void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);
+    /* Between the products of a decoder layer, see decoder.c. x = e^(x - most), with x <= most; returns the sum. */
+    float (*exp_row)(float *x, size_t n, float most);
+    /* out = up * silu(gate), or of gelu's tanh form */
+    void (*gate_row)(const float *gate, const float *up, size_t n, int gelu, float *out);
+    /* out[m] += sum over rows t of weight[m][t] * rows[t], n elements. Rows are `stride` apart, the weights of one m
+     * and of the next m `next` */
+    void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
+                       size_t n, float *out, size_t out_stride);
     const qins_panels *floats, *planes, *halves; /* NULL: floats is the best here */
     const qins_single *single;                   /* or NULL */
     const qins_few *few;                         /* or NULL */
@@ -434,6 +442,10 @@ void qins_cache_decode(const qins_kernels *k, const qins_cache *c, size_t start,
  * Returns 0, or -1 if out of memory for `batch` rows of activations. */
 int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype, void *y,
                 int threads);
+/* The product of one x, float32, with up to QINS_SET matrices of the same width; one pass if their codes are alike. */
+enum { QINS_SET = 3 };
+int qins_linear_set(const qins_kernels *k, const qins_codes *const *e, size_t count, const float *x, size_t batch,
+                    float *const *y, int threads);
 /* panels.c: the same for many rows, in one of the forms of qins_panels. words: for log8 with a group_size that is a
  * multiple of QINS_DEPTH, else NULL; required for planes, unused for floats. */
 int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,

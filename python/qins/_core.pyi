@@ -99,3 +99,32 @@ def isa() -> str: ...
 def has_bf16(name: str, /) -> bool: ...
 def set_isa(name: str, /) -> None: ...
 def set_fork_join(address: int, /) -> None: ...
+def decoder_layer(
+    products: tuple[tuple[int, ...] | None, ...],
+    norms: tuple[int, ...],
+    sizes: tuple[int, ...],
+    numbers: tuple[float, ...],
+    /,
+) -> object: ...
+def decode_layer(
+    layer: object,
+    dtype: int,
+    x: int,
+    y: int,
+    sequences: int,
+    tokens: int,
+    keys: int,
+    values: int,
+    room: int,
+    past: int,
+    cos: int,
+    sin: int,
+    rotary_dim: int,
+    rotary_next: int,
+    mask: int,
+    mask_is_bool: int,
+    mask_sequence: int,
+    mask_token: int,
+    threads: int,
+    /,
+) -> None: ...

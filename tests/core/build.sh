@@ -11,10 +11,10 @@ compile() { # FILE FLAGS...
     local file=$1
     shift
     "$compiler" -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
-        -Wno-sign-conversion -Werror "$@" -I"$core" -c "$file" -o "$objects/$(basename "$file" .c).o"
+        -Wno-sign-conversion -Werror "$@" -I"$core" -I"$here" -c "$file" -o "$objects/$(basename "$file" .c).o"
 }
 export -f compile
-export compiler core objects
+export compiler core here objects
 find "$core" "$here" -maxdepth 1 -name '*.c' ! -name 'module*.c' ! -name args.c -print0 | sort -z |
     xargs -0 -P "$(nproc)" -I{} bash -c 'file=$1; shift; compile "$file" "$@"' compile {} "$@"
 "$compiler" "$@" "$objects"/*.o -o "$out" -pthread -lm

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "qins.h"
+#include "test_decoder.h"
 
 static int passed, failed;
 
@@ -367,6 +368,76 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
         check(fabs((double)by_sign[m] - a) <= 2e-6 * size, "dot_golden", k->name, n, (size_t)batch);
         check(fabs((double)by_bits[m] - b) <= 2e-6 * size, "dot_golden, log9", k->name, n, (size_t)batch);
         check(fabs((double)plain[m] - c) <= 1e-6 * size_c, "dot_f32", k->name, n, (size_t)batch);
+    }
+}
+
+/* What a decoder layer does between its products. */
+static void between_products_at(const qins_kernels *k, size_t n, int batch, int at_end)
+{
+    static float values[MOST], others[MOST], factors[QINS_BATCH * 70];
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        values[i] = i % 7 == 3 ? -1e30f : -40.0f * (float)(i % 31) / 31.0f;
+        others[i] = normal() * (i % 5 == 0 ? 40.0f : 3.0f);
+        sum += exp((double)values[i]);
+    }
+    float *row = place(in_f, values, n * 4, at_end);
+    const float total = k->exp_row(row, n, 0.0f);
+    check(fabs((double)total - sum) <= 1e-6 * sum, "exp_row, sum", k->name, n, 0);
+    for (size_t i = 0; i < n; i++) {
+        const double e = exp((double)values[i]);
+        check(fabs((double)row[i] - e) <= 3e-7 * e + 2e-38, "exp_row", k->name, n, i);
+    }
+    for (int gelu = 0; gelu < 2; gelu++) {
+        const float *gate = place(in_f, others, n * 4, at_end), *up = place(in_v, values, n * 4, at_end);
+        float *out = room_for(out_a, n * 4, at_end);
+        k->gate_row(gate, up, n, gelu, out);
+        for (size_t i = 0; i < n; i++) {
+            const double g = (double)others[i], z = gelu ? 1.5957691216057308 * (g + 0.044715 * g * g * g) : g;
+            const double want = g / (1.0 + exp(-z)) * (double)values[i];
+            /* far below zero what is left is nothing beside 1, and its relative error that of z */
+            check(fabs((double)out[i] - want) <=
+                      (2e-6 + 2e-7 * fabs(z)) * fabs(want) + 2e-37 * fabs(g * (double)values[i]),
+                  gelu ? "gate_row, gelu" : "gate_row", k->name, n, i);
+        }
+    }
+    const size_t count = n < 70 ? n : 70, wide = n < 40 ? n : 40, stride = wide + 3;
+    for (size_t i = 0; i < (size_t)batch * count; i++) {
+        factors[i] = normal();
+    }
+    static float rows[70 * 43], want[QINS_BATCH * 40];
+    for (size_t i = 0; i < count * stride; i++) {
+        rows[i] = normal();
+    }
+    const float *from = place(in_f, rows, (count > 0 ? (count - 1) * stride + wide : 0) * 4, at_end);
+    float *out = room_for(out_a, (size_t)batch * wide * 4, at_end);
+    for (size_t i = 0; i < (size_t)batch * wide; i++) {
+        want[i] = (float)i;
+        memcpy((char *)out + i * 4, &want[i], 4);
+    }
+    k->weigh_rows(from, count, stride, factors, count, batch, wide, out, wide);
+    for (size_t m = 0; m < (size_t)batch; m++) {
+        for (size_t i = 0; i < wide; i++) {
+            double exact = (double)want[m * wide + i], size = fabs(exact);
+            for (size_t t = 0; t < count; t++) {
+                exact += (double)factors[m * count + t] * (double)rows[t * stride + i];
+                size += fabs((double)factors[m * count + t] * (double)rows[t * stride + i]);
+            }
+            float got;
+            memcpy(&got, (char *)out + (m * wide + i) * 4, 4);
+            check(fabs((double)got - exact) <= 5e-6 * size, "weigh_rows", k->name, n, (size_t)batch);
+        }
+    }
+}
+
+static void between_products(const qins_kernels *k)
+{
+    static const size_t LENGTH[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 576, 4097};
+    for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
+        for (int batch = 1; batch <= QINS_BATCH; batch++) {
+            between_products_at(k, LENGTH[i], batch, 0);
+            between_products_at(k, LENGTH[i], batch, 1);
+        }
     }
 }
 
@@ -1059,6 +1130,8 @@ int main(int argc, char **argv)
             feedback_at(k, n, 1);
         }
         dots(k);
+        between_products(k);
+        check_decoder(k, check);
         products(k, argc > 2);
         outliers(k);
         printf("ran %s\n", k->name);

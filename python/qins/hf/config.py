@@ -37,6 +37,8 @@ class QinsConfig(QuantizationConfigMixin):
             group_size, and to the module whose codes it shares if it does.
         verify: while a checkpoint that has codes is loaded, compare its tensors with the checksums, which reads all
             of its files; QINS_VERIFY=1 in the environment does so, too. It is not saved.
+        decode_step: let decoder layers that the core knows take a few tokens at a time in one call of it. It is not
+            saved; QINS_DECODE_STEP=0 in the environment switches it off for all models.
 
     Raises:
         ValueError, TypeError: an argument is unknown or out of range.
@@ -63,6 +65,7 @@ class QinsConfig(QuantizationConfigMixin):
         checksums: dict[str, str] | None = None,
         source: str | None = None,
         verify: bool = False,
+        decode_step: bool = True,
         **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", "qins")
@@ -108,7 +111,7 @@ class QinsConfig(QuantizationConfigMixin):
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
         self.modules, self.checksums, self.source = modules, checksums, source
-        self.verify = bool(verify)
+        self.verify, self.decode_step = bool(verify), bool(decode_step)
         for name, about in (modules or {}).items():
             try:
                 _check_entry(about)
@@ -124,7 +127,7 @@ class QinsConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What counts of a config that is given for a checkpoint with a config of its own."""
-        return {"verify": self.verify}
+        return {"verify": self.verify, "decode_step": self.decode_step}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything: transformers 4 asks for it and has no default."""

@@ -19,6 +19,7 @@ from ..nn import (
 from ..system import page_out
 from .auditing import audit
 from .config import QinsConfig
+from .decoding import decode_in_steps
 from .dequantizing import dequantize
 from .embeddings import encode_embeddings, expect_embeddings
 from .expecting import environment_asks_to_verify, expect_codes, expect_floats, verify_files
@@ -214,6 +215,8 @@ class QinsHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         prepare_saving(model)
         self.audit(model)
+        if self.quantization_config.decode_step:
+            decode_in_steps(model)
         return model
 
     def audit(self, model: Any) -> ConversionReport:

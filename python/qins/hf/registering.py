@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 
 from ..nn import CodedWeight, after_conversion
 from .config import QinsConfig
+from .decoding import decode_in_steps
 from .embeddings import untie
 from .quantizer import QinsHfQuantizer
 from .saving import prepare_saving
@@ -33,6 +34,7 @@ def _attach(model: Any) -> None:
     untie(model, {n for n, m in model.named_modules() if isinstance(m, CodedWeight)})
     quantizer.audit(model)
     prepare_saving(model)
+    decode_in_steps(model)
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = True

@@ -19,7 +19,7 @@ from .experts import QINSExperts, projections, stack_sizes
 from .kv_cache import GrowingTokens, QINSKVCache, check_cache_codec, savings
 from .linear import QINSLinear
 from .memory import MemoryReport, memory_report
-from .ops import linear, multiply, multiply_codes, set_fused_rows
+from .ops import linear, multiply, multiply_codes, numbers_of, set_fused_rows
 from .rational import QINSWeightLinear, convert_linear_to_qins, verify_qins_layer
 from .report import ConversionReport, ConvertedModule, SkippedModule
 
@@ -54,6 +54,7 @@ __all__ = [
     "memory_report",
     "multiply",
     "multiply_codes",
+    "numbers_of",
     "other_matrices",
     "places_of",
     "projections",

@@ -73,6 +73,21 @@ def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
         _fused_rows[d] = rows
 
 
+def _addresses(fields: Sequence[Tensor], codec: str, group_size: int | None) -> tuple[int, int, int, int, int]:
+    """Return the addresses of codes, second and third array, and two scalars; 0 for those that the codec lacks."""
+    at = [f.data_ptr() for f in fields]
+    if codec != "log8":
+        return at[0], at[1], 0, at[2], at[3]
+    return (at[0], at[1], at[2], at[3], 0) if group_size else (at[0], at[1], 0, at[2], 0)
+
+
+def numbers_of(fields: Sequence[Tensor], codec: str, group_size: int | None) -> tuple[int, ...] | None:
+    """Describe codes by address for the core, or None if it cannot use them. The caller keeps the tensors alive."""
+    if not all(f.is_cpu and f.is_contiguous() for f in fields):
+        return None
+    return (_CODEC_NUMBER[codec], *_addresses(fields, codec, group_size), *fields[0].shape, group_size or 0)
+
+
 def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
     """X @ W.T, without torch's dispatcher and without a gradient."""
     # Every step to the kernels must be cheap: a small layer takes only ten microseconds.
@@ -91,20 +106,14 @@ def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: 
         and second.is_contiguous()
         and fields[2].is_contiguous()
     ):
-        third = scalar2 = 0
-        if codec != "log8":
-            scalar, scalar2 = fields[2].data_ptr(), fields[3].data_ptr()
-        elif not group_size:
-            scalar = fields[2].data_ptr()
-        else:
-            third, scalar = fields[2].data_ptr(), fields[3].data_ptr()
         if not x.is_contiguous():
             x = x.contiguous()
         out = x.new_empty(*shape[:-1], rows)
+        codes_at, second_at, third_at, scalar_at, scalar2_at = _addresses(fields, codec, group_size)
+        x_at, out_at, in_use = x.data_ptr(), out.data_ptr(), threads._chosen or torch.get_num_threads()
         _core.linear_at(
-            _CODEC_NUMBER[codec], codes.data_ptr(), second.data_ptr(), third, scalar, scalar2, rows, cols,
-            group_size or 0, x.data_ptr(), batch, _DTYPE_NUMBER[dtype], out.data_ptr(),
-            threads._chosen or torch.get_num_threads(),
+            _CODEC_NUMBER[codec], codes_at, second_at, third_at, scalar_at, scalar2_at, rows, cols, group_size or 0,
+            x_at, batch, _DTYPE_NUMBER[dtype], out_at, in_use,
         )  # fmt: skip
         return out
     return _multiply_tiles(x, fields, codec, group_size)

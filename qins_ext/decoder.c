@@ -1,0 +1,354 @@
+/* One decoder layer in one call. Between products everything is float32, whatever the tensors are: what the modules
+ * round after each of their operations is rounded once, at the end. */
+#include "decoder.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+#include "sizes.h"
+
+/* Of attention, a thread's part has at least so many products: a few microseconds of work. */
+enum { GRAIN = 32768, TOKENS_AT_ONCE = 64 };
+
+/* A score that no softmax sees; finite, so that differences of such scores are no NaN. */
+#define UNSEEN (-1e30f)
+
+/* A product's results: row m begins at at + m * next. */
+typedef struct {
+    float *at;
+    size_t next;
+} rows;
+
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_decoder_layer *layer;
+    const qins_decoder_call *call;
+    size_t count;                                 /* rows: sequences * tokens */
+    float *x, *normed, *attended, *gated, *added; /* count rows of hidden, hidden, heads * head_dim, inner, hidden */
+    rows q, k, v, gate, up;
+    atomic_int failed;
+} run;
+
+/* -- small things ------------------------------------------------------------------------------ */
+
+static void norm_row(const qins_kernels *k, const float *x, size_t n, const float *weight, float epsilon, float *out)
+{
+    float squares;
+    k->dot_f32(x, n, x, n, 1, &squares);
+    const float factor = 1.0f / sqrtf(squares / (float)n + epsilon);
+    for (size_t i = 0; i < n; i++) {
+        out[i] = weight[i] * (x[i] * factor);
+    }
+}
+
+static const float *norm_rows(const run *r, const float *x, const float *weight, float *out)
+{
+    const size_t n = r->layer->hidden;
+    if (weight == NULL) {
+        return x;
+    }
+    for (size_t m = 0; m < r->count; m++) {
+        norm_row(r->kernels, x + m * n, n, weight, r->layer->epsilon, out + m * n);
+    }
+    return out;
+}
+
+static void add_bias(const run *r, float *y, size_t n, const float *bias)
+{
+    for (size_t m = 0; bias != NULL && m < r->count; m++) {
+        for (size_t i = 0; i < n; i++) {
+            y[m * n + i] += bias[i];
+        }
+    }
+}
+
+/* Products of one x; results[i] becomes that of the i-th, the first one's below itself where others have no codes. */
+static int multiply(const run *r, const float *x, const qins_decoder_product *const *p, size_t count, float *y,
+                    rows *const *results, const size_t *sizes, int threads)
+{
+    const qins_codes *codes[QINS_SET];
+    float *out[QINS_SET];
+    size_t there = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (p[i]->codes.codes == NULL) { /* among the rows of the one before */
+            results[i]->at = results[i - 1]->at + sizes[i - 1];
+            results[i]->next = results[i - 1]->next;
+            continue;
+        }
+        results[i]->at = y;
+        results[i]->next = p[i]->codes.rows;
+        codes[there] = &p[i]->codes;
+        out[there++] = y;
+        y += r->count * p[i]->codes.rows;
+    }
+    if (qins_linear_set(r->kernels, codes, there, x, r->count, out, threads) != 0) {
+        return -1;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (p[i]->codes.codes != NULL) {
+            add_bias(r, results[i]->at, p[i]->codes.rows, p[i]->bias);
+        }
+    }
+    return 0;
+}
+
+/* x += factor * norm(y) */
+static void add_rows(const run *r, const float *y, const float *weight, float *room)
+{
+    y = norm_rows(r, y, weight, room);
+    for (size_t i = 0; i < r->count * r->layer->hidden; i++) {
+        r->x[i] += r->layer->residual * y[i];
+    }
+}
+
+/* -- attention ---------------------------------------------------------------------------------- */
+
+static void widen_at(const run *r, const void *src, size_t at, size_t n, float *out)
+{
+    r->kernels->widen[r->call->dtype]((const char *)src + at * item_size(r->call->dtype), n, out);
+}
+
+static void norm_heads(const run *r, rows y, size_t heads, const float *weight)
+{
+    const size_t dim = r->layer->head_dim;
+    for (size_t m = 0; weight != NULL && m < r->count; m++) {
+        float *row = y.at + m * y.next;
+        for (size_t h = 0; r->layer->norm_heads && h < heads; h++) {
+            norm_row(r->kernels, row + h * dim, dim, weight, r->layer->head_epsilon, row + h * dim);
+        }
+        if (!r->layer->norm_heads) {
+            norm_row(r->kernels, row, heads * dim, weight, r->layer->head_epsilon, row);
+        }
+    }
+}
+
+/* Rotates the first elements of each head; the second half of a rotation's elements is the other coordinate. */
+static int rotate(const run *r)
+{
+    const qins_decoder_call *call = r->call;
+    const size_t dim = r->layer->head_dim, n = call->rotary_dim, half = n / 2;
+    if (n == 0) {
+        return 0;
+    }
+    float *room = qins_scratch_take(2 * n * sizeof *room), *cosine = room, *sine = room + n;
+    if (room == NULL) {
+        return -1;
+    }
+    for (size_t m = 0; m < r->count; m++) {
+        const size_t at = m / call->tokens * call->rotary_next + m % call->tokens * n;
+        widen_at(r, call->cos, at, n, cosine);
+        widen_at(r, call->sin, at, n, sine);
+        for (int keys = 0; keys < 2; keys++) {
+            float *head = keys ? r->k.at + m * r->k.next : r->q.at + m * r->q.next;
+            for (size_t h = 0; h < (keys ? r->layer->kv_heads : r->layer->heads); h++, head += dim) {
+                for (size_t i = 0; i < half; i++) {
+                    const float a = head[i], b = head[half + i];
+                    head[i] = a * cosine[i] - b * sine[i];
+                    head[half + i] = b * cosine[half + i] + a * sine[half + i];
+                }
+            }
+        }
+    }
+    qins_scratch_give(room);
+    return 0;
+}
+
+/* Where a head's token is in the cache, in elements. */
+static size_t cache_at(const run *r, size_t sequence, size_t head, size_t token)
+{
+    return ((sequence * r->layer->kv_heads + head) * r->call->room + token) * r->layer->head_dim;
+}
+
+static void keep(const run *r, rows from, void *cache)
+{
+    const qins_decoder_call *call = r->call;
+    const size_t dim = r->layer->head_dim, size = item_size(call->dtype);
+    for (size_t m = 0; m < r->count; m++) {
+        for (size_t h = 0; h < r->layer->kv_heads; h++) {
+            const size_t at = cache_at(r, m / call->tokens, h, call->past + m % call->tokens);
+            r->kernels->narrow[call->dtype](from.at + m * from.next + h * dim, dim, (char *)cache + at * size);
+        }
+    }
+}
+
+/* Whether mask lets query m see key t, or what it adds. */
+static float masked(const run *r, size_t m, size_t t, float score)
+{
+    const qins_decoder_call *call = r->call;
+    const size_t at = m / call->tokens * call->mask_sequence + m % call->tokens * call->mask_token + t;
+    if (call->mask_is_bool) {
+        return ((const uint8_t *)call->mask)[at] ? score : UNSEEN;
+    }
+    float more;
+    widen_at(r, call->mask, at, 1, &more);
+    return more > UNSEEN ? score + more : UNSEEN;
+}
+
+/* Some query rows, `batch` of them, of one head of keys: query i is of token row m0 + token[i], head first + head[i].
+ */
+typedef struct {
+    float q[QINS_BATCH][512], out[QINS_BATCH][512];
+    size_t row[QINS_BATCH], head[QINS_BATCH];
+} queries;
+
+static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores,
+                        float *window)
+{
+    const qins_decoder_call *call = r->call;
+    const qins_decoder_layer *layer = r->layer;
+    const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = cache_at(r, sequence, kv_head, 0);
+    const int wide = call->dtype == QINS_F32;
+    for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
+        const size_t n = least(total - t, TOKENS_AT_ONCE);
+        const float *keys = (const float *)call->keys + (wide ? begin + t * dim : 0);
+        if (!wide) {
+            widen_at(r, call->keys, begin + t * dim, n * dim, window);
+            keys = window;
+        }
+        for (size_t i = 0; i < n; i++) {
+            float of_key[QINS_BATCH];
+            r->kernels->dot_f32(keys + i * dim, dim, some->q[0], 512, batch, of_key);
+            for (int j = 0; j < batch; j++) {
+                float score = of_key[j] * layer->scaling;
+                score = layer->softcap > 0.0f ? layer->softcap * tanhf(score / layer->softcap) : score;
+                scores[(size_t)j * total + t + i] = call->mask != NULL ? masked(r, some->row[j], t + i, score) : score;
+            }
+        }
+    }
+    float inverse[QINS_BATCH];
+    for (int j = 0; j < batch; j++) {
+        float *row = scores + (size_t)j * total, most = row[0];
+        for (size_t t = 1; t < total; t++) {
+            most = row[t] > most ? row[t] : most;
+        }
+        inverse[j] = 1.0f / r->kernels->exp_row(row, total, most);
+        memset(some->out[j], 0, dim * sizeof(float));
+    }
+    for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
+        const size_t n = least(total - t, TOKENS_AT_ONCE);
+        const float *values = (const float *)call->values + (wide ? begin + t * dim : 0);
+        if (!wide) {
+            widen_at(r, call->values, begin + t * dim, n * dim, window);
+            values = window;
+        }
+        r->kernels->weigh_rows(values, n, dim, scores + t, total, batch, dim, some->out[0], 512);
+    }
+    for (int j = 0; j < batch; j++) {
+        float *out = r->attended + some->row[j] * layer->heads * dim + some->head[j] * dim;
+        for (size_t i = 0; i < dim; i++) {
+            out[i] = some->out[j][i] * inverse[j];
+        }
+    }
+}
+
+/* Heads of keys, of all sequences. */
+static void attend(void *context, size_t begin, size_t end)
+{
+    run *r = context;
+    const qins_decoder_layer *layer = r->layer;
+    const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads;
+    const size_t total = r->call->past + r->call->tokens;
+    const size_t scores = ceil_div(QINS_BATCH * total, 16) * 16, window = TOKENS_AT_ONCE * dim;
+    char *room = qins_scratch_take(sizeof(queries) + (scores + window) * sizeof(float));
+    if (room == NULL) {
+        atomic_store(&r->failed, 1);
+        return;
+    }
+    queries *some = (queries *)(void *)room;
+    float *of_scores = (float *)(void *)(room + sizeof *some);
+    for (size_t unit = begin; unit < end; unit++) {
+        const size_t sequence = unit / layer->kv_heads, kv_head = unit % layer->kv_heads;
+        int batch = 0;
+        for (size_t i = 0; i < group * r->call->tokens; i++) {
+            some->row[batch] = sequence * r->call->tokens + i / group;
+            some->head[batch] = kv_head * group + i % group;
+            memcpy(some->q[batch], r->q.at + some->row[batch] * r->q.next + some->head[batch] * dim,
+                   dim * sizeof(float));
+            if (++batch == QINS_BATCH || i + 1 == group * r->call->tokens) {
+                attend_some(r, sequence, kv_head, some, batch, of_scores, of_scores + scores);
+                batch = 0;
+            }
+        }
+    }
+    qins_scratch_give(room);
+}
+
+static int attention(run *r, float *room, int threads)
+{
+    const qins_decoder_layer *layer = r->layer;
+    const qins_decoder_product *p[] = {&layer->q, &layer->k, &layer->v};
+    rows *results[] = {&r->q, &r->k, &r->v};
+    const size_t sizes[] = {layer->heads * layer->head_dim, layer->kv_heads * layer->head_dim, 0};
+    const float *x = norm_rows(r, r->x, layer->before_attention, r->normed);
+    if (multiply(r, x, p, 3, room, results, sizes, threads) != 0) {
+        return -1;
+    }
+    norm_heads(r, r->q, layer->heads, layer->q_norm);
+    norm_heads(r, r->k, layer->kv_heads, layer->k_norm);
+    if (rotate(r) != 0) {
+        return -1;
+    }
+    keep(r, r->k, r->call->keys);
+    keep(r, r->v, r->call->values);
+    const size_t work = (r->call->past + r->call->tokens) * layer->head_dim * layer->heads / layer->kv_heads;
+    qins_parallel(r->call->sequences * layer->kv_heads, ceil_div(GRAIN, work * r->call->tokens + 1), threads, attend,
+                  r);
+    if (atomic_load(&r->failed) != 0 ||
+        qins_linear(r->kernels, &layer->o.codes, r->attended, r->count, QINS_F32, r->added, threads) != 0) {
+        return -1;
+    }
+    add_bias(r, r->added, layer->hidden, layer->o.bias);
+    add_rows(r, r->added, layer->after_attention, r->normed);
+    return 0;
+}
+
+/* -- the rest ------------------------------------------------------------------------------------ */
+
+static int gated_products(run *r, float *room, int threads)
+{
+    const qins_decoder_layer *layer = r->layer;
+    const qins_decoder_product *p[] = {&layer->gate, &layer->up};
+    rows *results[] = {&r->gate, &r->up};
+    const size_t sizes[] = {layer->inner, 0};
+    const float *x = norm_rows(r, r->x, layer->before_mlp, r->normed);
+    if (multiply(r, x, p, 2, room, results, sizes, threads) != 0) {
+        return -1;
+    }
+    for (size_t m = 0; m < r->count; m++) {
+        r->kernels->gate_row(r->gate.at + m * r->gate.next, r->up.at + m * r->up.next, layer->inner,
+                             layer->activation == QINS_GELU_TANH, r->gated + m * layer->inner);
+    }
+    if (qins_linear(r->kernels, &layer->down.codes, r->gated, r->count, QINS_F32, r->added, threads) != 0) {
+        return -1;
+    }
+    add_bias(r, r->added, layer->hidden, layer->down.bias);
+    add_rows(r, r->added, layer->after_mlp, r->normed);
+    return 0;
+}
+
+int qins_decode_layer(const qins_kernels *kernels, const qins_decoder_layer *layer, const qins_decoder_call *call,
+                      int threads)
+{
+    run r = {.kernels = kernels, .layer = layer, .call = call, .count = call->sequences * call->tokens};
+    atomic_init(&r.failed, 0);
+    const size_t attended = layer->heads * layer->head_dim, qkv = attended + 2 * layer->kv_heads * layer->head_dim;
+    const size_t products = qkv > 2 * layer->inner ? qkv : 2 * layer->inner;
+    const size_t all = 3 * layer->hidden + attended + layer->inner + products;
+    float *room = qins_scratch_take(r.count * all * sizeof *room);
+    if (room == NULL) {
+        return -1;
+    }
+    r.x = room;
+    r.normed = r.x + r.count * layer->hidden;
+    r.added = r.normed + r.count * layer->hidden;
+    r.attended = r.added + r.count * layer->hidden;
+    r.gated = r.attended + r.count * attended;
+    float *rest = r.gated + r.count * layer->inner;
+    kernels->widen[call->dtype](call->x, r.count * layer->hidden, r.x);
+    const int failed = attention(&r, rest, threads) != 0 || gated_products(&r, rest, threads) != 0;
+    if (!failed) {
+        kernels->narrow[call->dtype](r.x, r.count * layer->hidden, call->y);
+    }
+    qins_scratch_give(room);
+    return failed ? -1 : 0;
+}

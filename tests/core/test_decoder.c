@@ -1,0 +1,291 @@
+/* A decoder layer against one in double precision that is made of plain loops, with every instruction set. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "decoder.h"
+#include "test_decoder.h"
+
+enum { HIDDEN = 48, HEADS = 6, KV_HEADS = 2, DIM = 18, INNER = 70, ROOM = 40, ROTARY = 12, MOST_ROWS = 8 };
+
+static uint32_t seed = 1;
+
+static float random_float(void)
+{
+    seed = seed * 1664525u + 1013904223u;
+    return (float)(seed >> 8) * 0x1p-23f - 1.0f;
+}
+
+static void fill(float *x, size_t n, float middle, float width)
+{
+    for (size_t i = 0; i < n; i++) {
+        x[i] = middle + width * random_float();
+    }
+}
+
+/* Codes of a random matrix, and the matrix that they stand for. */
+typedef struct {
+    qins_codes e;
+    double *values;
+} matrix;
+
+static matrix random_matrix(const qins_kernels *k, size_t rows, size_t cols, size_t group_size)
+{
+    float *w = malloc(rows * cols * sizeof *w);
+    matrix m = {.e = {.codec = QINS_log8, .rows = rows, .cols = cols, .group_size = group_size, .mu = -1.0f}};
+    fill(w, rows * cols, 0.0f, 0.2f);
+    m.e.codes = malloc(rows * cols);
+    m.e.scale = malloc(rows * sizeof(float));
+    m.e.group_scale = group_size ? malloc(rows * ((cols + group_size - 1) / group_size)) : NULL;
+    const qins_matrix whole = {w, QINS_F32, rows, cols, (ptrdiff_t)(cols * sizeof *w), sizeof *w};
+    qins_encode(k, &whole, NULL, 1, &m.e);
+    qins_decode(k, &m.e, 0, rows, 0, cols, 1, QINS_F32, w, cols);
+    m.values = malloc(rows * cols * sizeof *m.values);
+    for (size_t i = 0; i < rows * cols; i++) {
+        m.values[i] = (double)w[i];
+    }
+    free(w);
+    return m;
+}
+
+static void release(matrix *m)
+{
+    free(m->e.codes);
+    free(m->e.scale);
+    free(m->e.group_scale);
+    free(m->values);
+}
+
+static void slow_product(const matrix *m, const float *bias, const double *x, double *y)
+{
+    for (size_t row = 0; row < m->e.rows; row++) {
+        y[row] = bias != NULL ? (double)bias[row] : 0.0;
+        for (size_t i = 0; i < m->e.cols; i++) {
+            y[row] += m->values[row * m->e.cols + i] * x[i];
+        }
+    }
+}
+
+static void slow_norm(const double *x, size_t n, const float *weight, double epsilon, double *y)
+{
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        sum += x[i] * x[i];
+    }
+    for (size_t i = 0; i < n; i++) {
+        y[i] = weight != NULL ? (double)weight[i] * x[i] / sqrt(sum / (double)n + epsilon) : x[i];
+    }
+}
+
+static void slow_rotation(double *head, const float *cosine, const float *sine)
+{
+    for (size_t i = 0; i < ROTARY / 2; i++) {
+        const double a = head[i], b = head[ROTARY / 2 + i];
+        head[i] = a * (double)cosine[i] - b * (double)sine[i];
+        head[ROTARY / 2 + i] = b * (double)cosine[ROTARY / 2 + i] + a * (double)sine[ROTARY / 2 + i];
+    }
+}
+
+typedef struct {
+    matrix qkv, o, gate, up, down;
+    float bias[(HEADS + 2 * KV_HEADS) * DIM], before[HIDDEN], after[HIDDEN], before_mlp[HIDDEN], of_heads[DIM];
+    qins_decoder_layer layer;
+} setup;
+
+/* One row through the layer; keys and values of all its tokens so far are in the caches, its own to come. */
+static void slow_row(const setup *s, const qins_decoder_call *call, size_t sequence, size_t token, float *keys,
+                     float *values, double *x)
+{
+    const qins_decoder_layer *l = &s->layer;
+    static double normed[HIDDEN], qkv[(HEADS + 2 * KV_HEADS) * DIM], attended[HEADS * DIM], gate[INNER], up[INNER];
+    const float *cosine = (const float *)call->cos + sequence * call->rotary_next + token * ROTARY;
+    const float *sine = (const float *)call->sin + sequence * call->rotary_next + token * ROTARY;
+    const size_t at = call->past + token, total = call->past + call->tokens;
+    slow_norm(x, HIDDEN, l->before_attention, (double)l->epsilon, normed);
+    slow_product(&s->qkv, s->bias, normed, qkv);
+    for (size_t h = 0; h < HEADS + KV_HEADS; h++) {
+        slow_norm(qkv + h * DIM, DIM, l->q_norm, (double)l->head_epsilon, qkv + h * DIM);
+        slow_rotation(qkv + h * DIM, cosine, sine);
+    }
+    for (size_t h = 0; h < KV_HEADS; h++) {
+        for (size_t i = 0; i < DIM; i++) {
+            const size_t to = ((sequence * KV_HEADS + h) * ROOM + at) * DIM + i;
+            keys[to] = (float)qkv[(HEADS + h) * DIM + i];
+            values[to] = (float)qkv[(HEADS + KV_HEADS + h) * DIM + i];
+        }
+    }
+    for (size_t h = 0; h < HEADS; h++) {
+        const size_t from = (sequence * KV_HEADS + h / (HEADS / KV_HEADS)) * ROOM * DIM;
+        double score[ROOM], sum = 0.0;
+        for (size_t t = 0; t < total; t++) {
+            score[t] = 0.0;
+            for (size_t i = 0; i < DIM; i++) {
+                score[t] += qkv[h * DIM + i] * (double)keys[from + t * DIM + i];
+            }
+            score[t] = (double)l->softcap * tanh(score[t] * (double)l->scaling / (double)l->softcap);
+            const uint8_t *seen = call->mask;
+            const int sees = seen == NULL || seen[sequence * call->mask_sequence + token * call->mask_token + t];
+            score[t] = sees && t <= at ? exp(score[t]) : 0.0;
+            sum += score[t];
+        }
+        for (size_t i = 0; i < DIM; i++) {
+            attended[h * DIM + i] = 0.0;
+            for (size_t t = 0; t <= at; t++) {
+                attended[h * DIM + i] += score[t] / sum * (double)values[from + t * DIM + i];
+            }
+        }
+    }
+    slow_product(&s->o, NULL, attended, normed);
+    slow_norm(normed, HIDDEN, l->after_attention, (double)l->epsilon, normed);
+    for (size_t i = 0; i < HIDDEN; i++) {
+        x[i] += (double)l->residual * normed[i];
+    }
+    slow_norm(x, HIDDEN, l->before_mlp, (double)l->epsilon, normed);
+    slow_product(&s->gate, NULL, normed, gate);
+    slow_product(&s->up, NULL, normed, up);
+    for (size_t i = 0; i < INNER; i++) {
+        const double g = gate[i];
+        const double z = l->activation == QINS_SILU ? g : 1.5957691216057308 * (g + 0.044715 * g * g * g);
+        gate[i] = g / (1.0 + exp(-z)) * up[i];
+    }
+    slow_product(&s->down, NULL, gate, normed);
+    for (size_t i = 0; i < HIDDEN; i++) {
+        x[i] += (double)l->residual * normed[i];
+    }
+}
+
+static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, size_t tokens, size_t past, int masked)
+{
+    enum { CACHE = MOST_ROWS * KV_HEADS * ROOM * DIM };
+    float *keys = malloc(3 * CACHE * sizeof *keys), *values = malloc(3 * CACHE * sizeof *values);
+    float x[MOST_ROWS * HIDDEN], y[2][MOST_ROWS * HIDDEN], turn[2][MOST_ROWS * ROTARY];
+    uint8_t mask[MOST_ROWS * ROOM];
+    const size_t total = past + tokens, cache = sequences * KV_HEADS * ROOM * DIM;
+    fill(keys, cache, 0.0f, 1.0f);
+    fill(values, cache, 0.0f, 1.0f);
+    fill(x, sequences * tokens * HIDDEN, 0.0f, 1.0f);
+    fill(turn[0], sequences * tokens * ROTARY, 0.0f, 1.0f);
+    fill(turn[1], sequences * tokens * ROTARY, 0.0f, 1.0f);
+    for (size_t m = 0; m < sequences * tokens; m++) {
+        for (size_t t = 0; t < total; t++) {
+            mask[m * total + t] = t <= past + m % tokens && (t % 3 != 1 || t == past + m % tokens);
+        }
+    }
+    for (int i = 1; i < 3; i++) {
+        memcpy(keys + i * CACHE, keys, cache * sizeof *keys);
+        memcpy(values + i * CACHE, values, cache * sizeof *values);
+    }
+    qins_decoder_call call = {
+        .dtype = QINS_F32,
+        .x = x,
+        .sequences = sequences,
+        .tokens = tokens,
+        .room = ROOM,
+        .past = past,
+        .cos = turn[0],
+        .sin = turn[1],
+        .rotary_dim = ROTARY,
+        .rotary_next = tokens * ROTARY,
+        .mask = masked ? mask : NULL,
+        .mask_is_bool = 1,
+        .mask_sequence = tokens * total,
+        .mask_token = total,
+    };
+    int right = 1;
+    for (int i = 0; i < 2; i++) {
+        call.y = y[i];
+        call.keys = keys + (i + 1) * CACHE;
+        call.values = values + (i + 1) * CACHE;
+        right = right && qins_decode_layer(k, &s->layer, &call, i == 0 ? 1 : 3) == 0;
+    }
+    right = right && memcmp(y[0], y[1], sequences * tokens * HIDDEN * sizeof(float)) == 0;
+    right = right && memcmp(keys + CACHE, keys + 2 * CACHE, cache * sizeof *keys) == 0;
+    for (size_t m = 0; right && m < sequences * tokens; m++) {
+        double row[HIDDEN], error = 0.0, size = 0.0;
+        for (size_t i = 0; i < HIDDEN; i++) {
+            row[i] = (double)x[m * HIDDEN + i];
+        }
+        slow_row(s, &call, m / tokens, m % tokens, keys, values, row);
+        for (size_t i = 0; i < HIDDEN; i++) {
+            error += ((double)y[0][m * HIDDEN + i] - row[i]) * ((double)y[0][m * HIDDEN + i] - row[i]);
+            size += row[i] * row[i];
+        }
+        right = error < 1e-6 * size; /* products of log8: 1e-4 each */
+    }
+    free(keys);
+    free(values);
+    return right;
+}
+
+static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activation activation, int fused)
+{
+    setup *s = calloc(1, sizeof *s);
+    qins_decoder_layer *l = &s->layer;
+    s->qkv = random_matrix(k, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, group_size);
+    s->o = random_matrix(k, HIDDEN, HEADS * DIM, group_size);
+    s->gate = random_matrix(k, INNER, HIDDEN, group_size);
+    s->up = random_matrix(k, INNER, HIDDEN, group_size);
+    s->down = random_matrix(k, HIDDEN, INNER, group_size);
+    fill(s->bias, sizeof s->bias / sizeof(float), 0.0f, 0.3f);
+    fill(s->before, HIDDEN, 1.0f, 0.3f);
+    fill(s->after, HIDDEN, 1.0f, 0.3f);
+    fill(s->before_mlp, HIDDEN, 1.0f, 0.3f);
+    fill(s->of_heads, DIM, 1.0f, 0.3f);
+    l->q = (qins_decoder_product){s->qkv.e, s->bias};
+    if (!fused) { /* parts of the same matrix, as products of their own */
+        const size_t groups = group_size ? (HIDDEN + group_size - 1) / group_size : 0, of_q = HEADS * DIM;
+        l->q.codes.rows = of_q;
+        l->k = l->v = l->q;
+        qins_decoder_product *const parts[] = {&l->k, &l->v};
+        for (size_t i = 0; i < 2; i++) {
+            const size_t row = of_q + i * KV_HEADS * DIM;
+            parts[i]->codes.rows = KV_HEADS * DIM;
+            parts[i]->codes.codes += row * HIDDEN;
+            parts[i]->codes.scale += row;
+            parts[i]->codes.group_scale = groups ? parts[i]->codes.group_scale + row * groups : NULL;
+            parts[i]->bias += row;
+        }
+    }
+    l->o.codes = s->o.e;
+    l->gate.codes = s->gate.e;
+    l->up.codes = s->up.e;
+    l->down.codes = s->down.e;
+    l->hidden = HIDDEN;
+    l->heads = HEADS;
+    l->kv_heads = KV_HEADS;
+    l->head_dim = DIM;
+    l->inner = INNER;
+    l->before_attention = s->before;
+    l->after_attention = fused ? s->after : NULL;
+    l->before_mlp = s->before_mlp;
+    l->q_norm = l->k_norm = s->of_heads;
+    l->norm_heads = 1;
+    l->epsilon = 1e-5f;
+    l->head_epsilon = 1e-6f;
+    l->scaling = 0.3f;
+    l->softcap = 20.0f;
+    l->residual = fused ? 0.7f : 1.0f;
+    l->activation = activation;
+    return s;
+}
+
+void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const char *, size_t, size_t))
+{
+    static const size_t GROUP[] = {0, 16, 32, 64};
+    for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
+        for (int fused = 0; fused < 2; fused++) {
+            setup *s = random_setup(k, GROUP[g], fused ? QINS_GELU_TANH : QINS_SILU, fused);
+            for (size_t past = 1; past < 34; past += 8) {
+                check(layer_is_right(k, s, 1, 1, past, 0), "decoder layer, a token", k->name, GROUP[g], past);
+                check(layer_is_right(k, s, 3, 1, past, 0), "decoder layer, sequences", k->name, GROUP[g], past);
+                check(layer_is_right(k, s, 2, 4, past, 1), "decoder layer, masked", k->name, GROUP[g], past);
+            }
+            release(&s->qkv);
+            release(&s->o);
+            release(&s->gate);
+            release(&s->up);
+            release(&s->down);
+            free(s);
+        }
+    }
+}

@@ -1,0 +1,8 @@
+#ifndef QINS_TEST_DECODER_H
+#define QINS_TEST_DECODER_H
+
+#include "qins.h"
+
+void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const char *, size_t, size_t));
+
+#endif

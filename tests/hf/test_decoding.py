@@ -1,0 +1,346 @@
+"""Decoder layers in one call of the core: the answers of the modules, and the modules wherever it must be them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+import qins
+
+transformers = pytest.importorskip("transformers")
+from tiny import COMMON  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from qins.hf import decoding  # noqa: E402
+
+WINDOW = 8
+SIZES = COMMON | {"num_key_value_heads": 2, "num_hidden_layers": 4}
+FAMILIES = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"sliding_window": WINDOW, "head_dim": 16},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "Qwen3": {"head_dim": 24},
+    "SmolLM3": {},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16},
+    "Phi3": {"partial_rotary_factor": 0.5},
+    "Olmo2": {},
+    "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
+}
+
+
+def family(name, **more):
+    """A tiny random model of a family, its norms and biases far from what they begin as, in codes."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **FAMILIES[name], **more})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for key, p in model.named_parameters():
+        if "norm" in key:
+            nn.init.normal_(p, 0.1 if "Gemma" in name else 0.8, 0.2)
+        elif key.endswith("bias"):
+            nn.init.normal_(p, 0.0, 0.1)
+    return converted(model)
+
+
+def converted(model):
+    qins.convert(model, exclude=())
+    return model
+
+
+def layers_of(model):
+    return [m for m in model.modules() if "_qins_step" in m.__dict__]
+
+
+def without_steps(model):
+    for layer in layers_of(model):
+        layer.__dict__["_qins_step"] = None
+
+
+def proved(model):
+    return [len(layer._qins_step._proved) if layer._qins_step else 0 for layer in layers_of(model)]
+
+
+def texts(batch=1, tokens=40, padding=0, seed=1):
+    ids = torch.randint(3, SIZES["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def logits(model, ids, mask, prompt=12, at_once=1):
+    """Of a prompt's last token, and of the rest, so many tokens at a time."""
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = []
+    for begin, end in [(0, prompt), *((t, t + at_once) for t in range(prompt, ids.shape[1], at_once))]:
+        out.append(
+            model(
+                ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions[:, begin:end],
+                past_key_values=cache, use_cache=True,
+            ).logits
+        )  # fmt: skip
+    return torch.cat([out[0][:, -1:], *out[1:]], 1)
+
+
+def divergence(a, b):
+    """The largest KL divergence of a prediction, nats."""
+    a, b = log_softmax(a.double(), -1), log_softmax(b.double(), -1)
+    return float((b.exp() * (b - a)).sum(-1).max())
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize(("batch", "padding"), [(1, 0), (3, 4)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_answers_as_the_modules(name, batch, padding, at_once):
+    """Past sliding windows' lengths, with left padding, and several tokens at a time."""
+    model = family(name)
+    ids, mask = texts(batch, padding=padding)
+    got = logits(model, ids, mask, at_once=at_once)
+    assert len(layers_of(model)) == SIZES["num_hidden_layers"]
+    assert all(proved(model))
+    without_steps(model)
+    assert divergence(got, logits(model, ids, mask, at_once=at_once)) < 1e-8
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, attention):
+    model = family("Llama", attn_implementation=attention)
+    ids, mask = texts(2, padding=3)
+    exact = logits(model, ids, mask)
+    model = family("Llama", attn_implementation=attention).to(dtype)
+    got = logits(model, ids, mask).float()
+    assert all(proved(model))
+    without_steps(model)
+    modules = logits(model, ids, mask).float()
+    # what is rounded once is nearer to float32's answer than what is rounded after each operation
+    assert (got - exact).norm() < 1.2 * (modules - exact).norm()
+
+
+def test_every_instruction_set(isa):
+    model = family("Qwen2")
+    ids, mask = texts(2)
+    got = logits(model, ids, mask)
+    without_steps(model)
+    assert divergence(got, logits(model, ids, mask)) < 1e-8
+
+
+@pytest.mark.parametrize("codec", ["golden", "log9"])
+def test_other_codecs(codec):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    qins.convert(model, codec, exclude=())
+    ids, mask = texts()
+    got = logits(model, ids, mask)
+    assert all(proved(model))
+    without_steps(model)
+    assert divergence(got, logits(model, ids, mask)) < 1e-8
+
+
+def test_threads_change_nothing():
+    model = family("Llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    ids, mask = texts(4, tokens=200)
+    logits(model, ids, mask, prompt=190)  # whose first token is the modules'
+    found = []
+    for n in (1, 2, 5):
+        qins.set_num_threads(n)
+        found.append(logits(model, ids, mask, prompt=190))
+    assert all(proved(model))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_generate(how):
+    model = family("Llama")
+    ids, mask = texts(1 if "prompt_lookup_num_tokens" in how else 2, tokens=10, padding=2 if how == {} else 0)
+    ids[:, 5:] = ids[:, :5]  # something to look up
+    arguments = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **how}
+    got = model.generate(ids, **arguments)
+    assert all(proved(model))
+    without_steps(model)
+    assert torch.equal(got, model.generate(ids, **arguments))
+
+
+def test_loaded_models_decode_in_steps(tmp_path):
+    family("Llama").save_pretrained(tmp_path / "out")
+    model = qins.load(tmp_path / "out")
+    ids, mask = texts()
+    logits(model, ids, mask)
+    assert all(proved(model))
+    off = qins.load(tmp_path / "out", quantization_config=qins.QinsConfig(decode_step=False))
+    assert not layers_of(off)
+    assert "decode_step" not in off.config.quantization_config.to_dict()
+
+
+def test_switched_off_by_the_environment(monkeypatch):
+    monkeypatch.setenv("QINS_DECODE_STEP", "0")
+    assert not layers_of(family("Llama"))
+    monkeypatch.setenv("QINS_DECODE_STEP", "maybe")
+    with pytest.raises(ValueError, match="QINS_DECODE_STEP: expected 0 or 1, got 'maybe'"):
+        family("Llama")
+
+
+@pytest.fixture
+def model():
+    return family("Llama")
+
+
+def decoded(model, cache=None, tokens=20, prompt=12):
+    """Logits of some decoding with a cache of its own, or one that goes on."""
+    ids, _ = texts(tokens=prompt + tokens)
+    with torch.no_grad():
+        if cache is None:
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+        out = [
+            model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(prompt, ids.shape[1])
+        ]
+    return torch.cat(out, 1)
+
+
+def test_a_layer_that_is_watched_runs_its_modules(model):
+    want = decoded(model)
+    calls = []
+    handle = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *a: calls.append(1))
+    assert divergence(decoded(model), want) < 1e-8
+    assert len(calls) == 21
+    handle.remove()
+    decoded(model)
+    assert len(calls) == 21
+    ids, _ = texts(tokens=12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        found = model(
+            ids[:, :1], past_key_values=cache, use_cache=True, output_attentions=True, output_hidden_states=True
+        )
+    assert len(found.hidden_states) == SIZES["num_hidden_layers"] + 1
+    if model.config._attn_implementation == "eager":
+        assert all(a is not None for a in found.attentions)
+
+
+def test_gradients_flow_through_the_modules(model):
+    ids, _ = texts(tokens=12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    x = model.get_input_embeddings()(ids[:, :1]).detach().requires_grad_()
+    model(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+
+
+def test_changed_weights_count(model):
+    before = decoded(model)
+    with torch.no_grad():
+        model.model.layers[2].input_layernorm.weight.mul_(1.5)
+    got = decoded(model)
+    assert divergence(got, before) > 1e-6
+    model.model.layers[1].mlp.up_proj = qins.QINSLinear.from_linear(nn.Linear(64, 96, bias=True))
+    changed = decoded(model)
+    assert all(proved(model))
+    without_steps(model)
+    assert divergence(changed, decoded(model)) < 1e-8
+    model = family("Llama")
+    decoded(model)
+    model.to(torch.bfloat16)
+    assert decoded(model).dtype == torch.bfloat16
+    assert all(proved(model))
+
+
+def test_adapters_run_their_modules(model):
+    peft = pytest.importorskip("peft")
+    want = decoded(model)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    got = decoded(tuned)
+    assert divergence(got, want) > 1e-9
+    assert not any(proved(tuned))
+
+
+def test_copies(model):
+    want = decoded(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(a is not b for a, b in zip(layers_of(model), layers_of(other), strict=True))
+        assert divergence(decoded(other), want) < 1e-8
+        assert all(proved(other))
+
+
+def test_caches_that_share_memory_stay_apart(model):
+    """A prefix that several continuations begin with, copied or not, and pieces that are cut off."""
+    ids, _ = texts(tokens=30)
+    prefix = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=prefix, use_cache=True)
+        model(ids[:, 10:11], past_key_values=prefix, use_cache=True)
+
+        def go_on(cache, begin):
+            return torch.cat([
+                model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(begin, begin + 6)
+            ])  # fmt: skip
+
+        want = go_on(copy.deepcopy(prefix), 11), go_on(copy.deepcopy(prefix), 20)
+        views = copy.copy(prefix)
+        views.layers = [copy.copy(layer) for layer in prefix.layers]
+        first = go_on(prefix, 11)
+        assert torch.equal(first, want[0])
+        assert torch.equal(go_on(views, 20), want[1])
+        prefix.crop(-6)
+        assert torch.equal(go_on(prefix, 20), want[1])
+        assert torch.equal(go_on(pickle.loads(pickle.dumps(prefix)), 11), go_on(copy.deepcopy(prefix), 11))
+
+
+def test_other_caches_run_the_modules(model):
+    ids, _ = texts(tokens=10)
+    want = model.generate(ids, max_new_tokens=10, do_sample=False)
+    for layer in layers_of(model):
+        layer._qins_step._proved.clear()
+    static = model.generate(ids, max_new_tokens=10, do_sample=False, cache_implementation="static")
+    ours = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=qins.QINSCache(v_codec="float16"))
+    assert torch.equal(static, want)
+    assert ours.shape == want.shape
+    assert not any(proved(model))
+
+
+def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog):
+    want = decoded(model)
+    other = family("Llama")
+    monkeypatch.setattr(decoding, "_activation", lambda act: 1)  # gelu where there is silu
+    caplog.set_level(logging.INFO, "qins")
+    got = decoded(other)
+    assert not any(proved(other))
+    assert "layer 0 decodes with its own modules: its results are others" in caplog.text
+    assert divergence(got, want) < 1e-8
+
+
+def test_layers_of_other_kinds_keep_their_modules(caplog):
+    caplog.set_level(logging.INFO, "qins")
+    torch.manual_seed(0)
+    config = transformers.Starcoder2Config(**SIZES)
+    model = converted(transformers.Starcoder2ForCausalLM(config).eval())
+    decoded(model)
+    assert not any(proved(model))
+    assert "layer 3 decodes with its own modules: a LayerNorm" in caplog.text
+    partly = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    qins.convert(partly, exclude=("lm_head", "*.layers.2.mlp.*"))
+    decoded(partly)
+    assert [bool(p) for p in proved(partly)] == [True, True, False, True]
+
+
+def test_nan_stays_nan(model):
+    ids, _ = texts(tokens=12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        x = model.get_input_embeddings()(ids[:, :1]).clone()
+        x[..., 3] = float("nan")
+        assert model(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.isnan().all()
