@@ -100,7 +100,7 @@ def split(batches: Iterable[Any], held_out: float = 0.125) -> Text:
             "repetitive text says nothing about most inputs"
         )
     if held_out and len(listed) < 2:
-        raise ValueError("calibration: expected at least 2 batches, of which one is held out, got 1")
+        raise ValueError("calibration: expected at least 2 batches, one of them to hold out, got 1")
     held = max(1, round(held_out * len(listed))) if held_out else 0
     return Text(listed[: len(listed) - held], listed[len(listed) - held :])
 

@@ -35,7 +35,7 @@ def slow_group_size(codec: str, group_size: int | str | None) -> str:
     nearest = "32" if group_size < 32 else f"{below} or {group_size // 64 * 64 + 64}"
     return (
         f"group_size {group_size}: products decode the weights first and take several times longer; expected {nearest} "
-        "(32, a multiple of 64, or one scale a row)"
+        "(32, a multiple of 64, or per-row scales)"
     )
 
 

@@ -340,7 +340,7 @@ class Bench:
 
 
 def _greedy(model: Any, recording: Recording) -> tuple[list[int], float | None, float | None]:
-    """Return (tokens before the first difference of each continuation, share of forced agreement, tokens a second)."""
+    """Return tokens before each continuation's first difference, share of forced agreement, and tokens per second."""
     same, agreed, count, best = [], 0, 0, 0.0
     for prompt, answer in zip(recording.prompts, recording.reference()["answers"], strict=True):
         expected = torch.tensor(answer)
