@@ -17,7 +17,7 @@ import qins
 from qins.cli.bench import machine, race
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_golden import seed_decode, seed_encode
+from seed_golden import seed_decode, seed_encode
 
 SHAPES = {"L1": (4, 1024), "L2": (128, 2048), "memory": (8192, 3072)}
 CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 64)]

@@ -38,7 +38,6 @@ import kv_cache
 import phi
 import picture
 import toy
-from test_phi35 import PROMPTS
 
 warnings.simplefilter("ignore", DeprecationWarning)
 MB = 1e6
@@ -220,7 +219,7 @@ def phi_tokens(model: nn.Module, tokenizer: object) -> str:
     original = phi.from_llama(model)
 
     def run(m: nn.Module) -> list[list[int]]:
-        return [metrics.greedy(m, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in PROMPTS]
+        return [metrics.greedy(m, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in phi.PROMPTS]
 
     expected, rows = run(original), []
     for name, (codec, group) in CODECS.items():
@@ -228,7 +227,7 @@ def phi_tokens(model: nn.Module, tokenizer: object) -> str:
         report = qins.convert(converted, codec, group_size=group)
         got = run(converted)
         same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(got, expected, strict=True)]
-        rows.append([name, f"{same[0]} of 15", f"{sum(same)} of {15 * len(PROMPTS)}", f"{report.compression:.3f}x",
+        rows.append([name, f"{same[0]} of 15", f"{sum(same)} of {15 * len(phi.PROMPTS)}", f"{report.compression:.3f}x",
                      f"{qins.memory_report(converted).compression:.2f}x"])  # fmt: skip
     return table(["format", 'after "The capital of France is"', "all prompts", "encoded layers", "model"], rows)
 

@@ -6,6 +6,8 @@ import ast
 import doctest
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,11 @@ def test_the_readmes_table_is_of_the_measured_page():
         if name is not None:
             assert float(row[1]) == float(fidelity[name]["bits per weight"])
             assert float(row[3].removesuffix(" %")) == pytest.approx(float(fidelity[name]["top-1"][:-2]), abs=0.051)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
+def test_benchmarks_start(script):
+    """Each finds what it imports, which includes helpers of the tests."""
+    run = subprocess.run([sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout[:6]) == (0, "usage:"), run.stderr
