@@ -103,9 +103,8 @@ def test_real_weights_by_the_hubs_name(phi35_hub, reference, codec, group):
     compression, tokens = LEAST[codec]
     total = sum(same.values())
     figures = f"layers {results['layers']:.3f}x, model {results['model']:.3f}x"
-    print(
-        f"{codec}/{group}: {figures}, {total} of {15 * len(phi.PROMPTS)} tokens, {same[phi.PROMPTS[0]]} of 15 of the first"
-    )
+    first = same[phi.PROMPTS[0]]
+    print(f"{codec}/{group}: {figures}, {total} of {15 * len(phi.PROMPTS)} tokens, {first} of 15 of the first")
     assert results["layers"] >= compression
     assert results["model"] < results["layers"]
     assert total >= tokens
