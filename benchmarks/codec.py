@@ -1,4 +1,4 @@
-"""Encoding and decoding: every codec on every instruction set, beside the seed's PyTorch statement and a plain copy.
+"""Encoding and decoding: every codec on every instruction set, beside the prototype's PyTorch code and a plain copy.
 
 python benchmarks/codec.py [--json FILE] [--seconds S]
 """
@@ -57,7 +57,7 @@ def measure(shape: tuple[int, int], seconds: float) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per row of the table")
     arguments = parser.parse_args()
     result = {"machine": machine(), "sizes": {}}
     print(result["machine"])
