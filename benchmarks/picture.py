@@ -25,6 +25,8 @@ ROWS: tuple[tuple[str, str | None, str | None], ...] = (
     ("qins log8, calibrated", None, "calibrated"),
 )
 SPEED, FIDELITY = "Speed", "Fidelity"
+# A peer that generate.py leaves out where it is not installed.
+OPTIONAL, NOT_MEASURED = "llama.cpp Q8_0", "not measured"
 # Title of a panel; section and column of the page; what is better.
 PANELS = (
     ("Weights, GB", SPEED, "weights GB", "less"),
@@ -57,7 +59,7 @@ def table_of(page: str, section: str) -> dict[str, dict[str, str]]:
 
 
 def figures(page: str) -> list[list[str]]:
-    """Return what each panel says of each row, as the page says it; an empty string where the page says nothing.
+    """Return the cells of each panel as they are in the page; empty where calibrated codes are as fast as others.
 
     Raises:
         ValueError: a section, row or column is missing.
@@ -71,6 +73,9 @@ def figures(page: str) -> list[list[str]]:
             name = fast if section == SPEED else close
             if name is None:  # float32 is what the others are compared with
                 cells.append("0" if section == FIDELITY and label == "float32" else "")
+                continue
+            if name == OPTIONAL and name not in tables[section]:
+                cells.append(NOT_MEASURED)
                 continue
             try:
                 cells.append(tables[section][name][column].partition(" ")[0])
@@ -109,7 +114,7 @@ def draw(page: str) -> str:
 
 
 def _draw_panel(axes: Any, cells: list[str], title: str, better: str) -> None:
-    values = [float(c) if c else 0.0 for c in cells]
+    values = [float(c) if c not in ("", NOT_MEASURED) else 0.0 for c in cells]
     most = max(values)
     for y, (cell, value, (label, *_)) in enumerate(zip(cells, values, ROWS, strict=True)):
         ours = label.startswith("qins")
@@ -124,9 +129,9 @@ def _draw_panel(axes: Any, cells: list[str], title: str, better: str) -> None:
 
 
 def _said(cell: str) -> str:
-    """A figure of the page as a label: powers of ten in two digits."""
-    if not cell:
-        return "as log8"
+    """Return the label of a cell: powers of ten in two digits."""
+    if cell in ("", NOT_MEASURED):
+        return cell or "as log8"
     return f"{float(cell):.1e}".replace("e-0", "e-") if "e" in cell else cell
 
 

@@ -100,6 +100,8 @@ def test_the_picture_shows_the_measured_page():
         picture.figures(page.replace("| float32 | 2.02", "| other | 2.02"))
     with pytest.raises(ValueError, match="expected a section '## Speed'"):
         picture.figures(page.replace("## Speed", "## Other"))
+    alone = "".join(line for line in page.splitlines(keepends=True) if not line.startswith("| llama.cpp"))
+    assert picture.draw(alone).count(">not measured<") == 3
 
 
 @measured
@@ -115,7 +117,10 @@ def test_the_readmes_table_is_of_the_measured_page():
         row = table[label.removeprefix("qins ")]
         said = [row[6].removesuffix(" GB"), row[4], row[5], row[2]]
         for cell, cells in zip(said, picture.figures(page), strict=True):
-            assert cell == "as `log8`" if not cells[i] else float(cell) == pytest.approx(float(cells[i]), rel=0.03)
+            if cells[i] in ("", picture.NOT_MEASURED):
+                assert cell == (cells[i] or "as `log8`")
+            else:
+                assert float(cell) == pytest.approx(float(cells[i]), rel=0.03)
         if name is not None:
             assert float(row[1]) == float(fidelity[name]["bits per weight"])
             assert float(row[3].removesuffix(" %")) == pytest.approx(float(fidelity[name]["top-1"][:-2]), abs=0.051)
