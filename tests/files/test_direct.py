@@ -13,6 +13,8 @@ from qins.files import direct as direct_io
 from qins.files import open_checkpoint
 from qins.system import is_resident
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def direct(tmp_path: Path) -> Path:

@@ -9,6 +9,8 @@ import qins
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(params=["log8", "golden"])
 def model(request):

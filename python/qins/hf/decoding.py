@@ -36,6 +36,14 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ROOM = 64  # tokens that a cache has room for at least when it grows
 
+# Layers whose source has been read: what depends on a position, say, no comparison of a few tokens would show.
+_FAMILIES = {
+    f"{family}DecoderLayer"
+    for family in (
+        "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Mistral", "Olmo2", "Olmo3", "Phi3", "Qwen2", "Qwen3",
+        "SeedOss", "SmolLM3",
+    )
+}  # fmt: skip
 # Names of a layer's norms: before attention, after it, before the MLP, after it.
 _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
     frozenset({"input_layernorm", "post_attention_layernorm"}): (
@@ -106,7 +114,12 @@ class LayerStep:
             _UnfitError: it is not one that the core knows.
 
         """
+        if type(layer).__name__ not in _FAMILIES or not type(layer).__module__.startswith("transformers.models."):
+            raise _UnfitError(f"a {type(layer).__name__}")
         attention, mlp = layer.self_attn, layer.mlp
+        self._config, self._implementation = attention.config, attention.config._attn_implementation
+        if self._implementation not in ("sdpa", "eager"):
+            raise _UnfitError(f"attention by {self._implementation}")
         self._watched: list[tuple[dict[str, Any], str, Any]] = []
         self._versions: list[tuple[Tensor, int]] = []  # of tensors that are copied, which changing them in place ups
         self._modules: list[nn.Module] = [attention, mlp]
@@ -189,7 +202,8 @@ class LayerStep:
         numbers = (
             *(next(iter(e), 0.0) for e in epsilons),
             float(attention.scaling),
-            float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+            # which SDPA leaves out
+            float((self._implementation == "eager" and getattr(attention, "attn_logit_softcapping", None)) or 0.0),
             float(getattr(layer, "residual_multiplier", 1.0)),
         )
         tensors = [*layer.parameters(), *(b for n, b in layer.named_buffers() if "inv_freq" not in n)]
@@ -203,15 +217,12 @@ class LayerStep:
 
     def _is_current(self, layer: Any) -> bool:
         """Whether the layer's modules are those that were described."""
-        if self._layer is not layer:
+        if self._layer is not layer or self._config._attn_implementation != self._implementation:
             return False
         for where, name, value in self._watched:
             if where.get(name) is not value:
                 return False
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return False
-        return True
+        return all(tensor._version == version for tensor, version in self._versions)
 
     def _is_observed(self) -> bool:
         for m in self._modules:
@@ -305,7 +316,7 @@ class LayerStep:
         room, past = _room(kept, tokens)
         cos_at = sin_at = rotary_dim = rotary_next = 0
         if self._rotary:
-            cos_at, sin_at, rotary_dim, rotary_next = _rotation(rotation, x.dtype)
+            (cos_at, sin_at, rotary_dim, rotary_next), _in_use = _rotation(rotation, x.dtype)
         mask_at = is_bool = mask_sequence = mask_token = 0
         if mask is not None:
             mask_at, is_bool = mask.data_ptr(), int(mask.dtype == torch.bool)
@@ -380,21 +391,25 @@ def _room(kept: Any, tokens: int) -> tuple[_Room, int]:
     return room, past
 
 
-_last_rotation: tuple[Any, ...] = (None, None, None, None)
+_last_rotation: tuple[Any, ...] = (None, None, None)
 
 
-def _rotation(rotation: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Addresses of cosines and sines, their number a token, and from a sequence to the next; for all layers once."""
+def _rotation(rotation: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[tuple[int, int, int, int], Any]:
+    """Cosines and sines for all layers once.
+
+    Returns:
+        their addresses, their number a token, and from a sequence to the next; and what keeps the memory.
+
+    """
     global _last_rotation
-    given, of_dtype, _, numbers = _last_rotation
-    if given is rotation and of_dtype is dtype:
-        found: tuple[int, int, int, int] = numbers
-        return found
-    cos, sin = (t.to(dtype).contiguous() for t in rotation)
-    rotary_dim = cos.shape[2]
-    found = cos.data_ptr(), sin.data_ptr(), rotary_dim, cos.shape[1] * rotary_dim if cos.shape[0] > 1 else 0
-    _last_rotation = rotation, dtype, (cos, sin), found
-    return found
+    given, of_dtype, found = _last_rotation  # of another thread's call, perhaps
+    if given is not rotation or of_dtype is not dtype:
+        cos, sin = (t.to(dtype).contiguous() for t in rotation)
+        next_sequence = cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
+        found = (cos.data_ptr(), sin.data_ptr(), cos.shape[2], next_sequence), (cos, sin)
+        _last_rotation = rotation, dtype, found
+    kept: tuple[tuple[int, int, int, int], Any] = found
+    return kept
 
 
 def _rotates(rotation: Any, x: Tensor, head_dim: int) -> bool:
