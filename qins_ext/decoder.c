@@ -221,7 +221,11 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
         for (size_t t = 1; t < total; t++) {
             most = row[t] > most ? row[t] : most;
         }
-        inverse[j] = 1.0f / r->kernels->exp_row(row, total, most);
+        const float *sink = layer->sinks != NULL ? layer->sinks + some->head[j] : NULL;
+        most = sink != NULL && *sink > most ? *sink : most;
+        float sum = r->kernels->exp_row(row, total, most);
+        sum += sink != NULL ? expf(*sink - most) : 0.0f;
+        inverse[j] = 1.0f / sum;
         memset(some->out[j], 0, dim * sizeof(float));
     }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
@@ -345,7 +349,10 @@ int qins_decode_layer(const qins_kernels *kernels, const qins_decoder_layer *lay
     r.gated = r.attended + r.count * attended;
     float *rest = r.gated + r.count * layer->inner;
     kernels->widen[call->dtype](call->x, r.count * layer->hidden, r.x);
-    const int failed = attention(&r, rest, threads) != 0 || gated_products(&r, rest, threads) != 0;
+    int failed = attention(&r, rest, threads);
+    if (!failed && layer->gate.codes.codes != NULL) {
+        failed = gated_products(&r, rest, threads);
+    }
     if (!failed) {
         kernels->narrow[call->dtype](r.x, r.count * layer->hidden, call->y);
     }

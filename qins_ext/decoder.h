@@ -6,8 +6,8 @@
 
 enum { QINS_DECODER_ROWS = 16 }; /* most tokens of one call, over all sequences */
 
-/* A product with a bias, which may be NULL. No codes: there is no such product (of k, v or up, where q or gate has
- * them below its own rows). */
+/* A product with a bias, which may be NULL. No codes: there is no such product. Those of k and v may be rows of q, and
+ * those of up rows of gate, below its own; without gate the layer ends after attention. */
 typedef struct {
     qins_codes codes;
     const float *bias;
@@ -21,7 +21,8 @@ typedef struct {
     size_t hidden, heads, kv_heads, head_dim, inner;
     const float *before_attention, *after_attention, *before_mlp, *after_mlp;
     const float *q_norm, *k_norm;
-    int norm_heads;                                          /* q_norm and k_norm are of one head; else of all */
+    const float *sinks; /* a logit of each head that takes part in its softmax and has no value; NULL: none */
+    int norm_heads;     /* q_norm and k_norm are of one head; else of all */
     float epsilon, head_epsilon, scaling, softcap, residual; /* softcap 0: none; residual: factor of what is added */
     qins_activation activation;
 } qins_decoder_layer;

@@ -36,26 +36,27 @@ static int read_product(PyObject *o, qins_decoder_product *p)
     return 0;
 }
 
-PyDoc_STRVAR(decoder_layer_doc,
-             "decoder_layer(products, norms, sizes, numbers, /)\n--\n\n"
-             "Describe a layer for decode_layer; everything by address, nothing is checked or kept alive. products: "
-             "q, k, v, o, gate, up, down, each a tuple (codec, ..., group_size as for linear_at, bias) or None; norms: "
-             "before and after attention, before and after the MLP, of queries and of keys; sizes: hidden, heads, "
-             "kv_heads, head_dim, inner, norm_heads, activation; numbers: epsilon, head_epsilon, scaling, softcap, "
-             "residual.");
+PyDoc_STRVAR(
+    decoder_layer_doc,
+    "decoder_layer(products, norms, sizes, numbers, /)\n--\n\n"
+    "Describe a layer for decode_layer; everything by address, nothing is checked or kept alive. products: "
+    "q, k, v, o, gate, up, down, each a tuple (codec, ..., group_size as for linear_at, bias) or None; norms: "
+    "before and after attention, before and after the MLP, of queries and of keys, sinks; sizes: hidden, heads, "
+    "kv_heads, head_dim, inner, norm_heads, activation; numbers: epsilon, head_epsilon, scaling, softcap, "
+    "residual.");
 
 static PyObject *decoder_layer(PyObject *module, PyObject *args)
 {
     (void)module;
     PyObject *q, *k, *v, *o, *gate, *up, *down;
-    Py_ssize_t norm[6], size[7];
+    Py_ssize_t norm[7], size[7];
     qins_decoder_layer *l = calloc(1, sizeof *l);
     if (l == NULL) {
         return PyErr_NoMemory();
     }
-    if (!PyArg_ParseTuple(args, "(OOOOOOO)(nnnnnn)(nnnnnnn)(fffff):decoder_layer", &q, &k, &v, &o, &gate, &up, &down,
-                          &norm[0], &norm[1], &norm[2], &norm[3], &norm[4], &norm[5], &size[0], &size[1], &size[2],
-                          &size[3], &size[4], &size[5], &size[6], &l->epsilon, &l->head_epsilon, &l->scaling,
+    if (!PyArg_ParseTuple(args, "(OOOOOOO)(nnnnnnn)(nnnnnnn)(fffff):decoder_layer", &q, &k, &v, &o, &gate, &up, &down,
+                          &norm[0], &norm[1], &norm[2], &norm[3], &norm[4], &norm[5], &norm[6], &size[0], &size[1],
+                          &size[2], &size[3], &size[4], &size[5], &size[6], &l->epsilon, &l->head_epsilon, &l->scaling,
                           &l->softcap, &l->residual) ||
         read_product(q, &l->q) < 0 || read_product(k, &l->k) < 0 || read_product(v, &l->v) < 0 ||
         read_product(o, &l->o) < 0 || read_product(gate, &l->gate) < 0 || read_product(up, &l->up) < 0 ||
@@ -63,9 +64,9 @@ static PyObject *decoder_layer(PyObject *module, PyObject *args)
         free(l);
         return NULL;
     }
-    const float **const norms[] = {&l->before_attention, &l->after_attention, &l->before_mlp,
-                                   &l->after_mlp,        &l->q_norm,          &l->k_norm};
-    for (int i = 0; i < 6; i++) {
+    const float **const norms[] = {&l->before_attention, &l->after_attention, &l->before_mlp, &l->after_mlp,
+                                   &l->q_norm,           &l->k_norm,          &l->sinks};
+    for (int i = 0; i < 7; i++) {
         *norms[i] = (const float *)norm[i];
     }
     l->hidden = (size_t)size[0];

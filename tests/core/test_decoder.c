@@ -88,7 +88,8 @@ static void slow_rotation(double *head, const float *cosine, const float *sine)
 
 typedef struct {
     matrix qkv, o, gate, up, down;
-    float bias[(HEADS + 2 * KV_HEADS) * DIM], before[HIDDEN], after[HIDDEN], before_mlp[HIDDEN], of_heads[DIM];
+    float bias[(HEADS + 2 * KV_HEADS) * DIM], before[HIDDEN], after[HIDDEN], before_mlp[HIDDEN], of_heads[DIM],
+        sinks[HEADS];
     qins_decoder_layer layer;
 } setup;
 
@@ -128,6 +129,7 @@ static void slow_row(const setup *s, const qins_decoder_call *call, size_t seque
             score[t] = sees && t <= at ? exp(score[t]) : 0.0;
             sum += score[t];
         }
+        sum += l->sinks != NULL ? exp((double)l->sinks[h]) : 0.0;
         for (size_t i = 0; i < DIM; i++) {
             attended[h * DIM + i] = 0.0;
             for (size_t t = 0; t <= at; t++) {
@@ -231,6 +233,7 @@ static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activa
     fill(s->after, HIDDEN, 1.0f, 0.3f);
     fill(s->before_mlp, HIDDEN, 1.0f, 0.3f);
     fill(s->of_heads, DIM, 1.0f, 0.3f);
+    fill(s->sinks, HEADS, 1.0f, 4.0f);
     l->q = (qins_decoder_product){s->qkv.e, s->bias};
     if (!fused) { /* parts of the same matrix, as products of their own */
         const size_t groups = group_size ? (HIDDEN + group_size - 1) / group_size : 0, of_q = HEADS * DIM;
@@ -260,6 +263,7 @@ static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activa
     l->before_mlp = s->before_mlp;
     l->q_norm = l->k_norm = s->of_heads;
     l->norm_heads = 1;
+    l->sinks = fused ? NULL : s->sinks;
     l->epsilon = 1e-5f;
     l->head_epsilon = 1e-6f;
     l->scaling = 0.3f;

@@ -35,8 +35,15 @@ FAMILIES = {
     "Gemma3": {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
     "Phi3": {"partial_rotary_factor": 0.5},
     "Olmo2": {},
+    "Mixtral": {"num_local_experts": 4, "sliding_window": WINDOW},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    "GptOss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention"] * 2, "attention_bias": True,
+    },
+    "GraniteMoe": {"num_local_experts": 4, "residual_multiplier": 0.5},
     "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
-}
+}  # fmt: skip
 # which transformers 4 gives the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
 
@@ -50,7 +57,7 @@ def family(name, **more):
     for key, p in model.named_parameters():
         if "norm" in key:
             nn.init.normal_(p, 0.1 if "Gemma" in name else 0.8, 0.2)
-        elif key.endswith("bias"):
+        elif key.endswith(("bias", "sinks")):
             nn.init.normal_(p, 0.0, 0.1)
     return converted(model)
 

@@ -40,8 +40,8 @@ _ROOM = 64  # tokens that a cache has room for at least when it grows
 _FAMILIES = {
     f"{family}DecoderLayer"
     for family in (
-        "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Mistral", "Olmo2", "Olmo3", "Phi3", "Qwen2", "Qwen3",
-        "SeedOss", "SmolLM3",
+        "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoe", "Llama", "Mistral", "Mixtral", "Olmo2", "Olmo3",
+        "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3",
     )
 }  # fmt: skip
 # Names of a layer's norms: before attention, after it, before the MLP, after it.
@@ -116,13 +116,14 @@ class LayerStep:
         """
         if type(layer).__name__ not in _FAMILIES or not type(layer).__module__.startswith("transformers.models."):
             raise _UnfitError(f"a {type(layer).__name__}")
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, self._mlp = layer.self_attn, _mlp_of(layer)
+        mlp = layer._modules[self._mlp]
         self._config, self._implementation = attention.config, attention.config._attn_implementation
         if self._implementation not in ("sdpa", "eager"):
             raise _UnfitError(f"attention by {self._implementation}")
         self._watched: list[tuple[dict[str, Any], str, Any]] = []
         self._versions: list[tuple[Tensor, int]] = []  # of tensors that are copied, which changing them in place ups
-        self._modules: list[nn.Module] = [attention, mlp]
+        self._modules: list[nn.Module] = [attention]
         self._kept: list[Tensor] = []
         used: set[int] = set()
 
@@ -168,49 +169,58 @@ class LayerStep:
             weight, epsilon = _norm(module)
             return (floats(module, "weight", weight), epsilon) if module is not None else (0, 0.0)
 
-        names = {n for n, m in layer._modules.items() if m is not None and not _harmless(m)} - {"self_attn", "mlp"}
-        if frozenset(names) not in _NORMS:
+        names = {n for n, m in layer._modules.items() if m is not None and not _harmless(m)}
+        found = _NORMS.get(frozenset(names - {"self_attn", self._mlp}))
+        if found is None:
             raise _UnfitError(f"its modules {', '.join(sorted(names))}")
-        norms = [norm(layer, n) for n in _NORMS[frozenset(names)]]
+        # what is no plain MLP, such as a mixture of experts, runs as it is, after attention
+        inside = {n for n, m in mlp._modules.items() if not _harmless(m)}
+        plain = inside in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+        self._after = None if plain else found[2:]
+        if plain:
+            self._modules.append(mlp)
+        norms = [norm(layer, n) for n in (found if plain else found[:2])] + ([] if plain else [(0, 0.0)] * 2)
         heads = [norm(attention, n) for n in ("q_norm", "k_norm")]
-        fused = "qkv_proj" in attention._modules, "gate_up_proj" in mlp._modules
-        qkv = [product(attention, "qkv_proj"), None, None] if fused[0] else [
-            product(attention, n) for n in ("q_proj", "k_proj", "v_proj")
-        ]  # fmt: skip
-        gates = [product(mlp, "gate_up_proj"), None] if fused[1] else [
-            product(mlp, n) for n in ("gate_proj", "up_proj")
-        ]  # fmt: skip
-        products = (*qkv, product(attention, "o_proj"), *gates, product(mlp, "down_proj"))
-        if None in (products[0], products[3], products[4], products[6]) or fused[0] != (products[1] is None):
+        sinks = attention._parameters.get("sinks")
+        sinks_at = floats(attention, "sinks", sinks) if sinks is not None else 0
+        self._halves = sinks is not None  # GPT-OSS, whose rotations are told once for both halves of a head
+        fused = "qkv_proj" in attention._modules, "gate_up_proj" in inside
+        of_qkv = ("qkv_proj", "", "") if fused[0] else ("q_proj", "k_proj", "v_proj")
+        of_mlp = ("gate_up_proj", "", "down_proj") if fused[1] else ("gate_proj", "up_proj", "down_proj")
+        qkv, o = [product(attention, n) for n in of_qkv], product(attention, "o_proj")
+        gates = [product(mlp, n) if plain else None for n in of_mlp]
+        if None in (qkv[0], o) or fused[0] != (qkv[1] is None) or fused[0] != (qkv[2] is None):
             raise _UnfitError("a projection that is not there")
-        dim, inner = int(attention.head_dim), mlp.down_proj.in_features
+        dim, hidden = int(attention.head_dim), attention.o_proj.out_features
         count = attention.o_proj.in_features // dim
-        kv_count = (attention.qkv_proj.out_features // dim - count) // 2 if fused[0] else (
-            attention.k_proj.out_features // dim
-        )  # fmt: skip
-        hidden = attention.o_proj.out_features
-        first = attention.qkv_proj if fused[0] else attention.q_proj
-        widths = first.out_features, (mlp.gate_up_proj if fused[1] else mlp.gate_proj).out_features
-        expected = (count + 2 * kv_count if fused[0] else count) * dim, inner * (2 if fused[1] else 1)
-        if dim > _MOST_HEAD_DIM or dim % 2 or widths != expected or kv_count < 1 or count % kv_count:
+        width = (attention.qkv_proj if fused[0] else attention.q_proj).out_features
+        kv_count = (width // dim - count) // 2 if fused[0] else attention.k_proj.out_features // dim
+        inner = mlp.down_proj.in_features if plain else 0
+        fits = width == (count + 2 * kv_count if fused[0] else count) * dim
+        if plain:
+            made = (mlp.gate_up_proj if fused[1] else mlp.gate_proj).out_features
+            fits = fits and made == inner * (2 if fused[1] else 1)
+        if not fits or dim > _MOST_HEAD_DIM or dim % 2 or kv_count < 1 or count % kv_count:
             raise _UnfitError("its sizes")
         of_heads = heads[0][0] and attention.q_norm.weight.numel() == dim
-        sizes = (hidden, count, kv_count, dim, inner, int(bool(of_heads)), _activation(_act(mlp)))
+        sizes = (hidden, count, kv_count, dim, inner, int(bool(of_heads)), _activation(_act(mlp)) if plain else 0)
         epsilons = {e for w, e in norms if w}, {e for w, e in heads if w}
         if any(len(e) > 1 for e in epsilons):
             raise _UnfitError("norms that differ")
+        self._residual = float(getattr(layer, "residual_multiplier", 1.0))
         numbers = (
             *(next(iter(e), 0.0) for e in epsilons),
             float(attention.scaling),
             # which SDPA leaves out
             float((self._implementation == "eager" and getattr(attention, "attn_logit_softcapping", None)) or 0.0),
-            float(getattr(layer, "residual_multiplier", 1.0)),
+            self._residual,
         )
-        tensors = [*layer.parameters(), *(b for n, b in layer.named_buffers() if "inv_freq" not in n)]
-        if any(id(t) not in used for t in tensors):
+        owners = [layer] if plain else [attention, *(layer._modules[n] for n in found[:2] if n)]
+        tensors = [t for m in owners for t in (*m.parameters(), *m.buffers())]
+        if any(id(t) not in used for t in tensors) or layer._parameters:
             raise _UnfitError("a parameter of its own")
-        addresses = tuple(a for a, _ in (*norms, *heads))
-        self._core = _core.decoder_layer(products, addresses, sizes, numbers)
+        addresses = (*(a for a, _ in (*norms, *heads)), sinks_at)
+        self._core = _core.decoder_layer((*qkv, o, *gates), addresses, sizes, numbers)
         self._hidden, self._kv_heads, self._dim = hidden, kv_count, dim
         self._index, self._rotary = int(attention.layer_idx), bool(getattr(attention, "use_rope", True))
         self._layer = layer
@@ -264,8 +274,19 @@ class LayerStep:
                 return None
             if kind not in self._proved:
                 return self._prove(layer, own, x, given, kept, kind)
-        y = self._call(x, kept, mask, rotation)
+        y = self._finish(layer, self._call(x, kept, mask, rotation))
         return (y,) if self._in_tuple else y
+
+    def _finish(self, layer: Any, x: Tensor) -> Tensor:
+        """Run what of the layer the core does not know, after attention."""
+        if self._after is None:
+            return x
+        before, after = (layer._modules[n] if n else None for n in self._after)
+        y = layer._modules[self._mlp](x if before is None else before(x))
+        y = y[0] if isinstance(y, tuple) else y  # beside what a router chose
+        y = y if after is None else after(y)
+        result: Tensor = x + (y if self._residual == 1.0 else y * self._residual)
+        return result
 
     def _kind(self, kept: Any, x: Tensor, mask: Any, rotation: Any) -> tuple[Any, ...] | None:
         """The kind of call, each of which is proved once; None where the layer's own forward is to be called."""
@@ -282,7 +303,7 @@ class LayerStep:
             return None
         if not _mask_fits(mask, x, keys.shape[2] + x.shape[1]):
             return None
-        if self._rotary and not _rotates(rotation, x, self._dim):
+        if self._rotary and not _rotates(rotation, x, self._dim // (2 if self._halves else 1)):
             return None
         return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept)
 
@@ -298,7 +319,7 @@ class LayerStep:
         want = result[0] if isinstance(result, tuple) else result
         if isinstance(result, tuple) and len(result) != 1:
             raise _UnfitError("it returns more than hidden states")
-        got = self._call(x, kept, given.get("attention_mask"), given.get("position_embeddings"))
+        got = self._finish(layer, self._call(x, kept, given.get("attention_mask"), given.get("position_embeddings")))
         pairs = (got - x, want - x), (kept.keys, other.keys), (kept.values, other.values)
         tolerance = _TOLERANCE[x.dtype]
         for a, b in pairs:
@@ -316,7 +337,7 @@ class LayerStep:
         room, past = _room(kept, tokens)
         cos_at = sin_at = rotary_dim = rotary_next = 0
         if self._rotary:
-            (cos_at, sin_at, rotary_dim, rotary_next), _in_use = _rotation(rotation, x.dtype)
+            (cos_at, sin_at, rotary_dim, rotary_next), _in_use = _rotation(rotation, x.dtype, self._halves)
         mask_at = is_bool = mask_sequence = mask_token = 0
         if mask is not None:
             mask_at, is_bool = mask.data_ptr(), int(mask.dtype == torch.bool)
@@ -394,7 +415,9 @@ def _room(kept: Any, tokens: int) -> tuple[_Room, int]:
 _last_rotation: tuple[Any, ...] = (None, None, None)
 
 
-def _rotation(rotation: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[tuple[int, int, int, int], Any]:
+def _rotation(
+    rotation: tuple[Tensor, Tensor], dtype: torch.dtype, halves: bool
+) -> tuple[tuple[int, int, int, int], Any]:
     """Cosines and sines for all layers once.
 
     Returns:
@@ -404,7 +427,7 @@ def _rotation(rotation: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[tupl
     global _last_rotation
     given, of_dtype, found = _last_rotation  # of another thread's call, perhaps
     if given is not rotation or of_dtype is not dtype:
-        cos, sin = (t.to(dtype).contiguous() for t in rotation)
+        cos, sin = ((torch.cat((t, t), -1) if halves else t).to(dtype).contiguous() for t in rotation)
         next_sequence = cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
         found = (cos.data_ptr(), sin.data_ptr(), cos.shape[2], next_sequence), (cos, sin)
         _last_rotation = rotation, dtype, found
@@ -418,7 +441,7 @@ def _rotates(rotation: Any, x: Tensor, head_dim: int) -> bool:
         return False
     cos, sin = rotation
     fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[1] == x.shape[1] and cos.shape[0] in (1, x.shape[0])
-    return fits and 0 < cos.shape[2] <= head_dim and cos.shape[2] % 2 == 0
+    return fits and 0 < cos.shape[2] <= head_dim and (cos.shape[2] % 2 == 0 or cos.shape[2] == head_dim)
 
 
 def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:
@@ -428,6 +451,11 @@ def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype not in (torch.bool, x.dtype):
         return False
     return mask.shape[1:] == (1, x.shape[1], total) and mask.shape[0] in (1, len(x)) and mask.stride(3) == 1
+
+
+def _mlp_of(layer: Any) -> str:
+    """Name of a layer's MLP, or of what is there in its place."""
+    return "mlp" if "mlp" in layer._modules else "block_sparse_moe"
 
 
 def _act(mlp: Any) -> Any:
@@ -474,7 +502,7 @@ def decode_in_steps(model: nn.Module) -> int:
         return count
     for module in model.modules():
         kind: Any = type(module)
-        if not {"self_attn", "mlp"} <= set(module._modules) or not hasattr(module._modules["self_attn"], "layer_idx"):
+        if "self_attn" not in module._modules or _mlp_of(module) not in module._modules:
             continue
         if not kind.forward.__dict__.get("_qins_wrapped"):
             kind.forward = _with_step(kind.forward)
