@@ -1,4 +1,4 @@
-"""Encoding and decoding: every codec on every instruction set, beside the seed's PyTorch statement and a plain copy.
+"""Encoding and decoding: every codec on every instruction set, beside the prototype's PyTorch code and a plain copy.
 
 python benchmarks/codec.py [--json FILE] [--seconds S]
 """
@@ -17,7 +17,7 @@ import qins
 from qins.cli.bench import machine, race
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_golden import seed_decode, seed_encode
+from seed_golden import seed_decode, seed_encode
 
 SHAPES = {"L1": (4, 1024), "L2": (128, 2048), "memory": (8192, 3072)}
 CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 64)]
@@ -57,7 +57,7 @@ def measure(shape: tuple[int, int], seconds: float) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per row of the table")
     arguments = parser.parse_args()
     result = {"machine": machine(), "sizes": {}}
     print(result["machine"])

@@ -1,10 +1,10 @@
-"""From how many rows of activations on each way to multiply is the fastest: what the table in qins_ext/ways.c holds.
+"""The number of rows of activations from which each kernel is the fastest, for the table in qins_ext/ways.c.
 
     python benchmarks/crossovers.py [--shape 4096x3072] [--rows 1 2 3 ...] [--isas ...] [--seconds 0.2] [--json FILE]
 
-All ways that codes of a format can take are forced in turn in one process, over weights that rotate through more memory
-than the last-level cache. For each number of rows: milliseconds of every way, the fastest, and the way that the table
-takes, marked where it is more than 5 % slower.
+Forces every kernel (way) that supports a format in turn, in one process, over weights that rotate through more memory
+than the last-level cache. Prints for each number of rows: milliseconds of every kernel, the fastest, and the choice of
+the table, marked where it is more than 5 % slower.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--shape", default="4096x3072", help="out_features x in_features")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 8, 9, 16, 24, 32, 48, 64, 128, 192, 512])
     parser.add_argument("--isas", nargs="+", default=[qins.isas()[0]])
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each figure")
+    parser.add_argument("--seconds", type=float, default=0.2, help="seconds per figure")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(machine())

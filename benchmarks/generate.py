@@ -1,11 +1,10 @@
-"""Tokens a second end to end: transformers' `generate` with QINSLinear, in fp32 and in bf16, and llama.cpp's Q8_0.
+"""Tokens per second end to end: transformers' `generate` with QINSLinear, in fp32 and bf16, and llama.cpp's Q8_0.
 
     python benchmarks/generate.py [--model smollm2 | phi35 | DIRECTORY | HUB NAME] [--json FILE] [--plot PNG]
 
-`smollm2` is the demo's model; `phi35` has the shape of Phi-3.5-mini, 3.8 billion parameters of random weights (speed
-does not depend on their values). Each contestant runs in a process of its own, since two such models do not fit most
-memories; they take turns `--rounds` times, and the best counts. llama.cpp runs where llama-cpp-python and gguf are
-installed.
+`smollm2` is the demo's model. `phi35` has the shape of Phi-3.5-mini, 3.8 billion random weights; speed does not depend
+on their values. Each contestant runs in its own process, because most machines cannot hold two such models. They take
+turns `--rounds` times, and the best counts. llama.cpp runs if llama-cpp-python and gguf are installed.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ PHI35 = {
 
 
 def random_phi35(dtype: torch.dtype, codec: str | None, layers: int) -> nn.Module:
-    """Make Phi-3.5-mini's shape: one random matrix of each shape, copied (as floats or as codes) into every layer."""
+    """Make Phi-3.5-mini's shape: one random matrix per shape, copied (as floats or as codes) into every layer."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     config = Phi3Config(**PHI35 | {"num_hidden_layers": layers})
@@ -90,7 +89,7 @@ def torch_model(name: str, dtype: torch.dtype, codec: str | None, layers: int) -
 
 
 class Memory:
-    """Resident set: before the model, and the highest from `watch` on (Linux; elsewhere the process's highest)."""
+    """Resident memory: before the model, and its peak since `watch` (on Linux; elsewhere the peak of the process)."""
 
     def __init__(self) -> None:
         self.before = self._read("VmRSS")
@@ -104,7 +103,7 @@ class Memory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
     def watch(self) -> None:
-        """Forget the highest resident set so far, that of making the model."""
+        """Reset the peak, so that it excludes making the model."""
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -123,7 +122,7 @@ def best_of(run: Callable[[], object], repeats: int) -> float:
 
 
 def run_torch(contestant: str, arguments: argparse.Namespace) -> dict[str, float]:
-    import transformers.generation.utils  # noqa: F401 - what it takes belongs to the time before the model
+    import transformers.generation.utils  # noqa: F401 - its memory counts as before the model
 
     dtype, codec = TORCH_CONTESTANTS[contestant]
     memory = Memory()
@@ -151,7 +150,7 @@ def run_torch(contestant: str, arguments: argparse.Namespace) -> dict[str, float
 
 
 def write_q8_0(path: Path, name: str, layers: int) -> None:
-    """Write a GGUF file of random Q8_0 weights: a Llama of the model's sizes, with a vocabulary of made-up words."""
+    """Write a GGUF file of random Q8_0 weights: a Llama with the model's sizes and a made-up vocabulary."""
     import gguf
     import numpy as np
 
@@ -237,7 +236,7 @@ def run_llama(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def one(contestant: str, arguments: argparse.Namespace) -> None:
-    """Run in the contestant's own process: print its figures as JSON on the last line."""
+    """Measure one contestant in its own process; print its figures as JSON on the last line."""
     try:
         result = run_llama(arguments) if contestant == LLAMA else run_torch(contestant, arguments)
     except ImportError as e:
@@ -271,8 +270,8 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=DEFAULT, choices=[*TORCH_CONTESTANTS, LLAMA])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
-    parser.add_argument("--layers", type=int, default=32, help="of phi35")
-    parser.add_argument("--repeats", type=int, default=3, help="in each process")
+    parser.add_argument("--layers", type=int, default=32, help="number of layers of phi35")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions in each process")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -294,7 +293,7 @@ def main() -> None:
                 continue
             before = best.setdefault(contestant, figures)
             for key, value in figures.items():
-                before[key] = max(before[key], value)  # of the speeds the best, of the memory the worst
+                before[key] = max(before[key], value)  # the best speed, the worst memory
     columns = ["decode tokens/s", "prefill tokens/s", "weights MB", "peak resident MB", "beside weights MB"]
     print(machine())
     print(f"{arguments.model}\n{'':16}" + "".join(f"{c:>18}" for c in columns) + f"{'decode x fp32':>16}{'x bf16':>8}")

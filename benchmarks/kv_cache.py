@@ -2,8 +2,8 @@
 
     python benchmarks/kv_cache.py [--context 1000] [--steps 100] [--model NAME] [--float] [--json FILE]
 
-Every cache first reads the same context; then all of them take one decoding step in turn, so that they meet the same
-moods of the machine at the same length. Figures are medians of the steps, as ratios to DynamicCache.
+Every cache first prefills the same context. Then all of them take decode steps in turn, so that changes of the
+machine's speed affect all of them at the same length. Figures are medians over the steps, as ratios to DynamicCache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def quanto(config: object) -> Cache:
 
 
 def cache_bytes(cache: Cache) -> float:
-    """Bytes that the tokens in a cache take."""
+    """Return the bytes of the tokens in a cache."""
     if isinstance(cache, qins.QINSCache):
         return cache.memory_savings()["total_bytes"]
     tensors = []

@@ -1,10 +1,10 @@
-"""x @ W.T for a few rows of x: QINSLinear beside every peer that is installed, and beside a plain read of the codes.
+"""x @ W.T for a few rows of x: QINSLinear beside every installed peer, and beside a plain read of the codes.
 
     python benchmarks/linear.py [--rows 1 2 4 8 ...] [--shapes 8192x3072 ... | phi35] [--json FILE] [--plot PNG]
 
-Weights rotate through more memory than the last-level cache (at most 2 GiB; peers from other packages through eight
-layers, an advantage to them), all contestants take turns in one process, and the best of many repetitions counts.
-Compare columns of one run, not figures of two.
+Weights rotate through more memory than the last-level cache (at most 2 GiB; peers from other packages rotate through
+eight layers, to their advantage). All contestants take turns in one process, and the best of many repetitions counts.
+Compare figures of one run, not of two.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[in
         x = torch.randn(rows, in_features)
         x16 = x.bfloat16()
         contestants: dict[str, Callable[[int], object]] = {
-            "plain read of 1 byte a weight": lambda i: _core.read(codes[i % len(codes)], qins.get_num_threads()),
+            "plain read of 1 byte per weight": lambda i: _core.read(codes[i % len(codes)], qins.get_num_threads()),
             "torch fp32": float_peer(weight, x),
             "torch bf16": float_peer(weight, x16),
             "torch _weight_int8pack_mm": int8pack_peer(weight, x16),
@@ -225,10 +225,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
     parser.add_argument("--shapes", nargs="+", default=["8192x3072"], help="out_features x in_features, or phi35")
     parser.add_argument("--isas", nargs="+", default=[qins.isas()[0]])
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
-    parser.add_argument("--no-peers", action="store_true", help="only torch's own products beside ours")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per figure")
+    parser.add_argument("--no-peers", action="store_true", help="compare with torch only")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="of the first shape")
+    parser.add_argument("--plot", type=Path, help="plot of the first shape")
     arguments = parser.parse_args()
     print(machine())
     names = [n for s in arguments.shapes for n in (PHI35 if s == "phi35" else [s])]

@@ -1,17 +1,20 @@
-"""Measures what docs/measurements.md says and writes the page: `make measurements`.
+"""Measures the figures of docs/measurements.md, writes the page and draws docs/why-qins.svg: `make measurements`.
 
     python benchmarks/measurements.py [--write docs/measurements.md] [--tokens 2048]
 
-Everything is measured here and now: sizes from the tensors and files themselves, fidelity on SmolLM2-135M-Instruct and
-the text that ships with the package, greedy tokens of a Phi-3 model that has SmolLM2's weights, and embeddings of
-all-MiniLM-L6-v2.
+Every figure is measured anew: sizes from the tensors and files themselves, fidelity on SmolLM2-135M-Instruct and the
+text that ships with the package, speed of a model in Phi-3.5-mini's shape (which needs 17 GB of memory), greedy tokens
+of a Phi-3 model with SmolLM2's weights, and embeddings of all-MiniLM-L6-v2. With --write, picture.py then draws
+why-qins.svg, beside the page and from its tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import inspect
+import json
 import subprocess
 import sys
 import tempfile
@@ -33,8 +36,8 @@ from qins.hf import cache_directory, find_model, load_causal_lm
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import kv_cache
 import phi
+import picture
 import toy
-from test_phi35 import PROMPTS
 
 warnings.simplefilter("ignore", DeprecationWarning)
 MB = 1e6
@@ -42,7 +45,7 @@ MB = 1e6
 CODECS: dict[str, tuple[str, int | str | None]] = {
     "`golden`": ("golden", None),
     "`log9`": ("log9", None),
-    "`log8`, one scale a row": ("log8", None),
+    "`log8`, per row": ("log8", None),
     "`log8` (default groups)": ("log8", "default"),
     "`log8`, group_size 64": ("log8", 64),
     "`log8`, group_size 32": ("log8", 32),
@@ -65,7 +68,7 @@ def toy_model() -> str:
         rows.append(
             [name, f"{report.total_bytes / 2**20:.2f}", f"{before / report.total_bytes:.2f}x", f"{layers:.2f}x"]
         )
-    return table(["weights", "MiB", "model", "encoded layers"], rows)
+    return table(["format", "MiB", "model", "encoded layers"], rows)
 
 
 def quantized_in_name() -> str:
@@ -73,19 +76,19 @@ def quantized_in_name() -> str:
     nn.init.normal_(linear.weight, std=0.02)
     w = linear.weight.detach()
     rows = []
-    for name, quantize in (("as the seed kept it", False), ("as it is kept here", True)):
+    for name, quantize in (("as the prototype stored it", False), ("as qins stores it", True)):
         layer = rational.QINSWeightLinear(linear, quantize=quantize)
         report = qins.memory_report(layer)
         problem = "; ".join(p.split(": ", 1)[1] for p in report.problems) or "none"
         size = f"{report.total_bytes / MB:.1f}"
         rows.append([name, str(layer.w_encoded.dtype)[6:], size, f"{report.compression:.2f}x",
                      f"{snr(w, layer.decode_weight()):.1f}", problem])  # fmt: skip
-    # the seed's own mapping of z to bytes, had it been switched on
+    # the prototype's own mapping of z to bytes, had it been switched on
     z = rational.qins_encode(w)
     old = ((z + 1) * 127.5).round().to(torch.uint8)
-    rows.append(["the seed's mapping to bytes", "uint8", f"{w.numel() / MB:.1f}", "4.00x",
+    rows.append(["the prototype's mapping to bytes", "uint8", f"{w.numel() / MB:.1f}", "4.00x",
                  f"{snr(w, rational.qins_decode(old, is_quantized=True)):.1f}", ""])  # fmt: skip
-    return table(["rational codec", "dtype", "MB", "compression", "SNR dB", "problem that memory_report names"], rows)
+    return table(["rational codec", "dtype", "MB", "compression", "SNR dB", "problem that memory_report finds"], rows)
 
 
 def snr(w: torch.Tensor, d: torch.Tensor) -> float:
@@ -112,7 +115,7 @@ def fidelity(found: evaluation.Evaluation) -> str:
                 f"{100 * m.forced:.1f} %",
             ]
         )
-    head = ["weights", "bits a weight", "SNR dB", "mean KLD", "p99", "top-1", "top-5", "log perplexity", "forced"]
+    head = ["format", "bits per weight", "SNR dB", "mean KLD", "p99", "top-1", "top-5", "log perplexity", "forced"]
     return table(head, rows)
 
 
@@ -191,7 +194,7 @@ def encoder() -> str:
         hits = int((mine.argmax(1) == right).sum())
         rows.append([name, f"{bits:.2f}", f"1 - {1 - float(cosine.mean()):.1e}", f"1 - {1 - float(cosine.min()):.1e}",
                      f"{float(spearman.mean()):.5f}", f"{hits} of {len(queries)}"])  # fmt: skip
-    return table(["weights", "bits a weight", "mean cosine", "least", "rank agreement", "right first"], rows)
+    return table(["format", "bits per weight", "mean cosine", "lowest", "rank agreement", "right first"], rows)
 
 
 def saved_files(model: nn.Module) -> str:
@@ -207,7 +210,7 @@ def saved_files(model: nn.Module) -> str:
             rows.append([name, *kinds, f"{r.compression_of_layers:.2f}x", f"{r.compression_in_memory:.2f}x",
                          f"{r.compression_on_disk:.2f}x", f"{r.overhead_bytes / MB:.2f}"])  # fmt: skip
             del converted
-    head = ["weights", "codes MB", "signs", "ranges", "other", "encoded layers", "in memory", "on disk", "overhead MB"]
+    head = ["format", "codes MB", "signs", "ranges", "other", "encoded layers", "in memory", "on disk", "overhead MB"]
     return table(head, rows)
 
 
@@ -216,7 +219,7 @@ def phi_tokens(model: nn.Module, tokenizer: object) -> str:
     original = phi.from_llama(model)
 
     def run(m: nn.Module) -> list[list[int]]:
-        return [metrics.greedy(m, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in PROMPTS]
+        return [metrics.greedy(m, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in phi.PROMPTS]
 
     expected, rows = run(original), []
     for name, (codec, group) in CODECS.items():
@@ -224,9 +227,39 @@ def phi_tokens(model: nn.Module, tokenizer: object) -> str:
         report = qins.convert(converted, codec, group_size=group)
         got = run(converted)
         same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(got, expected, strict=True)]
-        rows.append([name, f"{same[0]} of 15", f"{sum(same)} of {15 * len(PROMPTS)}", f"{report.compression:.3f}x",
+        rows.append([name, f"{same[0]} of 15", f"{sum(same)} of {15 * len(phi.PROMPTS)}", f"{report.compression:.3f}x",
                      f"{qins.memory_report(converted).compression:.2f}x"])  # fmt: skip
-    return table(["weights", 'after "The capital of France is"', "all prompts", "encoded layers", "model"], rows)
+    return table(["format", 'after "The capital of France is"', "all prompts", "encoded layers", "model"], rows)
+
+
+# -- a large model -----------------------------------------------------------------------------------
+
+SPEED_MODEL = "phi35"
+SPEED_NAMES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "log8 fp32": "`log8`, the rest float32",
+    "log8 bf16": "`log8`, the rest bfloat16",
+    "llama.cpp Q8_0": "llama.cpp Q8_0",
+}
+
+
+def speeds() -> tuple[str, str]:
+    """Run generate.py on a large model; return the table, and a sentence on what did not run."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "speed.json"
+        script = str(Path(__file__).with_name("generate.py"))
+        subprocess.run([sys.executable, script, "--model", SPEED_MODEL, "--json", str(path)], check=True)
+        results = json.loads(path.read_text("utf-8"))["results"]
+    rows = []
+    for name, shown in SPEED_NAMES.items():
+        if name in results:
+            r = results[name]
+            values = [r["decode tokens/s"], r["prefill tokens/s"], r["weights MB"] / 1e3, r["peak resident MB"] / 1e3]
+            rows.append([shown, *(f"{float(f'{v:.3g}'):g}" for v in values)])
+    missing = [shown for name, shown in SPEED_NAMES.items() if name not in results]
+    about = f"Not installed here, so not measured: {', '.join(missing)}." if missing else "Everything in one run."
+    return table(["format", "decode tokens/s", "prefill tokens/s", "weights GB", "peak RAM GB"], rows), about
 
 
 def page(tokens: int) -> str:
@@ -241,89 +274,108 @@ def page(tokens: int) -> str:
     model, tokenizer = load_causal_lm(find_model())
     ids = tokenizer(metrics.sample_text(), return_tensors="pt").input_ids
     about = machine()
+    speed, speed_about = speeds()
     converted = copy.deepcopy(model)
     qins.convert(converted)
     caches = kv_cache.table(kv_cache.race(converted, ids[:, :1000], 100))
     del converted
     return f"""# Measurements
 
-Written by `make measurements` (`benchmarks/measurements.py`) on {about["cpu"]}, {about["threads"]} threads,
-{", ".join(about["isas"])}; torch {torch.__version__.partition("+")[0]}. Sizes come from the tensors and the files
-themselves; speeds and some last digits differ between machines. Speed of products:
-`benchmarks/README.md`.
+`make measurements` (`benchmarks/measurements.py`) measured this page on {datetime.date.today()}, on {about["cpu"]},
+{about["threads"]} threads, {", ".join(about["isas"])}; torch {torch.__version__.partition("+")[0]}.
+Sizes come from the tensors and files themselves. Speeds, and the last digits of some figures, differ between machines.
+[Performance](performance.md) has single layers and other machines.
 
-## The 34x that was 1.48x
-
-The project's prototype reported a toy model of 13.91 MiB as 0.41 MiB: 34 times smaller. It had added up the parameters,
-and codes are buffers. `qins.memory_report` reads parameters, buffers and tensors in plain attributes, each storage
-once:
-
-{toy_model()}
-
-## Quantized in name only
-
-The prototype's second codec called its layers quantized and kept them in float32, so a model of 13,824 MB stayed one of
-13,824 MB. Its mapping to bytes, never switched on, would have left a few codes for all weights. One 3072x3072 layer:
-
-{quantized_in_name()}
+![Weights in GB, decode and prefill speed, and KL divergence of float32, bfloat16, Q8_0 and log8](why-qins.svg)
 
 ## Fidelity
 
 `qins eval` on SmolLM2-135M-Instruct, all linear layers but lm_head: {found.about["predictions"]:,} predictions of
-English (the text that ships with the package), in one run. KLD is that of the next-token distributions to the float32
-model's, in nats, ± a standard error; log perplexity is how much higher it is than the float32 model's; "forced" is the
-share of the float32 model's own greedy tokens that stay the most likely. "bf16 model" is the float model run in
-bfloat16, activations and all. Calibrated codes were chosen on {calibration["tokens"]:,} other tokens of the same text,
-{calibration["held_out"]:,} more held out: {calibration["seconds_statistics"]:.0f} s of statistics and
-{calibration["seconds_rounding"]:.0f} s of rounding. "To 8.13 bits" has group sizes that `qins.plan` chose.
+English (the text that ships with the package), all formats in one run.
+
+- KLD: KL divergence of the next-token distribution from the float32 model's, in nats, ± one standard error.
+- top-1, top-5: share of the float32 model's most likely token, and of its five most likely, that both models have.
+- log perplexity: its change against the float32 model.
+- forced: share of the float32 model's own greedy tokens that stay the most likely, given the tokens before them.
+- bf16 model: the float model run in bfloat16, activations included. bf16 weights: only its weights are rounded.
+- calibrated: codes chosen on {calibration["tokens"]:,} other tokens of the same text, with
+  {calibration["held_out"]:,} more held out. Statistics took {calibration["seconds_statistics"]:.0f} s, rounding
+  {calibration["seconds_rounding"]:.0f} s.
+- calibrated to 8.13 bits: `qins.plan` also chose the group size of each layer.
 
 {fidelity(found)}
 
-On text of another kind than the calibration's, {code.about["predictions"]:,} predictions of Python's source code, still
-calibrated on that English:
+Text of another kind than the calibration text: {code.about["predictions"]:,} predictions of Python source code, with
+codes still calibrated on English.
 
 {fidelity(code)}
 
-all-MiniLM-L6-v2, an encoder: embeddings of {len(retrieval()[0])} queries and as many passages of the same text, each
-query the first half of a passage. Cosine is between an embedding and the float32 model's, rank agreement Spearman's
-correlation of all passages' order for a query; calibrated on other passages.
+all-MiniLM-L6-v2, an encoder: embeddings of {len(retrieval()[0])} queries and as many passages of the same text. Each
+query is the first half of a passage; calibration used other passages. Cosine: between an embedding and the float32
+model's. Rank agreement: Spearman's correlation of the order of all passages for a query. Right first: queries whose own
+passage ranks first.
 
 {encoder()}
 
+## Speed
+
+`benchmarks/generate.py --model {SPEED_MODEL}`: the shape of Phi-3.5-mini, 3.8 billion random weights, one sequence.
+Decode: 32 tokens after a prompt of 16. Prefill: a prompt of 512. Peak RAM: of the whole process while it generates.
+{speed_about}
+
+{speed}
+
+## KV caches
+
+SmolLM2 (`log8` weights), 1,000 tokens of context, 100 decode steps, all caches in turn (`benchmarks/kv_cache.py`).
+DynamicCache holds float32. Read little into the greedy tokens of a single run: one near-tie changes all that follow.
+
+{caches}
+
 ## Files
 
-`torch.save` of SmolLM2's state dict, read with `qins inspect`; lm_head is the embedding and stays float32. "In memory"
-and "on disk" are of the whole model.
+`torch.save` of SmolLM2's state dict, read with `qins inspect`. lm_head shares the embedding's weight and stays float32.
+"In memory" and "on disk" are compression of the whole model.
 
 {saved_files(model)}
 
 ## Phi-3.5's architecture
 
-SmolLM2's weights in a Phi-3 model (qkv_proj and gate_up_proj joined): greedy tokens that are the float32 model's. The
-first different token changes all that follow. The prototype expected 4x of its layers; `log8` gives 3.95x or more.
+SmolLM2's weights in a Phi-3 model (qkv_proj and gate_up_proj fused): greedy tokens that match the float32 model's. The
+first different token changes all that follow. The prototype expected its layers to shrink 4x; `log8` reaches 3.95x or
+more.
 
 {phi_tokens(model, tokenizer)}
 
-The 3.8 billion parameters of Phi-3.5-mini's own shape, random, convert in place layer by layer: `make test-slow`
-reports the peak, and `benchmarks/generate.py --model phi35` the speed.
+`make test-slow` converts Phi-3.5-mini's full shape, 3.8 billion random parameters, in place, and reports peak memory.
 
-## KV caches
+## The prototype's 34x was 1.48x
 
-1,000 tokens of context and 100 steps of SmolLM2 (`log8` weights), all caches in turn (`benchmarks/kv_cache.py`);
-DynamicCache holds float32. Of one greedy run the tokens say little: a single near-tie changes all that follow.
+The project's prototype reported a toy model of 13.91 MiB as 0.41 MiB, 34 times smaller. It had counted only parameters,
+but codes are buffers. `qins.memory_report` counts parameters, buffers and tensors in plain attributes, each storage
+once:
 
-{caches}
+{toy_model()}
+
+## The prototype's codes that were float32
+
+The prototype's second codec called its layers quantized but kept them in float32, so a model of 13,824 MB stayed
+13,824 MB. Its mapping to bytes, never switched on, would have left only a few distinct codes for all weights. One
+3072x3072 layer:
+
+{quantized_in_name()}
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="file to write; otherwise the page is printed")
+    parser.add_argument("--write", type=Path, help="file to write, with the picture beside it; default: print the page")
     parser.add_argument("--tokens", type=int, default=2048)
     arguments = parser.parse_args()
     text = page(arguments.tokens)
     if arguments.write:
         arguments.write.write_text(text, encoding="utf-8")
+        arguments.write.with_name("why-qins.svg").write_text(picture.draw(text), encoding="utf-8")
     else:
         print(text)
 

@@ -1,12 +1,12 @@
 """Registers qins with transformers and PEFT as soon as they are imported, without importing either.
 
-transformers has no entry point for quantizers: for a quant_method that it does not know, it warns and goes on with
-random weights. torch has one (group `torch.backends`, since 2.5): it calls `install` at the end of `import torch`, so
-that a checkpoint of codes loads in any program of an environment that qins is installed in. `import qins` calls it as
-well, for torch 2.4 and for TORCH_DEVICE_BACKEND_AUTOLOAD=0.
+transformers has no entry point for quantizers: for an unknown quant_method it warns and continues with random weights.
+torch has an entry point (group `torch.backends`, since 2.5) and calls `install` at the end of `import torch`. So a
+quantized checkpoint loads in any program, wherever qins is installed. `import qins` calls it too, for torch 2.4 and for
+TORCH_DEVICE_BACKEND_AUTOLOAD=0.
 
-This module is outside the package: importing anything inside it would import NumPy and the extension, in programs that
-may never need them. It must not fail either, since torch turns an exception here into one of `import torch`.
+This module is outside the package, because importing anything inside it would import NumPy and the extension, which
+many programs never need. It must not fail, because an exception here would make `import torch` fail.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from types import ModuleType
 from typing import Any
 
 _QUANTIZERS = "transformers.quantizers.auto"
-# A module of theirs, and the one of ours that is to be imported after it.
+# A third-party module, and the module of qins to import after it.
 _AFTER = {
     _QUANTIZERS: "qins.hf",
     "peft.tuners.lora.config": "qins.hf.peft",
-    # imported after the quantizers: the next chance, where torch was first imported by them
+    # imported after the quantizers: the next chance, if the quantizers were what imported torch first
     "transformers.modeling_utils": "qins.hf",
 }
 

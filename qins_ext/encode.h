@@ -1,4 +1,4 @@
-/* What encode.c and encode_log8.c share. */
+/* Shared by encode.c and encode_log8.c. */
 #ifndef QINS_ENCODE_H
 #define QINS_ENCODE_H
 
@@ -10,13 +10,13 @@ typedef struct {
     const qins_kernels *kernels;
     const qins_matrix *w;
     qins_codes *e;
-    const float *importance; /* log8: of each column, or NULL */
-    size_t windows;          /* in a row */
+    const float *importance; /* log8: weight of each column's squared error, or NULL */
+    size_t windows;          /* windows per row */
     union {
         const qins_golden_tables *golden;
         const qins_log8_tables *log8;
     } tables;
-    atomic_int_least32_t lo, hi; /* golden: the range; hi also tells non-finite weights */
+    atomic_int_least32_t lo, hi; /* golden: the range; hi also reveals non-finite weights */
 } qins_encoding;
 
 static inline void atomic_raise(atomic_int_least32_t *a, int32_t x)

@@ -1,4 +1,4 @@
-/* The one place for what differs between compilers. Everything else is C11. */
+/* The only file with compiler-specific code. Everything else is C11. */
 #ifndef QINS_PORT_H
 #define QINS_PORT_H
 
@@ -10,21 +10,21 @@
 #error "qins needs float arithmetic in float precision (on 32-bit x86: -msse2 -mfpmath=sse)"
 #endif
 
-/* 64-bit x86 only: 32-bit x86 gets the scalar core, like every processor without an isa_*.c. */
+/* 64-bit x86 only: 32-bit x86 uses the scalar core, like every processor without an isa_*.c. */
 #if defined(__x86_64__) || defined(_M_X64)
 #define QINS_X86_64 1
 #else
 #define QINS_X86_64 0
 #endif
 
-/* NEON is part of every AArch64 processor; the float16 conversions used are, too. */
+/* Every AArch64 processor has NEON and the float16 conversions used here. */
 #if defined(__aarch64__) || defined(_M_ARM64)
 #define QINS_AARCH64 1
 #else
 #define QINS_AARCH64 0
 #endif
 
-/* AVX512_BF16's intrinsics came with these compilers; those of others have vectors that cannot be cast. */
+/* First compilers with intrinsics for AVX512_BF16 whose vectors can be cast. */
 #if QINS_X86_64 && \
     ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
 #define QINS_AVX512BF16 1
@@ -32,7 +32,7 @@
 #define QINS_AVX512BF16 0
 #endif
 
-/* Tiles need the kernel's permission, which is asked for in Linux's way; intrinsics came with these compilers. */
+/* Tiles need the operating system's permission, requested here in Linux's way. First compilers with intrinsics. */
 #if QINS_X86_64 && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
 #define QINS_AMX 1
@@ -45,8 +45,8 @@
 #define QINS_ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define QINS_RESTRICT restrict
 #define QINS_PREFETCH(p) __builtin_prefetch((p), 0, 3)
-#define QINS_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2) /* not into the first cache */
-/* The same just before the first use of a vector. Left to themselves, compilers gather such requests in one place,
+#define QINS_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2) /* into the second-level cache, not the first */
+/* A prefetch that stays just before the first use of a vector. Compilers otherwise gather prefetches in one place,
  * where they wait for each other: a loop over memory took 0.91 ms instead of 0.73. */
 #if defined(__x86_64__)
 #define QINS_PREFETCH_BESIDE(address, vector) \
@@ -67,7 +67,7 @@
 #define QINS_ALIGNED(n) _Alignas(n)
 #endif
 
-/* CPUID, XGETBV of register 0, and a hint that a loop waits for another thread. */
+/* CPUID, XGETBV of register 0, and the hint for a loop that waits for another thread. */
 #if QINS_X86_64 && defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
 static __inline void qins_cpuid(unsigned leaf, unsigned sub, unsigned r[4])

@@ -1,4 +1,4 @@
-/* Small arithmetic that files of the core share. */
+/* Small arithmetic shared by the files of the core. */
 #ifndef QINS_SIZES_H
 #define QINS_SIZES_H
 
@@ -23,7 +23,7 @@ static inline float from_bits32(int32_t i)
     return x;
 }
 
-/* Arrays that come from mapped files may be unaligned, so floats in them go through memcpy. */
+/* Arrays in mapped files may be unaligned, so their floats are read with memcpy. */
 static inline float float_at(const float *p, size_t i)
 {
     float x;
@@ -37,19 +37,19 @@ static inline size_t item_size(qins_dtype dtype)
     return size[dtype];
 }
 
-/* Columns of log8 that share a scale of activations in planes. */
+/* Columns that share one activation scale in planes. */
 static inline size_t scale_step(const qins_codes *e)
 {
     return e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
 }
 
-/* A row's group scales; NULL where the inputs are not grouped. */
+/* A row's group scales; NULL if the inputs are not grouped. */
 static inline const uint8_t *group_row(const qins_codes *e, size_t row)
 {
     return e->group_size > 0 ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
 }
 
-/* What 1 of log8's planes stands for in a row of codes at column k. */
+/* The value of 1 in log8's planes, in a row of codes at column k. */
 static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)
 {
     const float scale = float_at(e->scale, row) * (1.0f / QINS_PLANE_MAX);

@@ -1,4 +1,4 @@
-/* The ways to multiply, and which of them a product takes. */
+/* Dispatch of products. A way is one of the kernels that can compute a product. */
 #ifndef QINS_WAYS_H
 #define QINS_WAYS_H
 
@@ -14,9 +14,9 @@ typedef enum {
 extern const char *const qins_way_names[QINS_WAY_COUNT];
 
 qins_way qins_choose_way(const qins_kernels *k, const qins_codes *e, size_t batch, qins_dtype dtype);
-/* The panels that a way goes through, or NULL. */
+/* The panels that a way uses, or NULL. */
 const qins_panels *qins_panels_of(const qins_kernels *k, qins_way way);
-/* From now on every product that can takes this way, for tests and benchmarks; QINS_WAY_COUNT: the fastest again. */
+/* For tests and benchmarks: forces this way on every product that supports it; QINS_WAY_COUNT: the fastest again. */
 void qins_force_way(qins_way way);
 
 #endif

@@ -1,9 +1,9 @@
-/* What every isa_<name>.c shares: names, and walking n elements 16 at a time.
+/* Shared by every isa_<name>.c: names, and loops over n elements, 16 at a time.
  *
  * Before including this, an isa_<name>.c defines
  *   ISA     its name
- *   FN      function attributes (the target that the compiler may use in that function)
- * and then the vector words that codec_*.inc are written in. All words work on 16 lanes:
+ *   FN      function attributes (the target features that the compiler may use in the function)
+ * and then the vector words in which codec_*.inc are written. Every word operates on 16 lanes:
  *   types   vf (float32), vi (int32), vl (a table of 128 float32, loaded)
  *   floats  vf_load vf_store vf_set1 vf_abs vf_add vf_sub vf_mul vf_div vf_bits vf_flip(v, signs)
  *           vf_lookup(const float *table, vi index)  vl_load(const float *)  vf_level(const vl *, vi m)
@@ -13,7 +13,7 @@
  *           vi_load_u8 vi_store_u8 (low bytes)   vi_signs(mask): 0x80000000 where the mask's bit is set
  *           vi_sign_bytes(const int8_t *): 0x80000000 where negative
  *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
- *           SUMS, if it has its own vf_sums(const vf *, int n, float *sums), those of n vectors
+ *           SUMS, if it has its own vf_sums(const vf *, int n, float *sums), the sums of n vectors
  *           vf_set2(a, b): a in lanes 0 to 7, b in the others
  *   golden  if GOLDEN_WORDS: 64 magnitudes with their signs, element 4j + k in byte k of lane j, and their values
  *           vg_load(const qins_golden_factors *)   vs_golden(stored, sign)   vs_log9(stored, sign_bits)
@@ -22,15 +22,15 @@
  *           vt_load(t)  vw_decode(const vt *, const uint8_t *codes)
  *           vw_add(vi sums, const vw *, const int16_t *x): sums + products, four to a lane; lanes 0 to 7
  *           get elements 0 to 31, and x is in X_ORDER: its eight i belongs to eight X_ORDER[i] of the elements
- *           vf_of_ints(vi)     WORD_UNIT(t): what 1 stands for     LEAST_MU: exact enough from here on
+ *           vf_of_ints(vi)     WORD_UNIT(t): the value of 1        LEAST_MU: the smallest mu that is exact enough
  *           WORD_STEP: columns whose sums fit 32 bits: 64 or, for words up to QINS_WORD_MAX, 128
- *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations registers hold
- *           WORD_SETS: up to so many sets of 8 rows of activations, decoding anew costs less than loading words
- *   panels  FLOAT_ROWS, FLOAT_PANELS: how many rows and panels of sums registers hold (see panels.inc);
- *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX's tiles
+ *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations fit in registers
+ *           WORD_SETS: up to this many sets of 8 rows of activations, decoding again costs less than loading words
+ *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
+ *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too
  *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
- * Loads and stores take any alignment. Sums in float are never contracted into fused operations.
+ * Loads and stores accept any alignment. Float sums are never contracted into fused multiply-adds.
  */
 #include <string.h>
 
@@ -40,13 +40,13 @@
 #define NAME_(base, isa) NAME__(base, isa)
 #define NAME(base) NAME_(base, ISA)
 
-/* The last, partial block of an array goes through a padded copy, so that no word needs a mask. */
+/* The last, partial block of an array uses a padded copy, so that no word needs a mask. */
 #define TAIL_IN(type, name, src, n) \
     type name[QINS_LANES] = {0};    \
     memcpy(name, (src), (size_t)(n) * sizeof(type))
 #define TAIL_OUT(dst, name, n) memcpy((dst), name, (size_t)(n) * sizeof(*name))
 
-/* The address may lie beyond the array: prefetching never faults, but such a pointer must not be formed. */
+/* Computed as an integer: prefetching beyond the array never faults, but forming such a pointer is undefined. */
 #define AHEAD(p, bytes) ((const void *)((uintptr_t)(p) + (bytes)))
 
 static inline void fetch_lines(qins_fetch *f, size_t lines)
@@ -63,7 +63,7 @@ static inline void fetch_lines(qins_fetch *f, size_t lines)
     }
 }
 
-/* Adds 16 lanes in one fixed order. */
+/* Adds 16 lanes in a fixed order. */
 static inline float sum_lanes(float *lane)
 {
     for (int s = QINS_LANES / 2; s > 0; s /= 2) {
@@ -74,7 +74,7 @@ static inline float sum_lanes(float *lane)
     return lane[0];
 }
 
-/* A body for each number of rows of activations; CALL(n) is one for a constant n. */
+/* One specialized body per number of rows of activations; CALL(n) is the body for a constant n. */
 #define EACH_BATCH(n, CALL) \
     switch (n) {            \
     case 1:                 \

@@ -1,8 +1,7 @@
-/* The vector words of AVX-512, most of those for products of log8 excepted: 16 lanes are one register. */
+/* The vector words of AVX-512, except most of those for log8 products: 16 lanes are one register. */
 typedef __m512 vf;
 typedef __m512i vi;
-/* 128 levels live in eight registers: four two-register permutations and three blends cost less
- * than a gather. */
+/* 128 levels fit in eight registers: four two-register permutations and three blends cost less than a gather. */
 typedef struct {
     __m512 t[8];
 } vl;
@@ -84,7 +83,7 @@ WORD float vf_sum(vf x) { return _mm512_reduce_add_ps(x); }
 WORD vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
 WORD vf vf_of_ints(vi x) { return _mm512_cvtepi32_ps(x); }
 
-/* A permutation of two tables takes five bits of each lane: low bits of `stored`, above them the sign. */
+/* A permutation of two tables uses five bits of each lane: the low bits of `stored`, and above them the sign. */
 #define GOLDEN_WORDS 1
 typedef struct {
     __m512 high, low, minus_low;
@@ -98,11 +97,11 @@ WORD vg vg_load(const qins_golden_factors *t)
     vg r = {_mm512_loadu_ps(t->high), low, _mm512_sub_ps(_mm512_setzero_ps(), low)};
     return r;
 }
-/* Bit 4 of each byte of sign: whether it is negative. */
+/* Bit 4 of each byte of sign is set where negative. */
 WORD vs with_signs(const uint8_t *stored, __m512i sign)
 {
     __m512i s = _mm512_loadu_si512(stored);
-    vs r = {s, _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), s, sign, 0xca)}; /* where 1 the one, where 0 the other */
+    vs r = {s, _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), s, sign, 0xca)}; /* 15 ? s : sign */
     return r;
 }
 WORD vs vs_golden(const uint8_t *stored, const int8_t *sign)
@@ -125,7 +124,7 @@ WORD vf golden_value(const vg *t, __m512i high, __m512i low)
 #define FLOAT_ROWS 12
 #define FLOAT_PANELS 2
 #define TRANSPOSE
-/* Pairs of rows, then of pairs, within each 128-bit quarter; then the quarters. */
+/* Transposes pairs of rows, then pairs of pairs, within each 128-bit quarter; then the quarters. */
 static FN void NAME(transpose)(const float *src, size_t src_stride, float *dst, size_t dst_stride)
 {
     __m512 r[16], t[16];
@@ -150,10 +149,10 @@ static FN void NAME(transpose)(const float *src, size_t src_stride, float *dst, 
     }
 }
 
-/* Unpacking bytes to words works within the four 128-bit parts: 0-7 of each, then 8-15 of each. */
+/* Unpacking bytes to words stays within the four 128-bit parts: bytes 0-7 of each, then 8-15 of each. */
 #define X_ORDER {0, 2, 4, 6, 1, 3, 5, 7}
 
-/* Sums of pairs of lanes, of fours of them, of the eight and of all. */
+/* Sums of pairs of lanes, of fours, of eights and of all sixteen. */
 #define SUMS
 WORD __m512 sum_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
 WORD __m512 sum_fours(__m512 a, __m512 b)

@@ -1,7 +1,7 @@
-/* AVX-512 with VBMI (byte permutations over 128 entries) and VNNI (16-bit dot products that accumulate). */
+/* AVX-512 with VBMI (byte permutations over 128 entries) and VNNI (accumulating 16-bit dot products). */
 #include "words_avx512.h"
 
-/* Magnitudes, low bytes and high bytes apart; a byte permutation reaches 64 entries. */
+/* Magnitudes, with low and high bytes apart: a byte permutation covers 64 entries. */
 typedef struct {
     __m512i low[2], high[2];
 } vt;
@@ -25,8 +25,8 @@ WORD vt vt_load(const qins_log8_words *t)
     }
     return r;
 }
-/* Looks up bits 0 to 6 of each byte; `upper` is the mask of bit 6. Permutations that take two tables (TWO_TABLES) are
- * one operation on AMD's processors, but three on Intel's. */
+/* Looks up bits 0 to 6 of each byte; `upper` is the mask of bit 6. A permutation of two tables (TWO_TABLES) is one
+ * operation on AMD processors, but three on Intel processors. */
 WORD __m512i lookup128(const __m512i *table, __m512i c, __mmask64 upper)
 {
 #if TWO_TABLES
@@ -36,8 +36,8 @@ WORD __m512i lookup128(const __m512i *table, __m512i c, __mmask64 upper)
     return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(c, table[0]), upper, c, table[1]);
 #endif
 }
-/* Bytes of a negated word, whose low byte is not 0: that of the low byte, and the high byte's complement. Words are 0
- * only for m = 0, which is not negated. */
+/* Negates words bytewise: negates the low byte and complements the high byte. That is exact because the low byte of a
+ * negated word is not 0: words have low byte 0 only for m = 0, which is not negated. */
 WORD vw vw_decode(const vt *t, const uint8_t *codes)
 {
     const __m512i zero = _mm512_setzero_si512(), c = _mm512_loadu_si512(codes);

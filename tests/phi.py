@@ -8,6 +8,12 @@ from pathlib import Path
 import torch
 
 NAME = "microsoft/Phi-3.5-mini-instruct"
+PROMPTS = [
+    "The capital of France is", "Water boils at", "The largest planet of the solar system is",
+    "def fibonacci(n):\n", "Once upon a time, there was", "The chemical symbol of gold is",
+    "To make bread, you need", "The first president of the United States was", "In 1969, humans",
+    "The opposite of hot is", "Photosynthesis is the process by which",
+]  # fmt: skip
 
 
 def from_llama(llama):

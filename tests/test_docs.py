@@ -1,9 +1,13 @@
-"""The examples of the documentation run, and its pages and links are there."""
+"""The examples of the documentation run, its pages and links are there, and its figures agree."""
 
 from __future__ import annotations
 
+import ast
 import doctest
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ import qins
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+BENCHMARKS = ROOT / "benchmarks"
 PAGES = sorted(p for p in (DOCS.glob("*.md") if DOCS.is_dir() else ()))
 
 pytestmark = pytest.mark.once
@@ -55,3 +60,75 @@ def test_every_public_name_is_in_the_api():
     others = {"CalibrationReport", "InspectionReport", "MemoryReport", "Plan", "rational"}
     assert set(qins.__all__) - others == described & set(qins.__all__)
     assert not described - set(qins.__all__) - {"quantize_checkpoint"}
+
+
+measured = pytest.mark.skipif(not (DOCS.is_dir() and BENCHMARKS.is_dir()), reason="the documentation is not here")
+
+
+@measured
+def test_the_measured_page_is_its_generators():
+    """The words of docs/measurements.md are those of benchmarks/measurements.py; only figures differ between runs."""
+    tree = ast.parse((BENCHMARKS / "measurements.py").read_text("utf-8"))
+    page = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "page")
+    text = next(n.value for n in ast.walk(page) if isinstance(n, ast.Return) and isinstance(n.value, ast.JoinedStr))
+    words = "".join(re.escape(v.value) if isinstance(v, ast.Constant) else "(.+?)" for v in text.values)
+    assert re.fullmatch(words, (DOCS / "measurements.md").read_text("utf-8"), re.DOTALL)
+
+
+def load_picture():
+    spec = importlib.util.spec_from_file_location("picture", BENCHMARKS / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    return picture
+
+
+@measured
+def test_the_picture_shows_the_measured_page():
+    """What docs/why-qins.svg says is what the tables of docs/measurements.md say, so it was drawn from that page."""
+    picture = load_picture()
+    page = (DOCS / "measurements.md").read_text("utf-8")
+    pytest.importorskip("matplotlib")
+    committed, drawn = (
+        re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+        for svg in ((DOCS / "why-qins.svg").read_text("utf-8"), picture.draw(page))
+    )
+    assert committed == drawn
+    cells = [c for panel in picture.figures(page) for c in panel if c]
+    assert len(cells) == 17
+    assert {picture._said(c) for c in cells} <= set(drawn)
+    with pytest.raises(ValueError, match="expected 'float32' in the table of '## Speed'"):
+        picture.figures(page.replace("| float32 | 2.02", "| other | 2.02"))
+    with pytest.raises(ValueError, match="expected a section '## Speed'"):
+        picture.figures(page.replace("## Speed", "## Other"))
+    alone = "".join(line for line in page.splitlines(keepends=True) if not line.startswith("| llama.cpp"))
+    assert picture.draw(alone).count(">not measured<") == 3
+
+
+@measured
+def test_the_readmes_table_is_of_the_measured_page():
+    """Weights, decode, prefill and KL divergence of each format, rounded; and what the page says of bits."""
+    picture = load_picture()
+    page = (DOCS / "measurements.md").read_text("utf-8")
+    lines = re.findall(r"^\|.*\|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    table = {row[0].strip("*").replace("`", ""): row for row in rows if len(row) == 7}
+    fidelity = picture.table_of(page, picture.FIDELITY)
+    for i, (label, _, name) in enumerate(picture.ROWS):
+        row = table[label.removeprefix("qins ")]
+        said = [row[6].removesuffix(" GB"), row[4], row[5], row[2]]
+        for cell, cells in zip(said, picture.figures(page), strict=True):
+            if cells[i] in ("", picture.NOT_MEASURED):
+                assert cell == (cells[i] or "as `log8`")
+            else:
+                assert float(cell) == pytest.approx(float(cells[i]), rel=0.03)
+        if name is not None:
+            assert float(row[1]) == float(fidelity[name]["bits per weight"])
+            assert float(row[3].removesuffix(" %")) == pytest.approx(float(fidelity[name]["top-1"][:-2]), abs=0.051)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
+def test_benchmarks_start(script):
+    """Each finds what it imports, which includes helpers of the tests."""
+    run = subprocess.run([sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout[:6]) == (0, "usage:"), run.stderr

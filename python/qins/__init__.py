@@ -1,7 +1,7 @@
-"""8-bit logarithmic codes for the weights of language models.
+"""8-bit weights for language models, as logarithmic codes.
 
-`encode` and `decode` work on NumPy arrays; `QINSLinear` and `convert` put codes into torch models.
-Importing this package imports NumPy only.
+`encode` and `decode` work on NumPy arrays; `QINSLinear` and `convert` quantize torch models; `QinsConfig` quantizes
+models as transformers loads them. Importing this package imports only NumPy.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ __all__ = [
     "use_isa",
 ]
 
-# Names that need torch or transformers, and the room that each lives in.
+# Names that need torch or transformers, and their rooms.
 _LAZY = {
     "CalibrationReport": "calibration",
     "ConversionReport": "nn",

@@ -1,4 +1,4 @@
-"""Where modules of this package were before it had rooms. Importing one still works, with a warning, for a release."""
+"""Module names from before the package had rooms. Importing one still works for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-# Old module of `qins`: where what it held is now.
+# Old module of `qins` to the modules that hold its names now.
 MOVED = {
     "activations": ("calibration.activations",),
     "array": ("codec.array", "codec.fields", "codec.dtypes"),

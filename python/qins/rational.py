@@ -1,4 +1,4 @@
-"""The seed's second codec under its own name, deprecated: encoding, and the layer and conversion that need torch."""
+"""The prototype's second codec, deprecated: encoding, and the layer and conversion that need torch."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_layers_get_the_codes_of_their_inputs(room):
     report = qins.calibrate(model, data, room=room, group_size=32)
     kept = {m.name: m for m in report.converted}
     assert list(kept) == ["a", "b", "c", "unused"]
-    assert kept["unused"].kept == "nearest: the calibration text does not reach it"
+    assert kept["unused"].kept == "nearest: the calibration text does not reach this layer"
     for name in ("a", "b", "c"):
         assert kept[name].kept == "calibrated"
         assert kept[name].error < 0.7 * kept[name].nearest_error
@@ -106,7 +106,7 @@ def test_a_layer_that_would_be_worse_keeps_the_nearest_codes():
     data = [x * 0.001 + v * torch.randn(64, 1) for _ in range(7)] + [rare]
     nearest = qins.encode(model[0].weight.detach().numpy())
     report = qins.calibrate(model, [d[None] for d in data], group_size=None)
-    assert report.converted[0].kept.startswith("nearest: no better")
+    assert report.converted[0].kept.startswith("nearest: error feedback is no better")
     assert report.converted[0].error == report.converted[0].nearest_error
     np.testing.assert_array_equal(model[0].codes.numpy(), nearest.fields["codes"])
 
@@ -267,5 +267,5 @@ def test_store(tmp_path):
     assert again.encoded.group_size == 4
     assert all(np.array_equal(again.encoded.fields[n], f) for n, f in layer.encoded.fields.items())
     assert store.get("another") is None
-    with pytest.raises(FileExistsError, match="another model, on other text or with other settings"):
+    with pytest.raises(FileExistsError, match="another model, with another text or other settings"):
         Store(tmp_path / "s", "two")

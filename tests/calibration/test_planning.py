@@ -110,7 +110,7 @@ def test_plan_and_calibrate():
         pairs = [(reference(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1)) for ids in windows]
     measured = [float((p.exp() * (p - q)).sum(-1)[:, :-1].mean()) for p, q in pairs]
     assert plan.kld == pytest.approx(sum(measured) / len(measured), rel=0.6)
-    assert "bits a weight, estimated mean KL divergence" in str(plan)
+    assert "bits per weight, estimated mean KL divergence" in str(plan)
 
 
 def test_layers_left_as_floats():

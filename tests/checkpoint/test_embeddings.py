@@ -288,7 +288,7 @@ def test_subclasses_with_a_factor_or_a_bias(kind, dtype):
 def test_subclasses_that_compute_something_else_are_refused(kind):
     source = kind(50, 16, padding_idx=3)
     before = copy.deepcopy(source.state_dict())
-    sentence = f"a {kind.__name__}, which may compute something else than rows times a factor: (it|its) "
+    sentence = f"a {kind.__name__}, which may compute something other than rows times a factor: (it|its) "
     with pytest.raises(ValueError, match=sentence):
         qins.QINSEmbedding.from_embedding(source)
     assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items())

@@ -648,7 +648,7 @@ def test_convolutions_are_called_so(tmp_path):
 def test_conv1d_in_place_is_reported():
     report = qins.convert(make("gpt2"))
     kinds = {s.kind: s.reason for s in report.skipped if s.name != "lm_head"}
-    assert kinds == {"Conv1D": "a linear layer with its weight transposed, which QinsConfig and qins quantize take"}
+    assert kinds == {"Conv1D": "a linear layer with a transposed weight, which QinsConfig and qins quantize accept"}
     assert len(report.skipped) == 9
 
 

@@ -39,7 +39,7 @@ def test_command_line(tmp_path):
     assert "expected --calibrate TEXT beside them" in run.stderr
     run = subprocess.run([*command, *bits, "--calibrate", str(tmp_path / "text.txt")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "bits a weight, estimated mean KL divergence" in run.stdout
+    assert "bits per weight, estimated mean KL divergence" in run.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["calibration"]["target_bits"] == 8.65
     assert 8.0 < config["calibration"]["bits"] <= 8.65

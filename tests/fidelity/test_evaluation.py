@@ -385,7 +385,7 @@ def clip():
 def test_what_is_not_evaluated(tmp_path, make_model):
     model = make_model()
     save(tmp_path / "model", model)
-    with pytest.raises(ValueError, match=f"expected a model of text: a decoder, .*; got {type(model).__name__}"):
+    with pytest.raises(ValueError, match=f"expected a text model: a decoder, .*; got {type(model).__name__}"):
         evaluation.evaluate_all(str(tmp_path / "model"), ["log8"], evaluation.Settings())
 
 
@@ -441,7 +441,7 @@ def test_no_traceback(source, text_file, tmp_path, monkeypatch, capsys):
     few = make("llama")
     few.resize_token_embeddings(100)
     assert "expected a vocabulary of 160, as" in says(save(tmp_path / "few", few), "--against", source, *text)
-    assert "expected a vocabulary of 160 tokens or more" in says(tmp_path / "few", *one)
+    assert "expected a vocabulary of at least 160 tokens" in says(tmp_path / "few", *one)
 
 
 # -- the report ------------------------------------------------------------------------------------
@@ -493,8 +493,8 @@ def test_columns_say_what_they_are(pages):
     }
     predictions = ["KL divergence, mean", "median", "99th percentile", "maximum", "same top token",
                    "same top five tokens", "perplexity", "perplexity change"]  # fmt: skip
-    states = ["cosine of token states, mean", "99th percentile", "least", "cosine of embeddings, mean", "least"]
-    costs = ["model", "bits a weight", "size in memory, MB", "peak memory, MB", "tokens a second",
+    states = ["cosine of token states, mean", "99th percentile", "lowest", "cosine of embeddings, mean", "lowest"]
+    costs = ["model", "bits per weight", "size in memory, MB", "peak memory, MB", "tokens per second",
              "greedy tokens still most likely", "greedy tokens before the first difference"]  # fmt: skip
     assert heads["several"] == heads["llama"] == heads["t5"] == ["model", *predictions, *costs]
     assert heads["bert"] == ["model", *predictions, "model", *states, *costs[:4]]

@@ -17,12 +17,6 @@ from qins.fidelity import metrics
 from qins.hf import find_model, load_causal_lm
 
 CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", "default"), ("rational", None)]
-PROMPTS = [
-    "The capital of France is", "Water boils at", "The largest planet of the solar system is",
-    "def fibonacci(n):\n", "Once upon a time, there was", "The chemical symbol of gold is",
-    "To make bread, you need", "The first president of the United States was", "In 1969, humans",
-    "The opposite of hot is", "Photosynthesis is the process by which",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -83,7 +77,7 @@ print(json.dumps(results))
 
 def greedy(hub, codec, group):
     done = subprocess.run(
-        [sys.executable, "-c", _GREEDY, json.dumps([codec, group, PROMPTS])],
+        [sys.executable, "-c", _GREEDY, json.dumps([codec, group, phi.PROMPTS])],
         capture_output=True, text=True, env={**os.environ, **hub},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -105,11 +99,12 @@ LEAST = {"golden": (1.99, 130), "log9": (3.5, 130), "log8": (3.95, 110), "ration
 @pytest.mark.parametrize(("codec", "group"), CODECS)
 def test_real_weights_by_the_hubs_name(phi35_hub, reference, codec, group):
     results = greedy(phi35_hub, codec, group)
-    same = {p: sum(a == b for a, b in zip(results[p], reference[p], strict=True)) for p in PROMPTS}
+    same = {p: sum(a == b for a, b in zip(results[p], reference[p], strict=True)) for p in phi.PROMPTS}
     compression, tokens = LEAST[codec]
     total = sum(same.values())
     figures = f"layers {results['layers']:.3f}x, model {results['model']:.3f}x"
-    print(f"{codec}/{group}: {figures}, {total} of {15 * len(PROMPTS)} tokens, {same[PROMPTS[0]]} of 15 of the first")
+    first = same[phi.PROMPTS[0]]
+    print(f"{codec}/{group}: {figures}, {total} of {15 * len(phi.PROMPTS)} tokens, {first} of 15 of the first")
     assert results["layers"] >= compression
     assert results["model"] < results["layers"]
     assert total >= tokens

@@ -70,7 +70,7 @@ def test_hidden_copies_are_found():
     layer.cached = {"weight": [layer.weight]}
     report = qins.memory_report(layer)
     assert report.attribute_bytes == 64 * 64 * 4
-    assert "decoded copy" in report.problems[0]
+    assert "dequantized copy" in report.problems[0]
     assert report.total_bytes > 5 * 64 * 64
     assert report.float32_bytes == qins.memory_report(nn.Linear(64, 64)).total_bytes
 

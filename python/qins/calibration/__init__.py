@@ -1,4 +1,4 @@
-"""A model's own activations choose its codes, and how many bits each layer gets."""
+"""Calibration: a model's activations determine its codes, and how many bits each layer gets."""
 
 from .activations import Layer, Text, cut, split
 from .calibrating import CalibratedModule, CalibrationReport, calibrate

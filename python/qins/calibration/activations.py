@@ -1,4 +1,4 @@
-"""Looking at what a model's layers are given, for calibration."""
+"""Collecting statistics of the inputs of a model's layers, for calibration."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class Layer:
 
     @property
     def parameter(self) -> Tensor:
-        """The weight as the module has it."""
+        """The weight as the module stores it."""
         w: Tensor = self.module.weight.detach()  # type: ignore[operator]
         return w
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features)."""
+        """The weight as (out_features, in_features)."""
         return self.parameter.T if self.transposed else self.parameter
 
 
 @dataclass
 class Text:
-    """Calibration data: batches for statistics, and batches held out of them."""
+    """Calibration data: batches for statistics, and held-out batches."""
 
     batches: list[Any]
     held: list[Any]
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Tokens of statistics, and of those held out."""
+        """Numbers of tokens: for statistics, and held out."""
         return sum(map(_count, self.batches)), sum(map(_count, self.held))
 
 
@@ -65,7 +65,7 @@ def _count(batch: Any) -> int:
 
 
 def cut(token_ids: Tensor, tokens: int, window: int = 512) -> list[Tensor]:
-    """Cut the first `tokens` ids into about eight or more batches of windows, each (windows, window); the rest goes."""
+    """Cut the first `tokens` ids into about eight or more batches, each (windows, window); drop the remainder."""
     ids = token_ids.reshape(-1)[:tokens]
     window = max(1, min(window, ids.numel() // 8))
     whole = ids[: ids.numel() // window * window].reshape(-1, window)
@@ -73,14 +73,17 @@ def cut(token_ids: Tensor, tokens: int, window: int = 512) -> list[Tensor]:
 
 
 def split(batches: Iterable[Any], held_out: float = 0.125) -> Text:
-    """Check calibration data, and hold the last part of it out.
+    """Check calibration data and hold out the last part of it.
 
     Args:
-        batches: what the model takes: tensors of token ids, (batch, length), or mappings of arguments.
-        held_out: share of the batches, 0 to 0.5; at least one is held out unless this is 0.
+        batches: inputs of the model: tensors of token ids, (batch, length), or mappings of arguments.
+        held_out: share of the batches to hold out, 0 to 0.5; at least one unless this is 0.
+
+    Returns:
+        the batches for statistics, and the held-out ones.
 
     Raises:
-        ValueError: there is too little text, or it is too uniform to tell inputs apart.
+        ValueError: the text is too short, or too uniform to distinguish inputs.
 
     """
     listed = [b if isinstance(b, Mapping) else torch.as_tensor(b) for b in batches]
@@ -93,29 +96,30 @@ def split(batches: Iterable[Any], held_out: float = 0.125) -> Text:
     different = len(set(torch.cat(ids).tolist())) if ids else tokens
     if different < _LEAST_DIFFERENT:
         raise ValueError(
-            f"calibration: expected text with at least {_LEAST_DIFFERENT} different tokens, got {different}; text that "
-            "repeats itself says nothing of most inputs"
+            f"calibration: expected text with at least {_LEAST_DIFFERENT} different tokens, got {different}; "
+            "repetitive text says nothing about most inputs"
         )
     if held_out and len(listed) < 2:
-        raise ValueError("calibration: expected at least 2 batches, of which one is held out, got 1")
+        raise ValueError("calibration: expected at least 2 batches, one of them to hold out, got 1")
     held = max(1, round(held_out * len(listed))) if held_out else 0
     return Text(listed[: len(listed) - held], listed[len(listed) - held :])
 
 
 class _EnoughError(Exception):
-    """Raised in a forward pass when all that this round looks at has run."""
+    """Raised to end a forward pass once all layers of the round have run."""
 
 
 class Statistics:
-    """Collects the inputs' second moments of as many layers as there is room for, in the order in which they run.
+    """Collects second moments of the inputs of as many layers as fit in memory, in the order in which they run.
 
-    Layers that are given the very same tensor share their statistics.
+    Layers with the very same input tensor share their statistics.
 
     Args:
         layers: by name.
-        room: bytes; one layer is looked at even if it takes more.
-        mark: called when one of the accepted layers runs.
-        in_order: whether layers are known to run once and in one order, so that nothing comes after one too many.
+        room: memory for statistics, in bytes; one layer is accepted even if it needs more.
+        mark: called when an accepted layer runs.
+        in_order: whether the layers are known to run once each and in a fixed order. The pass can then end at the first
+            layer that does not fit.
 
     """
 
@@ -123,7 +127,7 @@ class Statistics:
         self, layers: Mapping[str, Layer], room: int, mark: Callable[[], None], in_order: bool = False
     ) -> None:
         self.room, self._mark, self._in_order = room, mark, in_order
-        self.source: dict[str, str] = {}  # layer: the first layer with the same input
+        self.source: dict[str, str] = {}  # layer to the first layer with the same input
         self.gram: dict[str, Tensor] = {}
         self.held: dict[str, list[Tensor]] = {}
         self.collect_held = False
@@ -139,19 +143,19 @@ class Statistics:
         ]  # fmt: skip
 
     def remove(self) -> None:
-        """Stop looking."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def probe(self, forward: Callable[[], Any]) -> Tensor | None:
-        """Make a pass that is not counted; return the last input that it would have looked at."""
+        """Make a pass that adds no statistics; return the last input that would have counted."""
         self._probing = True
         self.run(forward)
         self._probing = False
         return self._seen
 
     def run(self, forward: Callable[[], Any]) -> None:
-        """One forward pass; it ends early once nothing more is to be seen."""
+        """Run one forward pass; end it early once the remaining layers are irrelevant."""
         self._calls = 0
         self._last = (None, 0, "")
         with suppress(_EnoughError):
@@ -201,7 +205,7 @@ class Statistics:
 
 
 def forward_call(model: nn.Module, batch: Any, *, every_logit: bool = False) -> Callable[[], Any]:
-    """A call of the model that computes no more than it must; logits of the last token only, unless asked for all."""
+    """Return a minimal call of the model: no cache, and logits of the last token only unless `every_logit`."""
     parameters = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
     if "use_cache" in parameters:
@@ -215,7 +219,7 @@ def forward_call(model: nn.Module, batch: Any, *, every_logit: bool = False) -> 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, without gradients, meanwhile."""
+    """Put a model in eval mode, without gradients, within the block."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -228,7 +232,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def paged_out(layers: Iterable[Layer], mapped: bool) -> Iterator[None]:
-    """Meanwhile, let each layer's weight leave memory after its use, if it can be read from a mapped file again."""
+    """Within the block, release each layer's weight after its use, if a mapped file can bring it back."""
     hooks = []
     if mapped:
         for layer in layers:

@@ -1,8 +1,8 @@
-"""Running only the blocks of a model that a pass is about, from hidden states that the pass before left.
+"""Skipping the blocks of a model that a pass does not need, by resuming from saved hidden states.
 
-A round of calibration looks at a few layers. With hidden states kept where the round before ended, the blocks in front
-need not run again. That is right only if a block gets nothing but its predecessor's output from it; whether that is
-so is checked, not assumed.
+A round of calibration concerns a few layers. It saves the hidden states where it ends, so the next round need not run
+the blocks before them. That is correct only if a block receives nothing from its predecessor but the predecessor's
+output. This is checked, not assumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 
 def _blocks(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
-    """The ModuleList whose blocks hold the most of these layers, if all others hold none."""
+    """Return the blocks of the only ModuleList that holds any of these layers; empty unless exactly one does."""
     wanted = set(layers)
     found: list[list[nn.Module]] = []
     inside: set[nn.Module] = set()
@@ -31,13 +31,13 @@ def _blocks(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
 
 
 class BlockChain:
-    """The blocks of a model, one after the other, and the hidden states that a batch had on its way.
+    """The blocks of a model in sequence, and each batch's saved hidden states.
 
     Args:
         model: any model.
-        layers: those that rounds are about.
-        first: whether a batch's next pass begins with the block of the first layer that the last one looked at, as it
-            must if these layers change in between; otherwise with that of the last.
+        layers: the layers to calibrate.
+        first: where a batch's next pass resumes. True: at the block of the first layer of the previous round, which is
+            necessary if the layers of that round have changed since. False: at the block of its last layer.
 
     """
 
@@ -46,14 +46,14 @@ class BlockChain:
         self.usable = len(self.blocks) > 1
         self.first = first
         self._saved: dict[int, tuple[int, Tensor]] = {}
-        self._tuples: dict[int, int] = {}  # block: length of the tuple that it returns
+        self._tuples: dict[int, int] = {}  # block to the length of the tuple that it returns
         self._current: tuple[int, Tensor] | None = None
         self._marked: tuple[int, Tensor] | None = None
         self._out: Any = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Follow the hidden states meanwhile."""
+        """Follow the hidden states within the block."""
         hooks: list[Any] = []
         for i, block in enumerate(self.blocks):
             hooks.append(
@@ -80,12 +80,12 @@ class BlockChain:
             self._out = out
 
     def mark(self) -> None:
-        """Say that a layer that the round is about is running."""
+        """Note that a layer of this round is running."""
         if self._marked is None or not self.first:
             self._marked = self._current
 
     def run(self, batch: int, forward: Callable[[], Any], *, whole: bool = False, keep: bool = True) -> None:
-        """Make a pass with a batch, from where its last one allows or a whole one; `keep` lets the next begin later."""
+        """Make a pass with a batch, resumed or `whole`; `keep` saves the state from which the next pass resumes."""
         self._marked = self._current = self._out = None
         start = None if whole or not self.usable else self._saved.get(batch)
         replaced = self.blocks[: start[0]] if start else []
@@ -110,10 +110,10 @@ class BlockChain:
         return lambda *args, **kwargs: out
 
     def skips(self, batch: int) -> bool:
-        """Whether the batch's next pass would leave blocks out."""
+        """Return whether the batch's next pass would skip blocks."""
         return self.usable and batch in self._saved and self._saved[batch][0] > 0
 
     def forget(self) -> None:
-        """Make whole passes from now on."""
+        """Make only whole passes from now on."""
         self.usable = False
         self._saved.clear()

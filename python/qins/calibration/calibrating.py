@@ -1,8 +1,8 @@
-"""Calibration: a model's own activations decide which log8 codes its weights get.
+"""Calibration: a model's own activations determine the log8 codes of its weights.
 
-The layers' inputs are looked at in rounds, as many layers a round as their statistics have room for; then each layer is
-rounded with error feedback (feedback.py), and the codes are kept if they do better than the nearest ones on tokens that
-the rounding has not seen.
+Statistics of the layers' inputs are collected in rounds, with as many layers per round as fit in memory. Each layer is
+then rounded with error feedback (feedback.py). Its codes are kept if they do better than the nearest codes on held-out
+tokens.
 """
 
 from __future__ import annotations
@@ -46,20 +46,22 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class CalibratedModule(ConvertedModule):
-    """One layer. Errors are squared errors of outputs over squared outputs, on tokens held out of the rounding."""
+    """One layer. Errors are squared errors of outputs over squared outputs, on held-out tokens."""
 
     nearest_error: float
     error: float
-    kept: str  # "calibrated", or why the codes are the nearest ones
+    kept: str  # "calibrated", or the reason for keeping the nearest codes
 
 
 @dataclass
 class CalibrationReport(ConversionReport):
-    """What `calibrate` did; printing it gives the table of `convert`.
+    """The result of `calibrate`; prints as a table, like the report of `convert`.
 
     Attributes:
-        tokens: how many were used for statistics, and held_out: how many for the choice.
-        seconds_statistics: time of the model's passes, and seconds_rounding: of all the rest.
+        tokens: number of tokens for statistics.
+        held_out: number of held-out tokens, on which the better codes are chosen.
+        seconds_statistics: time of the model's passes.
+        seconds_rounding: time of the rest.
 
     """
 
@@ -95,28 +97,30 @@ def calibrate(
     room: int = 128 << 20,
     show_progress: bool | None = None,
 ) -> CalibrationReport:
-    """Replace linear layers by QINSLinear with log8 codes that are chosen by the model's own activations; in place.
+    """Quantize linear layers in place, to QINSLinear with log8 codes chosen from the model's own activations.
 
-    The model runs over the batches while the second moments of each layer's inputs are added up, a few layers at a
-    time if they need more than `room`; then each weight is rounded with error feedback (see `qins.ErrorFeedback`). A
-    layer whose outputs would be no better for it, on batches held out of the statistics, gets the nearest codes, as
-    from `convert`. So do experts that are kept as stacks of matrices. The result does not depend on anything but the
-    arguments and the number of threads.
+    The model runs over the batches to collect second moments of each layer's inputs, for a few layers at a time if all
+    need more memory than `room`. Then each weight is rounded with error feedback (see `qins.ErrorFeedback`). A layer
+    whose outputs on held-out batches are no better for it gets the nearest codes, as from `convert`. So do experts that
+    are kept as stacks of matrices. The result depends only on the arguments and the number of threads.
 
     Args:
         model: any nn.Module whose forward takes a batch; in float, on the CPU.
         batches: tensors of token ids, (batch, length), or mappings of forward's arguments. 8,192 tokens of text like
             what the model will read are enough; `qins.fidelity.windows` cuts them.
-        include: fnmatch patterns of module names to encode; None for all.
-        exclude: patterns of module names to leave alone.
+        include: fnmatch patterns of module names to convert; None for all.
+        exclude: patterns of module names to skip.
         group_size: as in `convert`.
-        damping: what is added to the second moments' diagonal, as a share of its mean. More makes the codes depend
-            less on this text.
-        held_out: share of the batches that is held out.
-        sequential: let layers that are calibrated in a later round see the codes of those before, instead of floats.
-        plan: what `qins.plan` made of the same model: group_size is not used then, and layers that it leaves are left.
-        room: bytes that the statistics may take; what does not fit waits for another pass over the batches.
+        damping: added to the diagonal of the second moments, as a share of its mean. A larger value makes the codes
+            depend less on this text.
+        held_out: share of the batches to hold out.
+        sequential: calibrate the layers of later rounds on the codes of earlier layers, instead of on their floats.
+        plan: result of `qins.plan` for the same model. It overrides group_size; layers that it leaves stay in float.
+        room: memory for statistics, in bytes; layers that do not fit wait for another pass over the batches.
         show_progress: None shows a progress bar on a terminal.
+
+    Returns:
+        a report that prints as a table.
 
     Raises:
         ValueError: the batches are too few or too uniform, or a weight is NaN or infinite; the model is unchanged.

@@ -1,4 +1,4 @@
-"""Choosing the codes of layers: error feedback where it does better than the nearest ones."""
+"""Choosing codes: error feedback where it does better than the nearest codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 
 def output_errors(x: Tensor, weight: Tensor, e: EncodedArray | None) -> Tensor:
-    """Mean square, over tokens x, of what the codes change each output by, float64 (N,).
+    """Return the mean squared error of each output over tokens x, float64 (N,).
 
     Without codes it is the mean square of the outputs themselves, as if the codes were zeros.
     """
@@ -38,7 +38,7 @@ def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | N
     weight = layer.weight
     if feedback is None:
         nearest = encode(weight, "log8", group_size=layer.group_size)
-        return Choice(nearest, kept="nearest: the calibration text does not reach it")
+        return Choice(nearest, kept="nearest: the calibration text does not reach this layer")
     calibrated = feedback.encode(weight, group_size=layer.group_size)
     if held is None or not len(held):
         return Choice(calibrated)
@@ -48,7 +48,7 @@ def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | N
         before, after = before / size, after / size
     if after < before:
         return Choice(calibrated, before, after)
-    return Choice(nearest, before, before, "nearest: no better on the tokens held out")
+    return Choice(nearest, before, before, "nearest: error feedback is no better on held-out tokens")
 
 
 def choose_codes(
@@ -69,16 +69,19 @@ def choose_codes(
 
     Args:
         model: a float model.
-        layers: those to encode, by name.
-        text: what `split` returned.
-        damping: as `ErrorFeedback`'s.
-        room: bytes that statistics may take at a time; one layer is looked at even if it takes more.
-        mapped: weights lie in mapped files and may leave memory after use.
-        store: where finished layers are kept, and taken from.
-        advance: told the weights of each finished layer.
+        layers: the layers to encode, by name.
+        text: result of `split`.
+        damping: as in `ErrorFeedback`.
+        room: memory for statistics at a time, in bytes; one layer is accepted even if it needs more.
+        mapped: whether weights are in mapped files and may be released after use.
+        store: where finished layers are saved, and loaded from.
+        advance: called with the number of weights of each finished layer.
         clock: adds up the time.
-        install: is given each layer's codes as soon as they are there.
-        sequential: install changes the model before the next round.
+        install: called with each layer's codes as soon as they are chosen.
+        sequential: whether install changes the model before the next round.
+
+    Raises:
+        ValueError: a layer's weights or statistics are not usable; the message names the layer.
 
     """
     clock = clock or Clock()
@@ -94,7 +97,7 @@ def choose_codes(
     for name, layer in layers.items():
         done = store.get(name) if store else None
         if done is None and layer.codec != "log8":
-            done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code a value")
+            done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code per value")
             if store:
                 store.put(name, done)
         if done is not None:

@@ -1,9 +1,9 @@
-"""Spending bits where they matter: which group size each layer gets, for a model of so many bits, or so little error.
+"""Mixed precision: choosing each layer's group size to meet a target for bits or for error.
 
-What a layer's error costs the model is estimated to second order: KL(float || quantized) of a prediction is about half
-the sum over outputs of F dy^2, where dy is the error of an output and F its Fisher information, the mean square of the
-gradient of log p(token) for tokens drawn from the float model itself. Off-diagonal terms, between outputs, tokens and
-layers, are left out.
+The cost of a layer's error is estimated to second order. KL(float || quantized) of a prediction is about half the sum
+over outputs of F dy^2, where dy is the error of an output and F its Fisher information: the mean squared gradient of
+log p(token), for tokens sampled from the float model. Off-diagonal terms between outputs, tokens and layers are
+neglected.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .rounds import Clock, rounds
 
 Tensor = torch.Tensor
 
-# The kernels multiply with these at full speed.
+# The sizes with fast kernels.
 GROUP_SIZES = (32, 64, 128, 192, 256)
 _SENSITIVITY_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a layer may become.
+    """One possible format of a layer.
 
     Attributes:
-        group_size: of log8, None for one scale a row; -1 for leaving the layer as it is.
-        bits: of a weight, everything included.
-        kld: estimated share of the model's mean KL divergence, nats.
+        group_size: log8's group size; None for per-row scales only; -1 to leave the layer in float.
+        bits: bits per weight, scales included.
+        kld: estimated contribution to the model's mean KL divergence, in nats.
 
     """
 
@@ -51,11 +51,11 @@ class Option:
 
 @dataclass
 class Plan:
-    """What each layer becomes; printing it gives a table by kind of layer.
+    """The format of each layer; prints as a table by kind of layer.
 
     Attributes:
-        chosen: name to option.
-        weights: name to the number of weights.
+        chosen: layer name to option.
+        weights: layer name to number of weights.
 
     """
 
@@ -64,23 +64,23 @@ class Plan:
 
     @property
     def bits(self) -> float:
-        """Mean bits of a weight, over all these layers."""
+        """Mean bits per weight over these layers."""
         total = sum(self.weights[n] * o.bits for n, o in self.chosen.items())
         return total / max(sum(self.weights.values()), 1)
 
     @property
     def kld(self) -> float:
-        """Estimated mean KL divergence from the float model, nats."""
+        """Estimated mean KL divergence from the float model, in nats."""
         return sum(o.kld for o in self.chosen.values())
 
     @property
     def group_sizes(self) -> dict[str, int | None]:
-        """Name to group size, of the layers that become codes."""
+        """Layer name to group size, for the layers to quantize."""
         return {n: o.group_size for n, o in self.chosen.items() if o.group_size != -1}
 
     @property
     def left(self) -> list[str]:
-        """Names of the layers that stay floats."""
+        """Names of the layers that stay in float."""
         return [n for n, o in self.chosen.items() if o.group_size == -1]
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Plan:
         for name, o in self.chosen.items():
             counts = kinds.setdefault(name.rpartition(".")[2], {})
             counts[str(o)] = counts.get(str(o), 0) + 1
-        lines = [f"{self.bits:.3f} bits a weight, estimated mean KL divergence {self.kld:.2e}"]
+        lines = [f"{self.bits:.3f} bits per weight, estimated mean KL divergence {self.kld:.2e}"]
         for kind, counts in kinds.items():
             lines.append(f"  {kind}: " + ", ".join(f"{n} x {o}" for o, n in sorted(counts.items())))
         return "\n".join(lines)
@@ -97,7 +97,7 @@ class Plan:
 def sensitivities(
     model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Any], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Return the mean squared gradient of log p(drawn token) with regard to each output of each layer, float64 (N,)."""
+    """Return the mean squared gradient of log p(sampled token) for each output of each layer, float64 (N,)."""
     totals: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     tokens = 0
@@ -143,7 +143,7 @@ def sensitivities(
 def options(
     layer: Layer, feedback: ErrorFeedback, held: Tensor, sensitivity: Tensor, sizes: Iterable[int | None]
 ) -> list[Option]:
-    """What a layer may become: its codes for each group size, and the floats that it has."""
+    """Return the options of a layer: log8 with each group size, and its float weight."""
     weight = layer.weight
     found = [Option(-1, 8.0 * weight.element_size(), 0.0)]
     for size in sizes:
@@ -154,7 +154,7 @@ def options(
 
 
 def hull(found: Iterable[Option]) -> list[Option]:
-    """The options worth having: by bits, each step buying less than the one before."""
+    """Return the lower convex hull of the options: by bits, with decreasing gain per bit."""
     best: list[Option] = []
     for o in sorted(found, key=lambda o: (o.bits, o.kld)):
         if best and o.kld >= best[-1].kld:
@@ -175,7 +175,7 @@ def allocate(
     target_bits: float | None = None,
     target_kld: float | None = None,
 ) -> Plan:
-    """Choose an option for each layer: the least error of at most so many bits, or the fewest bits of that error.
+    """Choose an option for each layer: the least error within target_bits, or the fewest bits within target_kld.
 
     Raises:
         ValueError: not exactly one target is given, or it cannot be reached.
@@ -197,14 +197,14 @@ def allocate(
             break
         more = (option.bits - plan.chosen[name].bits) * weights[name]
         if target_bits is not None and bits + more > target_bits * total:
-            continue  # a smaller layer may still fit
+            continue  # the step of a smaller layer may still fit
         if target_bits is not None and plan.chosen[name] is not hulls[name][hulls[name].index(option) - 1]:
-            continue  # its step before did not fit
+            continue  # the layer's previous step did not fit
         plan.chosen[name] = option
         bits += more
     if target_kld is not None and plan.kld > target_kld:
         raise ValueError(
-            f"target_kld: expected at least {plan.kld:.2e}, all that these layers allow, got {target_kld:g}"
+            f"target_kld: expected at least {plan.kld:.2e}, the least that these layers allow, got {target_kld:g}"
         )
     return plan
 
@@ -224,14 +224,14 @@ def plan_layers(
 ) -> Plan:
     """Make a plan for these layers; see `plan`."""
     if not text.held:
-        raise ValueError("plan: expected batches that are held out, got none")
+        raise ValueError("plan: expected held-out batches, got none")
     weights = {n: layer.weight.numel() for n, layer in layers.items()}
     sensitivity = sensitivities(model, layers, [*text.held, *text.batches])
     found: dict[str, list[Option]] = {}
     for name, feedback, held in rounds(model, layers, text, damping, room, mapped, clock or Clock()):
         layer = layers[name]
         if feedback is None or held is None or name not in sensitivity:
-            found[name] = [Option(layer.group_size, 8.0, 0.0)]  # the text says nothing of it
+            found[name] = [Option(layer.group_size, 8.0, 0.0)]  # the text does not reach this layer
         else:
             cols = layer.weight.shape[1]
             sizes = [None, *(s for s in GROUP_SIZES if cols % s == 0 and s < cols)]
@@ -252,21 +252,24 @@ def plan(
     room: int = 128 << 20,
     show_progress: bool | None = None,
 ) -> Plan:
-    """Choose each layer's group size so that bits go where they matter; `calibrate(..., plan=...)` then follows it.
+    """Choose each layer's group size, so that bits go where they matter most. Pass the plan to `calibrate`.
 
-    Each layer is rounded with every group size that the kernels are fast with, and what its outputs' errors on tokens
-    held out cost the model is estimated from the gradients of its predictions. A layer may also stay as it is.
+    Each layer is rounded with every fast group size. The cost of its output errors on held-out tokens is estimated from
+    gradients of the model's predictions. A layer may also stay in float.
 
     Args:
         model: a float language model on the CPU, whose output has logits.
         batches: as in `calibrate`.
-        target_bits: most bits of a weight, on average over these layers, scales included.
-        target_kld: most estimated mean KL divergence, nats. Only an estimate: measure with `qins eval`.
+        target_bits: most mean bits per weight over these layers, scales included.
+        target_kld: largest estimated mean KL divergence, in nats. It is only an estimate: measure with `qins eval`.
         include: fnmatch patterns of module names; None for all linear layers.
-        exclude: patterns of module names to leave out of it.
+        exclude: patterns of module names to leave out of the plan.
         damping: as in `calibrate`.
         room: as in `calibrate`.
         show_progress: None shows a progress bar on a terminal.
+
+    Returns:
+        the plan, for `calibrate(..., plan=...)`.
 
     Raises:
         ValueError: not exactly one target is given, or it cannot be reached; or as in `calibrate`.

@@ -1,4 +1,4 @@
-"""Passes of the model over the text, as many as the statistics' room asks for."""
+"""Passes of the model over the text, as many as the memory for statistics requires."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class Clock:
-    """Seconds by kind of work."""
+    """Seconds spent on each kind of work."""
 
     statistics: float = 0.0
     rounding: float = 0.0
@@ -36,10 +36,10 @@ def rounds(
     clock: Clock,
     sequential: bool = False,
 ) -> Iterator[tuple[str, ErrorFeedback | None, Tensor | None]]:
-    """Yield every layer's name, ErrorFeedback of its inputs, and those on the tokens held out, (tokens, in_features).
+    """Yield each layer's name, the ErrorFeedback of its inputs, and its held-out inputs, (tokens, in_features).
 
-    The model runs over the text as often as the statistics' room asks for; blocks that are done are passed over where
-    that makes no difference (see `BlockChain`). A layer that the text does not reach has neither.
+    The model runs over the text as often as the memory for statistics requires. Finished blocks are skipped where that
+    makes no difference (see `BlockChain`). A layer that the text does not reach has neither feedback nor inputs.
     """
     left = dict(layers)
     chain = BlockChain(model, [layer.module for layer in layers.values()], first=sequential)
@@ -69,14 +69,14 @@ def rounds(
             for name in [n for n in left if statistics.source.get(n) == source]:
                 del left[name]
                 yield name, feedback, torch.cat(held) if held else None
-        if not statistics.source:  # none of those that are left ever runs
+        if not statistics.source:  # none of the remaining layers ever runs
             for name in left:
                 yield name, None, None
             return
 
 
 def _check_chain(chain: BlockChain, statistics: Statistics, forward: Callable[[], Any], batch: int) -> None:
-    """See whether a pass over some blocks only gives the layers that are looked at what a whole pass does."""
+    """Disable resuming unless a resumed pass gives the layers the same inputs as a whole pass."""
     whole, part = (
         statistics.probe(partial(chain.run, batch, forward, whole=whole, keep=False)) for whole in (True, False)
     )

@@ -1,4 +1,4 @@
-"""Codes that have been chosen, in memory and on the disk."""
+"""Chosen codes, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..system import atomically, write_json
 
 @dataclass
 class Choice:
-    """The codes of one layer, and how they came about."""
+    """The codes of one layer, and how they were chosen."""
 
     encoded: EncodedArray
     nearest_error: float = float("nan")
@@ -23,7 +23,7 @@ class Choice:
 
 
 class Store:
-    """Codes of finished layers on the disk, from which an interrupted calibration goes on."""
+    """Codes of finished layers on disk, from which an interrupted calibration resumes."""
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self.directory = directory
@@ -32,14 +32,14 @@ class Store:
         if about.exists():
             if json.loads(about.read_text("utf-8")).get("fingerprint") != fingerprint:
                 raise FileExistsError(
-                    f"{directory}: holds an unfinished calibration of another model, on other text or with other "
+                    f"{directory}: holds an unfinished calibration of another model, with another text or other "
                     "settings; remove it"
                 )
         else:
             write_json(about, {"fingerprint": fingerprint})
 
     def put(self, name: str, choice: Choice) -> None:
-        """Keep a layer's codes."""
+        """Save a layer's codes."""
         from safetensors.numpy import save_file
 
         e = choice.encoded
@@ -49,11 +49,11 @@ class Store:
             save_file({n: np.asarray(f) for n, f in e.fields.items()}, str(temporary), about)
 
     def has(self, name: str) -> bool:
-        """Whether a layer's codes are there."""
+        """Return whether a layer's codes are stored."""
         return (self.directory / f"{name}.safetensors").exists()
 
     def get(self, name: str) -> Choice | None:
-        """Return a layer's codes, if they are there."""
+        """Return a layer's codes, or None if they are not stored."""
         from safetensors import safe_open
 
         if not self.has(name):

@@ -1,4 +1,4 @@
-"""The codecs on NumPy arrays, over the C core. Torch is optional: what needs it is imported when it is asked for."""
+"""The codecs on NumPy arrays, over the C core. torch is optional: names that need it import it on first access."""
 
 from __future__ import annotations
 

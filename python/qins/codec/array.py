@@ -1,4 +1,4 @@
-"""NumPy arrays in, codes out, and back."""
+"""Encoding NumPy arrays to codes, decoding them, and multiplying with them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ..system import get_num_threads
 from .dtypes import Array, as_matrix, element_dtype, matrix_shape
 from .fields import FIELD_DTYPES, SCALARS, array_names, check_alpha, check_codec, check_group_size, field_shapes
 
-# ln of the largest float32; a larger log_max would decode to infinity
+# ln of the largest float32: a larger log_max would decode to infinity
 _LOG_FLT_MAX = 88.7228394
 
 
 class EncodedArray:
-    """Weights as codes.
+    """Quantized weights: codes and their scales.
 
     Attributes:
         codec: "log8", "log9", "golden" or "rational".
         shape: shape of the weights; the last dimension is in_features.
-        group_size: inputs that share a group scale (log8), or None.
-        fields: field name to array, as docs/formats.md lists them; scalars are 0-d float32 arrays.
+        group_size: inputs per group scale (log8), or None.
+        fields: field name to array, as in docs/formats.md; scalars are 0-d float32 arrays.
 
     """
 
     __slots__ = ("codec", "fields", "group_size", "shape")
 
     def __init__(self, codec: str, shape: tuple[int, ...], fields: dict[str, Array], group_size: int | None) -> None:
-        """For the package's own use; `encode` and `from_fields` are the constructors."""
+        """For internal use; construct with `encode` or `from_fields`."""
         self.codec = codec
         self.shape = shape
         self.fields = fields
@@ -39,14 +39,22 @@ class EncodedArray:
 
     @classmethod
     def from_fields(cls, codec: str, fields: Mapping[str, Any], group_size: int | None = None) -> EncodedArray:
-        """Wrap fields that were made elsewhere, after checking every one of them.
+        """Wrap existing fields after checking every one of them.
 
-        Arrays are kept as they are if they are C-contiguous and in native byte order (read-only and
-        unaligned ones, too), and copied otherwise.
+        C-contiguous arrays in native byte order, including read-only and unaligned ones, are used without a copy. Other
+        arrays are copied.
+
+        Args:
+            codec: "log8", "log9", "golden" or "rational".
+            fields: field name to array or number, as in docs/formats.md.
+            group_size: inputs per group scale (log8), or None.
+
+        Returns:
+            the codes.
 
         Raises:
-            ValueError, TypeError: a field is missing, unknown, of another dtype or shape, or holds a value
-                that its format does not have. The message names the field.
+            ValueError, TypeError: a field is missing, unknown, of the wrong dtype or shape, or holds a value outside
+                its format. The message names the field.
 
         """
         check_codec(codec)
@@ -74,12 +82,12 @@ class EncodedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all fields together."""
+        """Total bytes of all fields."""
         return sum(f.nbytes for f in self.fields.values())
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """The array fields as 2-D (codes) and 1-D (scale) arrays, in the C core's order."""
+        """The array fields, 2-D (codes) and 1-D (scale), in the C core's order."""
         rows, _ = matrix_shape(self.shape)
         fields = (self.fields[n] for n in array_names(self.codec, self.group_size))
         return tuple(
@@ -92,11 +100,18 @@ class EncodedArray:
         return tuple(float(self.fields[n]) for n in SCALARS[self.codec])
 
     def decode(self, dtype: Any = np.float32, *, out: Array | None = None) -> Array:
-        """Return the weights that the codes stand for.
+        """Return the dequantized weights.
 
         Args:
-            dtype: float32 (exact), float16, float64, or bfloat16 (ml_dtypes'), rounded to nearest even.
-            out: array to write to, of this dtype and of `shape`, rows contiguous.
+            dtype: float32 (exact), float16, float64 or bfloat16 (from ml_dtypes), rounded to nearest even.
+            out: array to write to, with this dtype and `shape` and contiguous rows; None allocates one.
+
+        Returns:
+            `out`, or a new array.
+
+        Raises:
+            TypeError: `dtype` is not supported, or `out` is not a NumPy array.
+            ValueError: `out` has another shape, dtype or layout.
 
         """
         name, held = element_dtype(dtype)
@@ -118,7 +133,7 @@ class EncodedArray:
         return out
 
     def decode_block(self, out: Array, dtype: str, row: int, col: int) -> None:
-        """Decode the block of out's 2-D shape that begins at (row, col); `dtype` names its elements."""
+        """Decode the block of out's 2-D shape at (row, col); `dtype` is the name of its element type."""
         rows, cols = matrix_shape(self.shape)
         _core.decode(
             self.codec, self.arrays, self.scalars, rows, cols, self.group_size or 0, out, dtype, row, col,
@@ -178,21 +193,23 @@ def encode(
     alpha: float | None = None,
     importance: Any = None,
 ) -> EncodedArray:
-    """Encode weights.
+    """Quantize weights.
 
     Args:
-        weights: float32, float16, float64 or bfloat16 array (or CPU tensor) of any shape and strides. Rows
-            are output features, the last dimension input features. Values are taken as float32.
+        weights: float32, float16, float64 or bfloat16 array (or CPU tensor) of any shape and strides. Rows are output
+            features, the last dimension is input features. Values are converted to float32.
         codec: "log8", "log9", "golden" or (deprecated) "rational"; docs/formats.md has the formulas.
-        group_size: for log8: inputs that share a group scale; None for one scale a row.
-        mu: for log8: the curvature of its levels, 0 (linear) to 65536; None searches the best for these weights.
-        alpha: for rational: the slope of its levels, 1 if None.
-        importance: for log8: how much a squared error of each input counts when mu and scales are chosen, such as
-            the input's mean square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` goes on
-            from there.
+        group_size: log8: inputs per group scale; None for per-row scales only.
+        mu: log8: curvature of the levels, 0 (linear) to 65536; None searches for the best value.
+        alpha: rational: slope of the levels; None for 1.
+        importance: log8: weight of each input's squared error in the search for mu and scales, such as the input's mean
+            square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` builds on this.
+
+    Returns:
+        the codes.
 
     Raises:
-        ValueError: a weight is NaN or infinite (the message counts them and says where the first is), or an
+        ValueError: a weight is NaN or infinite (the message has their number and the index of the first), or an
             argument is out of range.
         TypeError: the weights are not floating-point.
 
@@ -227,32 +244,38 @@ def _check_importance(codec: str, importance: Any, cols: int) -> Array:
         raise ValueError(f"importance: expected shape ({cols},), got {array.shape}")
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise ValueError("importance: expected finite numbers that are not negative, got others")
-    # only ratios count, so bring the mean to 1, where float32 is at its best; all zero says nothing
+    # only ratios matter, so scale the mean to 1, where float32 is most precise; all zeros mean no preference
     mean = array.mean() if cols else 0.0
     return np.asarray(array / mean if mean > 0 else np.ones(cols), np.float32)
 
 
 def decode(e: EncodedArray, dtype: Any = np.float32, *, out: Array | None = None) -> Array:
-    """Return the weights that `e` stands for; see `EncodedArray.decode`."""
+    """Return the dequantized weights; see `EncodedArray.decode`."""
     return e.decode(dtype, out=out)
 
 
-# Decoded weights held at a time: small enough for a level 2 cache to matter, large enough for BLAS.
+# Dequantized weights held at a time: small enough to profit from a level 2 cache, large enough for BLAS.
 _TILE = 1 << 20
 
 
 def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
-    """Return x @ W.T for the weights W, shape (N, K), that `e` stands for.
+    """Return x @ W.T, where W of shape (N, K) are the weights in `e`.
+
+    The product is computed straight from the codes and summed in float32. Its relative error is below 2e-4 for log8,
+    whose kernels round activations to 15 bits per block of 64, and below 1e-6 for golden and log9. A float64 x is
+    multiplied with dequantized weights in float64.
 
     Args:
         x: floating-point array of shape (..., K).
         e: codes of a matrix.
-        out: array of shape (..., N) and x's dtype to write to.
+        out: array of shape (..., N) and x's dtype to write to; None allocates one.
 
     Returns:
-        array of shape (..., N) and x's dtype. Sums are in float32, from the codes themselves, with a relative
-        error below 2e-4 (log8; the activations are rounded to 15 bits a block of 64) or 1e-6 (golden, log9);
-        a float64 x is multiplied with decoded values in float64.
+        `out`, or a new array of shape (..., N) and x's dtype.
+
+    Raises:
+        ValueError: `e` is not a matrix, x does not fit it, or `out` does not fit or overlaps x.
+        TypeError: the dtype of x is not supported.
 
     """
     if len(e.shape) != 2:
@@ -283,7 +306,7 @@ def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
 
 
 def _matmul_by_tiles(x: Array, e: EncodedArray, out: Array) -> None:
-    """X @ W.T in float64, some decoded rows at a time."""
+    """X @ W.T in float64, a few dequantized rows at a time."""
     rows, cols = e.shape
     result = np.empty((x.shape[0], rows))
     step = max(1, _TILE // max(cols, 1))

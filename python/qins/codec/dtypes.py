@@ -1,4 +1,4 @@
-"""Element types, and weights as the matrices that the core takes."""
+"""Element types, and weights in the matrix form that the core expects."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _FLOATS = ("float32", "float16", "float64")
 
 
 def is_torch(x: Any) -> bool:
-    """Whether x is a torch tensor, without importing torch."""
+    """Return whether x is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of the matrix that an array of this shape is: the last dimension is the columns."""
+    """Return rows and columns of an array of this shape as a matrix; the last dimension is the columns."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
 def element_dtype(dtype: Any) -> tuple[str, np.dtype[Any]]:
-    """Name of a floating-point dtype as the core knows it, and the NumPy dtype to hand over: uint16 for bfloat16."""
+    """Return the core's name of a floating-point dtype, and the NumPy dtype to pass: uint16 for bfloat16."""
     try:
         resolved = np.dtype(dtype)
     except TypeError:
@@ -41,7 +41,7 @@ def element_dtype(dtype: Any) -> tuple[str, np.dtype[Any]]:
 
 
 def as_matrix(weights: Any) -> tuple[Array, str, tuple[int, ...]]:
-    """View weights (NumPy, or a torch tensor) as a 2-D array with its element type's name and true shape."""
+    """View weights (array or torch tensor) as a 2-D array; also return its element type's name and original shape."""
     if is_torch(weights):
         from .tensors import tensor_to_array
 
@@ -60,7 +60,7 @@ def as_matrix(weights: Any) -> tuple[Array, str, tuple[int, ...]]:
 
 
 def as_float32(weights: Any) -> Array:
-    """Return weights (NumPy, or a CPU tensor) as a C-contiguous float32 array, which may be the same memory."""
+    """Return weights (array or CPU tensor) as a C-contiguous float32 array, which may share their memory."""
     matrix, name, shape = as_matrix(weights)
     if name == "bfloat16":
         matrix = (matrix.astype(np.uint32) << 16).view(np.float32)

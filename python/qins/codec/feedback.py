@@ -1,4 +1,4 @@
-"""Codes chosen for what a layer computes: error feedback, with the second moments of its inputs in view."""
+"""Error feedback: rounding that minimizes the error of a layer's outputs, given second moments of its inputs."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from .dtypes import Array, as_float32
 
 DAMPING = 0.1
 
-_ROWS = 256  # of a matrix that are worked on at a time, where all would double the memory
+_ROWS = 256  # rows of a matrix processed at a time; all at once would double the memory
 
 
 class ErrorFeedback:
-    """Encodes weights as log8 so that the layer's outputs, rather than the weights, are as exact as they can be.
+    """Quantizes weights to log8 so that the layer's outputs, rather than its weights, have the least error.
 
-    mu and scales are chosen by the inputs' mean squares. Then columns are rounded one after the other, by descending
-    mean square, and what the rounding of one did to the outputs is made up for by those that follow. With the inputs'
-    second moments H, in that order, plus `damping` times its mean diagonal,
+    The inputs' mean squares weight the search for mu and scales. Then columns are rounded one after another, by
+    descending mean square, and each compensates for the errors that earlier columns caused in the outputs. With the
+    inputs' second moments H, in that order, plus `damping` times its mean diagonal,
 
         H = (A + I) D (A + I)^T,  A strictly upper triangular, D diagonal
 
     (a Cholesky factorization from the last column back), and column j takes the codes nearest to
     w_j + sum over i < j of (w_i - value_i) A[i, j]. This is GPTQ (Frantar et al., 2022, arXiv:2210.17323) in the form
-    of LDLQ (Chee et al., 2023, arXiv:2307.13304, Theorem 6), which needs no inverse. The format is log8's own.
+    of LDLQ (Chee et al., 2023, arXiv:2307.13304, Theorem 6), which needs no inverse. The format stays log8.
 
     Args:
-        gram: (K, K), the sum or mean of x x^T over the tokens x that the layer was given.
-        damping: what is added to gram's diagonal, as a share of its mean.
+        gram: (K, K), the sum or mean of x x^T over the layer's input tokens x.
+        damping: added to gram's diagonal, as a share of its mean.
 
     Attributes:
-        importance: (K,) gram's diagonal.
-        order: (K,) uint32, the columns in the order of rounding.
+        importance: (K,), gram's diagonal.
+        order: (K,) uint32, the columns in rounding order.
         factors: (K, K) float32, A^T.
 
     Raises:
-        ValueError: gram is not a symmetric matrix of finite numbers with a diagonal >= 0, or stays singular in spite
-            of damping.
+        ValueError: gram is not a symmetric matrix of finite numbers with a diagonal >= 0, or is singular despite the
+            damping.
 
     """
 
     def __init__(self, gram: Any, damping: float = DAMPING) -> None:
-        """Factorise gram; one object serves all layers that share their inputs."""
+        """Factorize gram; one object serves all layers that share their inputs."""
         if not damping >= 0:
             raise ValueError(f"damping: expected a number >= 0, got {damping!r}")
         h = _check_gram(gram)
@@ -55,9 +55,9 @@ class ErrorFeedback:
         self.order: Array = order.astype(np.uint32)
         self.factors: Array = np.zeros((cols, cols), np.float32)
         mean = float(self.importance.mean()) if cols else 0.0
-        if mean == 0.0:  # inputs that were never anything but zero ask for nothing
+        if mean == 0.0:  # inputs that are always zero need no feedback
             return
-        # from the last column back; matrices of float64 are let go as soon as they have served
+        # from the last column back; float64 matrices are freed as soon as possible
         backward = h[np.ix_(order[::-1], order[::-1])]
         del h
         backward[np.diag_indices(cols)] += damping * mean
@@ -65,8 +65,7 @@ class ErrorFeedback:
             backward = np.linalg.cholesky(backward)
         except np.linalg.LinAlgError:
             raise ValueError(
-                f"gram: singular with a damping of {damping:g}; it needs more tokens of more varied text, or more "
-                "damping"
+                f"gram: singular with a damping of {damping:g}; use more tokens of more varied text, or more damping"
             ) from None
         upper = backward[::-1, ::-1]  # H = upper upper^T
         for j in range(0, cols, _ROWS):
@@ -75,7 +74,7 @@ class ErrorFeedback:
             self.factors[j : j + _ROWS] = np.tril(scaled.T, j - 1)
 
     def encode(self, weights: Any, *, group_size: int | None = None, mu: float | None = None) -> EncodedArray:
-        """Encode an (N, K) floating-point array or CPU tensor; arguments and errors as those of `qins.encode`."""
+        """Quantize an (N, K) floating-point array or CPU tensor; arguments and errors as in `qins.encode`."""
         w = as_float32(weights)
         cols = len(self.order)
         if w.ndim != 2 or w.shape[1] != cols:

@@ -1,4 +1,4 @@
-"""What each codec stores: the names, order, shapes and dtypes of its fields."""
+"""The fields of each codec: names, order, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .. import _core
 
 
 def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
-    """Names of a codec's fields, in the order the operators take them."""
+    """Return the names of a codec's fields, in the operators' order."""
     return (*array_names(codec, group_size), *SCALARS[codec])
 
 
-# What the C core stores for each codec: arrays in its order, then scalars. `group_scale` joins
-# log8's arrays when the inputs are grouped.
+# Fields of each codec: arrays in the C core's order, then scalars. `group_scale` joins log8's arrays when the inputs
+# are grouped.
 ARRAYS: dict[str, tuple[str, ...]] = {
     "golden": ("stored", "sign"),
     "log9": ("stored", "sign_bits"),
@@ -28,13 +28,13 @@ SCALARS: dict[str, tuple[str, ...]] = {
     "log8": ("mu",),
     "rational": ("alpha", "z_min", "z_max"),
 }
-# What each field is for: "codes" (one a weight), "sign" or "range".
+# The role of each field: "codes" (one per weight), "sign" or "range".
 FIELD_ROLES = {
     "stored": "codes", "codes": "codes", "w_encoded": "codes", "sign": "sign", "sign_bits": "sign",
     "scale": "range", "group_scale": "range", "mu": "range", "log_min": "range", "log_max": "range",
     "alpha": "range", "z_min": "range", "z_max": "range",
 }  # fmt: skip
-# The stacks of matrices of a mixture's experts; fields of their codes are named `<stack>_<field>`.
+# Stacks of expert matrices in a mixture; their fields are named `<stack>_<field>`.
 EXPERT_STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _STACKED_FIELDS = {f"{stack}_{field}": (stack, field) for stack in EXPERT_STACKS for field in FIELD_ROLES}
 FIELD_DTYPES: dict[str, np.dtype[Any]] = {
@@ -56,7 +56,7 @@ def check_codec(codec: str) -> str:
 
 
 def check_group_size(codec: str, group_size: int | None) -> int | None:
-    """Return `group_size`, or raise if `codec` cannot have it."""
+    """Return `group_size`, or raise the ValueError that says why `codec` cannot have it."""
     if group_size is None:
         return None
     if codec != "log8":
@@ -67,19 +67,19 @@ def check_group_size(codec: str, group_size: int | None) -> int | None:
 
 
 def check_alpha(alpha: float) -> float:
-    """Return rational's alpha as a float, or raise if it is not positive and finite in float32."""
+    """Return rational's alpha as a float, or raise a ValueError if it is not positive and finite in float32."""
     if not isinstance(alpha, (int, float, np.integer, np.floating)) or not 1e-30 <= alpha <= 1e30:
         raise ValueError(f"alpha: expected a positive number, 1e-30 to 1e30, got {alpha!r}")
     return float(alpha)
 
 
 def array_names(codec: str, group_size: int | None) -> tuple[str, ...]:
-    """Names of the array fields, in the C core's order."""
+    """Return the names of the array fields, in the C core's order."""
     return (*ARRAYS[codec], "group_scale") if group_size else ARRAYS[codec]
 
 
 def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of the array fields of a weight of this shape; the last dimension is in_features."""
+    """Return the shapes of the array fields for weights of this shape; the last dimension is in_features."""
     lead, cols = shape[:-1], shape[-1] if shape else 1
     shapes = {"stored": shape, "sign": shape, "codes": shape, "w_encoded": shape, "scale": lead}
     shapes["sign_bits"] = (*lead, -(-cols // 8))
@@ -88,5 +88,5 @@ def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> 
 
 
 def split_field(name: str) -> tuple[str, str] | None:
-    """What a buffer's name stands for: ("", field), or (stack, field) of experts; None if it is not of codes."""
+    """Return ("", field) for a buffer's name, (stack, field) for one of experts, or None if it holds no codes."""
     return ("", name) if name in FIELD_ROLES else _STACKED_FIELDS.get(name)

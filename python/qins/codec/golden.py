@@ -1,4 +1,4 @@
-"""The seed's golden codec under its own name and signature, for torch tensors and NumPy arrays alike."""
+"""The prototype's golden codec with its original name and signature, for torch tensors and NumPy arrays."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .dtypes import is_torch
 
 
 class QINSCodec:
-    """Logarithmic codec of 2 bytes a weight: `stored` uint8 in 1..255, `sign` int8, one range a tensor.
+    """Logarithmic codec with 2 bytes per weight: `stored` uint8 in 1..255, `sign` int8, one range per tensor.
 
-    stored = round(255 - 254 (ln|w| - log_min) / (log_max - log_min)): the largest magnitude is stored
-    as 1, the smallest as 255. What the arguments are, torch tensors or NumPy arrays, the results are.
+    stored = round(255 - 254 (ln|w| - log_min) / (log_max - log_min)), so the largest magnitude is stored as 1 and the
+    smallest as 255. Results are torch tensors for torch tensors, and NumPy arrays for NumPy arrays.
     """
 
     @staticmethod
     def encode(weight: Any) -> tuple[Any, Any, Any, Any]:
-        """Return (stored, sign, log_min, log_max): uint8 and int8 of weight's shape, two float32 scalars.
+        """Return (stored, sign, log_min, log_max): uint8 and int8 arrays of weight's shape, two float32 scalars.
 
         Raises:
             ValueError: a weight is NaN or infinite.
@@ -37,10 +37,10 @@ class QINSCodec:
     def decode(stored: Any, sign: Any, log_min: Any, log_max: Any) -> Any:
         """Return float32 weights: sign * exp(log_min + (255 - stored)/254 * (log_max - log_min)).
 
-        An exact zero was stored as the smallest magnitude and comes back as it.
+        Exact zeros decode to the smallest magnitude.
 
         Raises:
-            ValueError, TypeError: an argument is not what `encode` returns.
+            ValueError, TypeError: an argument cannot be a result of `encode`.
 
         """
         if is_torch(stored):

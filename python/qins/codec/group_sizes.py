@@ -1,4 +1,4 @@
-"""Which group sizes there are, which one is the default, and which are slow."""
+"""Group sizes: the default ones and the slow ones."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import warnings
 
 from .fields import check_codec, check_group_size
 
-# One more byte for 128 codes: 1 dB better than one scale a row at no loss of speed, and still 3.96
-# times smaller than float32 (docs/formats.md has the figures). The others are for rows that 128 would
-# leave a short group of, which takes a byte, too.
+# One more byte per 128 codes is 1 dB better than per-row scales, as fast, and still 3.96 times smaller than float32
+# (docs/formats.md has the figures). The other sizes are for rows that 128 does not divide: a short last group would
+# take a byte, too.
 _DEFAULT_GROUP_SIZES = (128, 192, 256)
 
 
 def default_group_size(in_features: int) -> int:
-    """Inputs that share a group scale in a log8 layer: 128, or 192 or 256 where these divide a row and 128 does not."""
+    """Return log8's default group size: 128, or 192 or 256 where these divide in_features and 128 does not."""
     return next((size for size in _DEFAULT_GROUP_SIZES if in_features % size == 0), _DEFAULT_GROUP_SIZES[0])
 
 
 def resolve_group_size(codec: str, group_size: int | str | None, in_features: int) -> int | None:
-    """Check a group_size argument; "default" stands for `default_group_size` in a log8 layer."""
+    """Check a group_size argument; "default" means `default_group_size` for log8, and None for other codecs."""
     check_codec(codec)
     if isinstance(group_size, str):
         if group_size != "default":
@@ -28,19 +28,19 @@ def resolve_group_size(codec: str, group_size: int | str | None, in_features: in
 
 
 def slow_group_size(codec: str, group_size: int | str | None) -> str:
-    """A sentence on a group size that products are slow with; empty for others."""
+    """Return a warning for a group size with slow products; empty for others."""
     if codec != "log8" or not isinstance(group_size, int) or group_size == 32 or group_size % 64 == 0:
         return ""
     below = 32 if group_size < 64 else group_size // 64 * 64
     nearest = "32" if group_size < 32 else f"{below} or {group_size // 64 * 64 + 64}"
     return (
         f"group_size {group_size}: products decode the weights first and take several times longer; expected {nearest} "
-        "(32, a multiple of 64, or one scale a row)"
+        "(32, a multiple of 64, or per-row scales)"
     )
 
 
 def warn_if_slow(codec: str, group_size: int | str | None) -> None:
-    """Warn of a group size that products are slow with."""
+    """Warn about a group size with slow products."""
     told = slow_group_size(codec, group_size)
     if told:
-        warnings.warn(told, stacklevel=1)  # as if from here: once a process, whatever makes the layers
+        warnings.warn(told, stacklevel=1)  # attributed to this line, so once per process whatever creates the layers

@@ -1,4 +1,4 @@
-"""Which instruction set the core uses."""
+"""The instruction set that the core uses."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from .. import _core
 
 
 def isas() -> tuple[str, ...]:
-    """Names of the instruction sets that run on this machine, best first."""
+    """Return the names of the instruction sets that run on this machine, best first."""
     return _core.isas()
 
 
 def isa() -> str:
-    """Name of the instruction set in use."""
+    """Return the name of the instruction set in use."""
     return _core.isa()
 
 
 class use_isa:  # noqa: N801 - used as a function or a context manager
-    """Use instruction set `name` in the whole process, from now on or within a `with` block.
+    """Use an instruction set in the whole process, from now on or within a `with` block.
 
-    Codes and decoded values are the same under every instruction set; speed is not, and products
-    differ within their documented error.
+    Codes and dequantized values are the same on every instruction set. Speed differs, and products differ within their
+    documented error.
+
+    Args:
+        name: one of `qins.isas()`.
 
     Raises:
-        ValueError: `name` is unknown or does not run here; the message lists what does.
+        ValueError: `name` is unknown or does not run here; the message lists those that do.
 
     """
 

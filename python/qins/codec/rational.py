@@ -1,7 +1,8 @@
-"""The seed's second codec, z = sign/(1 + alpha |w|): deprecated, kept as a baseline. Use log8.
+"""The prototype's second codec, z = sign/(1 + alpha |w|): deprecated, kept as a baseline. Use log8.
 
-Quantized, it takes one byte a weight: the sign, and 7 bits for |z| over the range that occurs. The seed mapped z from
-[-1, 1] to 0..255 instead, which leaves a handful of codes where alpha |w| is far below 1; such codes stay readable.
+Quantized, it takes one byte per weight: the sign, and 7 bits for |z| over the range that occurs. The prototype (seed)
+mapped z from [-1, 1] to 0..255 instead, which uses only a few codes where alpha |w| is far below 1. Such codes stay
+readable.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DEFAULT_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def warn_deprecated(what: str) -> None:
-    """Point the caller's caller to log8."""
+    """Warn the caller's caller and recommend log8."""
     warnings.warn(
         f"{what}: the rational codec is deprecated; log8 (qins.encode, qins.convert) is as small and more accurate",
         DeprecationWarning,
@@ -34,12 +35,12 @@ def qins_encode(weight: Any, alpha: float = 1.0, quantize: bool = False) -> Any:
 
     Args:
         weight: floating-point torch tensor or NumPy array of any shape.
-        alpha: slope; larger spreads small weights further.
-        quantize: one byte a weight instead of float32.
+        alpha: slope; larger values spread small weights further.
+        quantize: one byte per weight instead of float32.
 
     Returns:
-        float32 z of weight's shape; or, quantized, uint8 codes that carry their range of |z| as attributes z_min
-        and z_max (a RationalTensor or a RationalArray).
+        float32 z of weight's shape; or, quantized, uint8 codes with their range of |z| in attributes z_min and z_max
+        (a RationalTensor or a RationalArray).
 
     Raises:
         ValueError: a weight is NaN or infinite, or alpha is not a positive number.
@@ -67,13 +68,13 @@ def qins_decode(encoded: Any, alpha: float = 1.0, is_quantized: bool = False) ->
     """Return float32 weights: sign (1 - |z|)/(alpha |z|).
 
     Args:
-        encoded: what `qins_encode` returned; or the seed's own quantized codes, plain uint8, whose z is
+        encoded: a result of `qins_encode`, or the prototype's own quantized codes: plain uint8, whose z is
             code/255 * 2 - 1.
         alpha: as for `qins_encode`.
         is_quantized: whether `encoded` holds codes instead of z.
 
     Raises:
-        TypeError, ValueError: `encoded` is not what is_quantized says, or holds a z outside [-1, 1] or 0.
+        TypeError, ValueError: `encoded` does not match is_quantized, or holds a z of 0 or outside [-1, 1].
 
     """
     warn_deprecated("qins_decode")

@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 
 
 class RationalArray(np.ndarray[Any, Any]):
-    """Codes of z, uint8, with the range of |z| that they were quantized over; views and copies keep it.
+    """Codes of z, uint8, with the range of |z| that they cover; views and copies keep it.
 
     Attributes:
         z_min, z_max: ends of the range of |z|: level m stands for |z| = z_max - m/127 (z_max - z_min).
@@ -25,12 +25,12 @@ class RationalArray(np.ndarray[Any, Any]):
     z_max: float | None
 
     def __array_finalize__(self, obj: Any) -> None:
-        """Take the range over from the array that this one is made of."""
+        """Take the range from the source array."""
         self.z_min = getattr(obj, "z_min", None)
         self.z_max = getattr(obj, "z_max", None)
 
     def __reduce__(self) -> Any:
-        """As ndarray's, with the range."""
+        """Pickle the array with its range."""
         make, args, state = tuple(super().__reduce__())
         return make, args, (state, self.z_min, self.z_max)
 
@@ -55,7 +55,7 @@ def codes_of(weights: Any, alpha: float) -> EncodedArray:
 
 
 def check_finite(name: str, array: Array) -> None:
-    """Raise the ValueError that counts NaN and infinities."""
+    """Raise a ValueError with the number of NaN and infinities, if there are any."""
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
         raise ValueError(
@@ -64,12 +64,12 @@ def check_finite(name: str, array: Array) -> None:
 
 
 def decode_old(codes: Any) -> Any:
-    """Return the seed's z of its codes, -1 to 1 in steps of 2/255; no code is 0 exactly."""
+    """Return z of the prototype's codes, -1 to 1 in steps of 2/255; no code is exactly 0."""
     return codes / np.float32(127.5) - np.float32(1.0)
 
 
 def decode_array(codes: Array, z_min: float | None, z_max: float | None, alpha: float, is_quantized: bool) -> Array:
-    """`qins_decode` of a NumPy array whose range is told."""
+    """`qins_decode` for a NumPy array with a known range."""
     if not is_quantized:
         if codes.dtype.kind != "f":
             raise TypeError(f"encoded: expected floating-point z (is_quantized=False), got {codes.dtype}")

@@ -10,7 +10,7 @@ from .rational_arrays import check_finite, codes_of, decode_array, project
 
 
 class RationalTensor(torch.Tensor):
-    """Codes of z, uint8, with the range of |z| that they were quantized over; what is made of them keeps it.
+    """Codes of z, uint8, with the range of |z| that they cover; results of operations on them keep it.
 
     Attributes:
         z_min, z_max: ends of the range of |z|: level m stands for |z| = z_max - m/127 (z_max - z_min).
@@ -22,7 +22,7 @@ class RationalTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; hand the range on to results that are codes still."""
+        """Run the operation; results that are still codes keep the range."""
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if not isinstance(result, RationalTensor):
             return result
@@ -39,7 +39,7 @@ class RationalTensor(torch.Tensor):
 
 
 def encode_tensor(weight: torch.Tensor, alpha: float, quantize: bool) -> torch.Tensor:
-    """`qins_encode` of a tensor."""
+    """`qins_encode` for a tensor."""
     if not weight.dtype.is_floating_point:
         raise TypeError(f"weight: expected a floating-point tensor, got {weight.dtype}")
     if not quantize:
@@ -53,7 +53,7 @@ def encode_tensor(weight: torch.Tensor, alpha: float, quantize: bool) -> torch.T
 
 
 def decode_tensor(encoded: torch.Tensor, alpha: float, is_quantized: bool) -> torch.Tensor:
-    """`qins_decode` of a tensor."""
+    """`qins_decode` for a tensor."""
     array = encoded.detach().cpu().as_subclass(torch.Tensor)
     values = array.float() if array.dtype.is_floating_point else array
     z_min, z_max = getattr(encoded, "z_min", None), getattr(encoded, "z_max", None)

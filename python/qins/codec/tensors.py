@@ -1,4 +1,4 @@
-"""torch tensors as NumPy arrays, and torch's threads as ours. Imported only where torch is in use."""
+"""torch tensors as NumPy arrays, and torch's threads for the core. Imported only where torch is in use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of an element type as the core knows it."""
+    """Return the core's name of an element type."""
     try:
         return _NAMES[dtype]
     except KeyError:
@@ -38,9 +38,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def tensor_to_array(t: torch.Tensor) -> tuple[Array, str]:
-    """View a floating-point tensor as an array (uint16 for bfloat16) with its element type's name.
+    """View a floating-point tensor as an array (uint16 for bfloat16); also return the element type's name.
 
-    A tensor on another device than the CPU is copied.
+    A tensor that is not on the CPU is copied.
     """
     if t.dtype not in _NAMES:
         raise TypeError(f"weights: expected one of {', '.join(_NAMES.values())}, got {t.dtype}")
@@ -52,8 +52,8 @@ def tensor_to_array(t: torch.Tensor) -> tuple[Array, str]:
 def _share_torch_threads() -> None:
     """Run the core's parallel work on the OpenMP threads that torch already has.
 
-    After each operation libgomp's threads spin for a while in wait of the next; a second pool would
-    have to fight them for the cores. Where torch brings another runtime, the core keeps its pool.
+    libgomp's threads spin for a while after each operation, so a second pool would fight them for the cores. Where
+    torch brings another runtime, the core keeps its own pool.
     """
     if not hasattr(os, "RTLD_NOLOAD"):
         return
@@ -81,7 +81,7 @@ def _split(
 
 
 class Blocks:
-    """Decodes blocks of one CPU weight matrix."""
+    """Dequantizes blocks of one CPU weight matrix."""
 
     def __init__(self, codec: str, group_size: int | None, fields: Sequence[Tensor]) -> None:
         self.codec, self.group_size = codec, group_size
@@ -89,7 +89,7 @@ class Blocks:
         self.rows, self.cols = self.arrays[0].shape
 
     def decode(self, out: Tensor, row: int, col: int) -> Tensor:
-        """Decode the block of out's shape that begins at (row, col)."""
+        """Dequantize the block of out's shape at (row, col)."""
         array = (out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy()
         _core.decode(
             self.codec, self.arrays, self.scalars, self.rows, self.cols, self.group_size or 0, array,
@@ -98,7 +98,7 @@ class Blocks:
         return out
 
     def tiles(self, dtype: torch.dtype, scratch: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield (rows, columns, decoded tile) over the whole matrix; each tile is in `scratch`."""
+        """Yield (rows, columns, dequantized tile) over the whole matrix; each tile is in `scratch`."""
         room = scratch.view(dtype)
         width = max(1, min(self.cols, room.numel()))
         height = max(1, room.numel() // width)
@@ -110,7 +110,7 @@ class Blocks:
 
 
 def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Decode with torch's own operations, on whatever device the codes are."""
+    """Dequantize with torch's own operations, on the device of the codes."""
     names = field_names(codec, group_size)
     f = dict(zip(names, fields, strict=True))
     scalars = tuple(float(f[n]) for n in SCALARS[codec])
@@ -135,7 +135,7 @@ def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor
 
 
 def decode_fields(codec: str, fields: Mapping[str, Tensor], group_size: int | None, dtype: torch.dtype) -> Tensor:
-    """Return the decoded weights, of any shape, on the device of the codes."""
+    """Return the dequantized weights, of any shape, on the device of the codes."""
     names = field_names(codec, group_size)
     codes = fields[names[0]]
     rows = codes.numel() // codes.shape[-1] if codes.dim() and codes.shape[-1] else int(codes.numel() > 0)

@@ -1,4 +1,4 @@
-"""Run a script of the seed."""
+"""Run a script of the prototype."""
 
 from . import main
 

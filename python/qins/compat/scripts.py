@@ -1,11 +1,11 @@
-"""Scripts written for the seed's modules, run unchanged on the C core: `python -m qins.compat script.py [arguments]`.
+"""Runs scripts of the prototype (the seed) unchanged on the C core: `python -m qins.compat script.py [arguments]`.
 
-Whatever lies beside the script, these names are served from here:
+These modules come from here, whatever files are beside the script:
 
     qins_codec, src.qins_codec                  QINSCodec, QINSLinear, QINSKVCache
     qins_weight_codec, src.qins_weight_codec    qins_encode, qins_decode, QINSWeightLinear, ...
 
-Other modules of a directory `src` beside the script, and everything else, are imported as ever.
+All other imports work as usual, including other modules in a directory `src` beside the script.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _NAMES = ("stored", "sign", "log_min", "log_max")
 
 
 class QINSLinear(nn.Module):
-    """The seed's layer: `golden` codes in buffers stored, sign, log_min and log_max; not an nn.Linear.
+    """The prototype's layer: `golden` codes in buffers stored, sign, log_min and log_max; not an nn.Linear.
 
     Args:
-        in_features: K.
-        out_features: N.
+        in_features: inputs of the layer.
+        out_features: outputs of the layer.
         bias: whether the layer has a bias.
 
     """
@@ -51,7 +51,7 @@ class QINSLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> QINSLinear:
-        """Encode a layer's weight; the bias is copied.
+        """Quantize a layer; the bias is copied.
 
         Raises:
             TypeError: `linear` is not an nn.Linear.
@@ -70,16 +70,16 @@ class QINSLinear(nn.Module):
         return new.train(linear.training)
 
     def decode_weight(self) -> torch.Tensor:
-        """Return the weight, float32 (out_features, in_features), made anew at each call."""
+        """Return the dequantized weight, a new float32 tensor (out_features, in_features) at each call."""
         return decode_fields("golden", dict(self._buffers), None, torch.float32)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> torch.Tensor:
-        """`decode_weight()`."""
+        """The result of `decode_weight()`."""
         return self.decode_weight()
 
     def clear_cache(self) -> None:
-        """Nothing to do: products are taken straight from the codes, and no decoded copy is kept."""
+        """Do nothing: products come straight from the codes, so there is no dequantized copy to clear."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ W.T + bias; x is (..., in_features)."""
@@ -115,27 +115,27 @@ _MODULES: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the seed's modules before anything on sys.path, and a package `src` where there is none."""
+    """Finds the prototype's modules before sys.path, and provides a package `src` if there is none."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Answer for the seed's names only."""
+        """Find the prototype's modules; decline all others."""
         if name in _MODULES:
             return importlib.machinery.ModuleSpec(name, self, origin="qins.compat")
         if name == "src":
             found = importlib.machinery.PathFinder.find_spec(name, path)
-            if found is None or found.submodule_search_locations is None:  # nothing, or a module of that name
+            if found is None or found.submodule_search_locations is None:  # absent, or a plain module with that name
                 return importlib.machinery.ModuleSpec(name, self, origin="qins.compat", is_package=True)
             return found
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """An ordinary module."""
+        """Let Python create an ordinary module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module."""
+        """Fill in the module's names."""
         make = _MODULES.get(module.__name__)
         if make is not None:
             module.__doc__ = f"{module.__name__}, served by qins.compat on the C core."
@@ -143,7 +143,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Serve the seed's modules in this process from now on, also in place of those already imported."""
+    """Provide the prototype's modules in this process from now on, replacing any that are already imported."""
     if not any(isinstance(f, _Finder) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in _MODULES:
@@ -153,7 +153,7 @@ def install() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a script as `python script.py [arguments]` would, with the seed's modules in place."""
+    """Run a script as `python script.py [arguments]` would, with the prototype's modules in place."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m qins.compat script.py [arguments]\n\n" + (__doc__ or ""))
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # by its own name: classes that are pickled from here must be found again
+    # import by the real name, so that classes pickled from here can be found again
     from qins.compat import main as _main
 
     _main()

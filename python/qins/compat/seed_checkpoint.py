@@ -1,4 +1,4 @@
-"""Checkpoints that the seed's code saved."""
+"""Checkpoints saved by the prototype (the seed)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from ..nn import QINSLinear
 
 
 def load_seed_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
-    """Put a model that the seed's code saved into `model`, whose architecture it has.
+    """Load a checkpoint of the project's prototype (the seed) into a model of the same architecture.
 
-    The file holds `<layer>.stored`, `.sign`, `.log_min` and `.log_max` for encoded layers beside ordinary tensors. Each
-    encoded nn.Linear of the model becomes a QINSLinear with these codes; everything else is copied.
+    The file holds `<layer>.stored`, `.sign`, `.log_min` and `.log_max` for quantized layers, and ordinary tensors. Each
+    quantized layer replaces the model's nn.Linear by a QINSLinear with these codes. Everything else is copied.
+
+    Args:
+        model: the model to fill.
+        file: the checkpoint.
 
     Returns:
-        the names of the encoded layers.
+        the names of the quantized layers.
 
     Raises:
-        FileNotFoundError, ValueError: the file is damaged or does not fit the model; the model is then unchanged.
+        FileNotFoundError, ValueError: the file is missing, damaged or does not fit the model, which is then unchanged.
 
     """
     checkpoint = open_checkpoint(file)
@@ -62,7 +66,7 @@ def load_seed_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
 
 
 def _check_rest(model: nn.Module, rest: dict[str, torch.Tensor], new: dict[str, QINSLinear], file: str | Path) -> None:
-    """Raise unless the float tensors of the file are those that the model still needs."""
+    """Raise a ValueError unless the file's float tensors are exactly those that the model still needs."""
     own = model.state_dict()
     coded = {f"{name}.{n}" for name in new for n in ("weight", *ARRAYS["golden"], *SCALARS["golden"])}
     present = {t.data_ptr() for k, t in own.items() if k in rest}

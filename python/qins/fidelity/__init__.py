@@ -1,4 +1,4 @@
-"""How far a model's answers are from its float original's."""
+"""Fidelity: how far a model's answers are from those of its float original."""
 
 from __future__ import annotations
 

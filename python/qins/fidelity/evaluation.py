@@ -1,4 +1,4 @@
-"""`qins eval`: a model against its float original, or every codec and peer against one float model."""
+"""`qins eval`: one model against its float original, or every codec and peer against one float model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .subjects import ENCODER, Item, subject
 
 Tensor = torch.Tensor
 
-# What a table of everything has, in its order. "calibrated" is log8 with codes chosen on text that is not compared on.
+# The rows of the full table, in order. "calibrated" is log8 with codes chosen on text that is not evaluated on.
 CODECS = ("log8", "calibrated", "calibrated to 8.13 bits", "log8 per row", "log9", "golden", "rational")
 WHOLE_BF16 = "bf16 model"
 _TO_BITS = re.compile(r"calibrated to (\d+(?:\.\d+)?) bits")
@@ -50,16 +50,17 @@ _PROMPT_TOKENS = 32
 
 @dataclass
 class Settings:
-    """What to compare on.
+    """What to evaluate on.
 
     Attributes:
         text: None for the text that ships with the package.
-        tokens: how many of its first tokens; window: how many at a time.
-        new_tokens: of each greedy continuation.
-        calibration: text to calibrate on; None for what of `text` is not compared on.
-        calibration_tokens: at most.
-        directory: where the reference's answers are kept; None for a temporary one.
-        show_progress: None shows a bar on a terminal.
+        tokens: number of tokens to evaluate on, from the beginning of the text.
+        window: tokens per window.
+        new_tokens: length of each greedy continuation.
+        calibration: text to calibrate on; None for the part of `text` that is not evaluated on.
+        calibration_tokens: most tokens to calibrate on.
+        directory: where the reference's answers are stored; None for a temporary directory.
+        show_progress: None shows a progress bar on a terminal.
 
     """
 
@@ -75,21 +76,21 @@ class Settings:
 
 @dataclass
 class Measured:
-    """One model beside its reference.
+    """The figures of one model against its reference.
 
     Attributes:
-        name: what tables call it.
-        bits: of a quantized weight, everything included; 16 or 32 for floats, nan if nothing is known.
-        bytes: by kind of module, as the model is in memory; empty for peers, which are held as floats.
-        comparison: of each prediction; None for encoders.
-        similarity: of hidden states; None for models that generate.
-        greedy_same: for each continuation, how many tokens are the reference's before the first that is not.
-        forced: share of the continuations' tokens that are most likely to this model, too, given the reference's;
-            None without continuations.
-        tokens_per_second: of greedy decoding; None for peers and encoders.
-        peak_bytes: the most memory the process held while this model ran; None where the system does not say.
-        layers: name to the SNR in dB of weights (if known) and of outputs.
-        seconds: to make the model from floats.
+        name: its name in tables.
+        bits: bits per quantized weight, scales included; 16 or 32 for floats, nan if unknown.
+        bytes: memory by kind of module; empty for peers, which are held as floats.
+        comparison: comparison of predictions; None for encoders.
+        similarity: comparison of hidden states; None for models that generate.
+        greedy_same: for each continuation, the number of tokens before the first that differs from the reference.
+        forced: share of the reference's greedy tokens that are also this model's most likely token, given the
+            reference's tokens before them; None without continuations.
+        tokens_per_second: speed of greedy decoding; None for peers and encoders.
+        peak_bytes: peak memory of the process while this model ran; None where the system does not report it.
+        layers: layer name to the SNR in dB of its weights (if known) and outputs.
+        seconds: time to make the model from floats.
 
     """
 
@@ -106,7 +107,7 @@ class Measured:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the figures without what belongs to single predictions."""
+        """Return a dictionary for JSON, without the values of single predictions."""
         d = {k: v for k, v in vars(self).items() if k not in ("comparison", "similarity")}
         if self.comparison is not None:
             d["fidelity"] = asdict(self.comparison.summary())
@@ -116,7 +117,7 @@ class Measured:
 
     @property
     def distances(self) -> Tensor:
-        """KL divergence of each prediction; of encoders, 1 - cosine of each token's state."""
+        """KL divergence of each prediction; for encoders, 1 - cosine of each token's state."""
         if self.comparison is not None:
             return self.comparison.kl
         assert self.similarity is not None
@@ -125,13 +126,13 @@ class Measured:
 
 @dataclass
 class Evaluation:
-    """What `qins eval` found.
+    """The result of `qins eval`.
 
     Attributes:
         about: model, machine, text.
         measured: models in the order of the table.
-        items: what the models are given.
-        levels: for the picture of a weight's histogram: values over their scale, and the codes' levels.
+        items: the inputs of the models.
+        levels: data for the histogram of weights: values over their scale, and the codes' levels.
 
     """
 
@@ -141,7 +142,7 @@ class Evaluation:
     levels: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         return self.about | {"models": [m.to_dict() for m in self.measured]}
 
 
@@ -156,14 +157,14 @@ class _Made:
 
 
 def _bits(report: ConversionReport) -> float:
-    """Bits of a weight of the converted layers."""
+    """Return the mean bits per weight of the converted layers."""
     weights = sum(math.prod(m.shape) for m in report.converted)
     return 8 * report.bytes_after / weights
 
 
 def _converted(model: nn.Module, report: ConversionReport) -> _Made:
     if not report.converted:
-        raise ValueError(f"no linear layer to quantize:\n{report}")
+        raise ValueError(f"expected linear layers to quantize, got none:\n{report}")
     return _Made(model, _bits(report), {m.name: m.snr_db for m in report.converted})
 
 
@@ -182,7 +183,7 @@ def _as_peer(model: nn.Module, name: str) -> _Made:
 
 
 class Bench:
-    """Measures models one after the other against a recording; only one of them is in memory at a time."""
+    """Measures models one after another against a recording, with only one of them in memory at a time."""
 
     def __init__(self, reference: str, settings: Settings) -> None:
         self.settings = settings
@@ -205,7 +206,7 @@ class Bench:
         )  # fmt: skip
 
     def calibration_batches(self) -> list[Any]:
-        """What to calibrate on; none of it is compared on unless the caller gave such a text."""
+        """Return batches to calibrate on. None is evaluated on, unless the caller passed such a text."""
         s = self.settings
         ids = self.rest
         if s.calibration is not None:
@@ -214,7 +215,7 @@ class Bench:
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
-        """Lend the reference's answers, made now if they are not there."""
+        """Yield the reference's answers, recorded now if they are missing."""
         s = self.settings
         with tempfile.TemporaryDirectory(prefix="qins-eval-") as temporary:
             directory = s.directory or Path(temporary)
@@ -239,8 +240,8 @@ class Bench:
         left = left_out(model)
         if not choose(model, exclude=left):
             raise ValueError(
-                f"{self.reference}: expected linear layers to quantize, got none; where `qins quantize` finds some "
-                "(Conv1D), measure what it writes with --against"
+                f"{self.reference}: expected linear layers to quantize, got none; if `qins quantize` finds some "
+                "(Conv1D), measure its output with --against"
             )
         if name in PEERS:
             return _as_peer(model, name)
@@ -275,7 +276,7 @@ class Bench:
         return middle[1], middle[0].weight.detach().float().clone()
 
     def load(self, path: str) -> _Made:
-        """Load a model that is to be measured as it is."""
+        """Load a model to be measured as it is."""
         given = subject(path)
         if given.architecture is not self.subject.architecture:
             raise ValueError(
@@ -298,7 +299,7 @@ class Bench:
             raise ValueError(f"{name}: expected a vocabulary of {expected}, as {self.reference} has, got {got}")
 
     def measure(self, name: str, make: Callable[[], _Made], recording: Recording) -> Measured:
-        """Make a model, measure it, and let it go."""
+        """Make a model, measure it, and free it."""
         begin = time.perf_counter()
         made = make()
         seconds = time.perf_counter() - begin
@@ -339,7 +340,7 @@ class Bench:
 
 
 def _greedy(model: Any, recording: Recording) -> tuple[list[int], float | None, float | None]:
-    """Return (tokens before the first difference of each continuation, share of forced agreement, tokens a second)."""
+    """Return tokens before each continuation's first difference, share of forced agreement, and tokens per second."""
     same, agreed, count, best = [], 0, 0, 0.0
     for prompt, answer in zip(recording.prompts, recording.reference()["answers"], strict=True):
         expected = torch.tensor(answer)
@@ -354,19 +355,19 @@ def _greedy(model: Any, recording: Recording) -> tuple[list[int], float | None, 
 
 
 def _weight_snr(path: str, reference: str) -> dict[str, float]:
-    """SNR of a saved model's layers against the reference's checkpoint; nothing where that cannot be read."""
+    """Return the SNR of a saved model's layers against the reference's checkpoint; empty if that is not readable."""
     from ..files import inspect
 
     if not (Path(path).is_dir() and Path(reference).is_dir()):
         return {}
     try:
         return {e.name: e.snr_db for e in inspect(path, reference).errors}
-    except ValueError:  # layers of other names or shapes, or turned (Conv1D)
+    except ValueError:  # layers with other names or shapes, or transposed (Conv1D)
         return {}
 
 
 def _over_scale(model: nn.Module, name: str, weight: Tensor) -> dict[str, Any]:
-    """Weights of one layer over the scale of their codes, for a histogram, and the levels that the codes have."""
+    """Return one layer's weights over the scales of their codes, as a histogram, and the levels of the codes."""
     layer = model.get_submodule(name)
     assert isinstance(layer, QINSLinear)
     e = layer.encoded
@@ -382,13 +383,13 @@ def _over_scale(model: nn.Module, name: str, weight: Tensor) -> dict[str, Any]:
 
 
 def kind_of(reference: str | None) -> str:
-    """Say what a float original is: one of the kinds that `subjects` lists."""
+    """Return the kind of a float original, one of those in `subjects`."""
     return subject(find_model(reference)).kind
 
 
 def default_names(reference: str | None, peers: bool = True) -> list[str]:
-    """What a table of everything has for this float original."""
-    # bits are spent by what they do to predictions, and encoders make none
+    """Return the rows of the full table for this float original."""
+    # plans weigh bits by their effect on predictions, and encoders make none
     codecs = [c for c in CODECS if kind_of(reference) != ENCODER or not _TO_BITS.fullmatch(c)]
     return codecs + ([*PEERS, WHOLE_BF16] if peers else [])
 
@@ -417,7 +418,7 @@ def evaluate_all(reference: str | None, names: Sequence[str], settings: Settings
 
 
 def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return what EleutherAI's lm-eval says of a model on tasks of its own.
+    """Run tasks of EleutherAI's lm-eval on a model and return its results.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -439,6 +440,6 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _keep(bench: Bench, settings: Settings) -> None:
-    """Leave what is measured so far beside the recording."""
+    """Save the figures so far beside the recording."""
     if settings.directory is not None:
         write_json(settings.directory / "measured.json", bench.evaluation.to_dict())

@@ -1,4 +1,4 @@
-"""How close a quantized model stays to its float original, and how fast both are."""
+"""Metrics: how close a quantized model stays to its float original, and how fast both are."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Tensor = torch.Tensor
 
 
 def sample_text() -> str:
-    """Return the public-domain English text that ships with the package: the US Constitution, 10,700 tokens."""
+    """Return the public-domain English text that ships with the package: the US Constitution (10,700 tokens)."""
     return (resources.files("qins") / "data" / "constitution.txt").read_text(encoding="utf-8")
 
 
 def windows(token_ids: Tensor, tokens: int, length: int = 512) -> list[Tensor]:
-    """Cut the first `tokens` ids into (1, length) windows; the last may be shorter, but not under 2."""
+    """Cut the first `tokens` ids into (1, length) windows; the last may be shorter, but has at least 2."""
     ids = token_ids.reshape(-1)[:tokens]
     return [part[None] for part in torch.split(ids, length) if part.numel() > 1]
 
@@ -31,15 +31,19 @@ class Fidelity:
     """Next-token distributions of a model against its reference, over `tokens` predictions.
 
     Attributes:
-        kl_mean: mean of KL(reference || model), in nats; kl_mean_error: its standard error.
-        kl_median: its median; kl_p99: its 99th percentile; kl_max: its maximum.
-        top1: share of predictions where both have the same most likely token.
+        tokens: number of predictions.
+        kl_mean: mean of KL(reference || model), in nats.
+        kl_mean_error: its standard error.
+        kl_median: its median.
+        kl_p99: its 99th percentile.
+        kl_max: its maximum.
+        top1: share of predictions with the same most likely token.
         top5: mean share of the reference's five most likely tokens that are among the model's five.
-        reference_perplexity: of the text, under the reference.
-        perplexity: of the text, under the model.
+        reference_perplexity: perplexity of the text under the reference.
+        perplexity: perplexity of the text under the model.
         log_perplexity_error: standard error of the reference's log perplexity.
-        log_ratio: log of perplexity over reference_perplexity; log_ratio_error: its standard error, from the
-            differences token by token.
+        log_ratio: log of perplexity over reference_perplexity.
+        log_ratio_error: its standard error, from the differences token by token.
 
     """
 
@@ -60,13 +64,15 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measures of each prediction; tensors of one length.
+    """The result of `compare`: one value per prediction, in tensors of the same length.
 
     Attributes:
-        kl: KL(reference || model), nats.
-        top: the reference's most likely token; other_top: the model's.
+        kl: KL(reference || model), in nats.
+        top: the reference's most likely token.
+        other_top: the model's most likely token.
         top5: share of the reference's five most likely tokens among the model's.
-        loss: minus the log probability of the text's own token under the reference; other_loss: under the model.
+        loss: negative log probability of the text's own token under the reference.
+        other_loss: the same under the model.
 
     """
 
@@ -79,11 +85,11 @@ class Comparison:
 
     @staticmethod
     def join(parts: Sequence[Comparison]) -> Comparison:
-        """One comparison of all predictions of several."""
+        """Concatenate comparisons."""
         return Comparison(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Comparison)))
 
     def summary(self) -> Fidelity:
-        """The figures."""
+        """Return the figures over all predictions."""
         n = self.kl.numel()
         ratio = self.other_loss - self.loss
         return Fidelity(
@@ -105,11 +111,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Last hidden states of a model beside its reference's.
+    """Last hidden states of a model against its reference's.
 
     Attributes:
         tokens: 1 - cosine between the two states of each token.
-        embeddings: 1 - cosine between the two means of each window's states, what sentence encoders return.
+        embeddings: 1 - cosine between the two means of each window's states, which sentence encoders return.
 
     """
 
@@ -124,7 +130,7 @@ class Similarity:
 
     @staticmethod
     def join(parts: Sequence[Similarity]) -> Similarity:
-        """One comparison of all tokens and windows of several."""
+        """Concatenate comparisons."""
         return Similarity(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Similarity)))
 
     def summary(self) -> dict[str, float]:
@@ -141,30 +147,30 @@ class Similarity:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cosine of rows, from the difference of unit vectors: exactly 0 where both are the same."""
+    """Return 1 - cosine of rows, from the difference of unit vectors: exactly 0 where both are equal."""
     a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
     return (a - b).square().sum(-1) / 2
 
 
 def standard_error(x: Tensor) -> float:
-    """Standard error of a mean; nan of one value."""
+    """Return the standard error of a mean; nan for one value."""
     return float(x.std() / x.numel() ** 0.5) if x.numel() > 1 else float("nan")
 
 
 @torch.no_grad()
 def log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """Return the log probabilities of every next token but the last: float32, (length - 1, vocabulary)."""
+    """Return the log probabilities of every next token within the text: float32, (length - 1, vocabulary)."""
     logits: Tensor = model(ids, use_cache=False).logits
     return logits[0, :-1].float().log_softmax(-1)
 
 
 def compare(p: Tensor, q: Tensor, ids: Tensor) -> Comparison:
-    """Compare log probabilities of a reference and of a model on one window of token ids, (1, length)."""
+    """Compare the log probabilities of a reference and a model on one window of token ids, (1, length)."""
     return compare_predictions(p, q, ids[0, 1:])
 
 
 def compare_predictions(p: Tensor, q: Tensor, targets: Tensor) -> Comparison:
-    """Compare log probabilities of a reference and of a model, (n, vocabulary), where the text has these n tokens."""
+    """Compare the log probabilities of a reference and a model, (n, vocabulary), at n tokens of the text."""
     target = targets[:, None]
     five, other = p.topk(min(5, p.shape[-1]), -1).indices, q.topk(min(5, q.shape[-1]), -1).indices
     return Comparison(
@@ -189,16 +195,17 @@ def fidelity(reference: Any, model: Any, ids: Iterable[Tensor], advance: Any = N
 
 @torch.no_grad()
 def greedy(model: Any, ids: Tensor, tokens: int, argument: str = "input_ids", **more: Any) -> tuple[Tensor, float]:
-    """Generate exactly `tokens` greedy tokens after (1, length) ids; return them and tokens a second of decoding.
-
-    The prompt's own pass is not in the time.
+    """Generate exactly `tokens` greedy tokens after a prompt.
 
     Args:
-        model: a model that keeps a cache.
-        ids: what to go on from.
+        model: a model with a KV cache.
+        ids: the prompt, (1, length).
         tokens: how many to generate.
-        argument: of the model's forward, which takes the ids.
-        **more: other arguments of it.
+        argument: name of the forward argument that takes the ids.
+        **more: other arguments of forward.
+
+    Returns:
+        the tokens, and tokens per second of decoding, without the prefill.
 
     """
     out = model(**{argument: ids}, use_cache=True, **more)
@@ -212,7 +219,7 @@ def greedy(model: Any, ids: Tensor, tokens: int, argument: str = "input_ids", **
 
 
 def bytes_by_component(model: torch.nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers by kind of module; storage that several modules share counts once."""
+    """Return bytes of parameters and buffers by kind of module; shared storage counts once."""
     sizes: dict[str, int] = {}
     seen: set[tuple[int, int]] = set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Other ways to store a weight in about 8 bits, as the floats that they decode to: what fidelity is compared with."""
+"""Peers: other 8-bit formats and bfloat16, as the floats that they dequantize to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Peer:
-    """A format.
+    """A format to compare with.
 
     Attributes:
-        name: what tables call it.
-        decoded: (N, K) float32 weights to the float32 values that the format gives back.
-        bits: of a weight, everything included, for in_features.
+        name: its name in tables.
+        decoded: maps (N, K) float32 weights to their dequantized float32 values.
+        bits: maps in_features to bits per weight, scales included.
 
     """
 
@@ -27,27 +27,27 @@ class Peer:
 
 
 def _blocks(w: Tensor, size: int) -> Tensor:
-    """(N, K) to (N, blocks, size); the last block of a row is filled up with zeros."""
+    """Reshape (N, K) to (N, blocks, size); the last block of a row is padded with zeros."""
     return torch.nn.functional.pad(w, (0, -w.shape[1] % size)).view(w.shape[0], -1, size)
 
 
 def _int8_row(w: Tensor) -> Tensor:
-    """Symmetric int8 with a float32 scale a row, as torchao's, quanto's and bitsandbytes' weight-only int8."""
+    """Symmetric int8 with a float32 scale per row, as in weight-only int8 of torchao, quanto and bitsandbytes."""
     scale = w.abs().amax(1, keepdim=True) / 127
     return (w / scale.clamp_min(1e-30)).round().clamp(-127, 127) * scale
 
 
 def _q8_0(w: Tensor) -> Tensor:
-    """llama.cpp's Q8_0: int8 with a float16 scale for every 32 weights."""
+    """llama.cpp's Q8_0: int8 with a float16 scale per 32 weights."""
     blocks = _blocks(w, 32)
     scale = blocks.abs().amax(2, keepdim=True) / 127
-    # rounded under the float32 scale, decoded with the float16 one, as llama.cpp does
+    # as in llama.cpp: rounded with the float32 scale, dequantized with the float16 one
     values = (blocks / scale.clamp_min(1e-30)).round() * scale.half().float()
     return values.view(w.shape[0], -1)[:, : w.shape[1]].contiguous()
 
 
 def _hqq(w: Tensor) -> Tensor:
-    """Asymmetric uint8 with a float16 scale and zero point for every 64 weights, as HQQ's 8 bits; no optimization."""
+    """Asymmetric uint8 with a float16 scale and zero point per 64 weights, as HQQ's 8 bits without its optimization."""
     blocks = _blocks(w, 64)
     low, high = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
     scale = ((high - low) / 255).half().float().clamp_min(1e-30)
@@ -57,7 +57,7 @@ def _hqq(w: Tensor) -> Tensor:
 
 
 def _fp8(w: Tensor) -> Tensor:
-    """float8 e4m3 with a float32 scale a row."""
+    """float8 e4m3 with a float32 scale per row."""
     scale = (w.abs().amax(1, keepdim=True) / 448).clamp_min(1e-30)
     return (w / scale).to(torch.float8_e4m3fn).float() * scale
 

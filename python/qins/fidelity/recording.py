@@ -1,4 +1,4 @@
-"""A float model's answers on the disk, so that others can be compared with it when it is no longer in memory."""
+"""A float model's answers on disk, so that other models can be compared with it after it has left memory."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from .subjects import ENCODER, Answer, Item, Subject
 
 Tensor = torch.Tensor
 
-# Tokens whose passage through every layer is kept.
+# Tokens for which the inputs and outputs of every layer are stored.
 _LAYER_TOKENS = 64
 
-# Of the files of a recording; others of an earlier layout are not gone on with.
+# Version of the recording's files; recordings of another version are not resumed.
 _LAYOUT = 2
 
-# Files of a window.
+# Prefixes of the files of a window.
 _PREDICTIONS, _STATES = "window", "states"
 
 
 def vocabulary(model: Any) -> int:
-    """How many tokens a model's input embedding has."""
+    """Return the number of tokens in a model's input embedding."""
     n: int = model.get_input_embeddings().num_embeddings
     return n
 
 
 def check_vocabulary(name: str, model: Any, least: int) -> None:
-    """Raise if a tokenizer's ids, all below `least`, are too high for a model."""
+    """Raise a ValueError if a model's vocabulary is smaller than `least`, which the tokenizer's ids need."""
     if vocabulary(model) < least:
         raise ValueError(
-            f"{name}: expected a vocabulary of {least} tokens or more, as its tokenizer has, got {vocabulary(model)}"
+            f"{name}: expected a vocabulary of at least {least} tokens, as its tokenizer has, got {vocabulary(model)}"
         )
 
 
 def left_out(model: Any) -> list[str]:
-    """Names of the output embedding, which stays in float as when a model is converted while it loads."""
+    """Return the names of the output embedding, which stays in float, as it does while a model loads."""
     head = model.get_output_embeddings()
     return ["lm_head", *(n for n, m in model.named_modules() if m is head)]
 
 
 def fingerprint(model: str, items: list[Item], prompts: list[Tensor], new_tokens: int) -> str:
-    """What must be the same for a recording to be used again."""
+    """Return a hash of everything that a reusable recording depends on."""
     h = hashlib.sha256(f"{_LAYOUT} {model} {new_tokens}".encode())
     path = Path(model)
     if path.is_dir():
@@ -64,17 +64,17 @@ def fingerprint(model: str, items: list[Item], prompts: list[Tensor], new_tokens
 
 
 class Recording:
-    """A reference model's answers on windows of text, its layers' inputs and outputs, its greedy continuations.
+    """A reference model's answers on windows of text, inputs and outputs of its layers, and greedy continuations.
 
-    Log probabilities are float32, a file a window: 4 * vocabulary bytes a token. What is complete is not made again.
+    Log probabilities are float32 in one file per window: 4 * vocabulary bytes per token. Complete files are reused.
 
     Args:
-        directory: where the files are, or will be.
-        key: what `fingerprint` returned.
+        directory: the directory of the files.
+        key: result of `fingerprint`.
         subject: the reference.
-        items: what it is given.
+        items: its inputs.
         prompts: token ids to continue greedily.
-        new_tokens: how many tokens each continuation has.
+        new_tokens: length of each continuation.
 
     Raises:
         FileExistsError: the directory holds a recording of something else.
@@ -99,17 +99,17 @@ class Recording:
 
     @property
     def complete(self) -> bool:
-        """Whether everything is there."""
+        """Whether the recording is complete."""
         return (self.directory / "reference.json").exists()
 
     def record(self, model: nn.Module, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Let the reference model answer; goes on where it was interrupted."""
+        """Record the reference's answers; resume where an earlier recording was interrupted."""
         check_vocabulary(self.subject.name, model, 1 + max(int(i.text.max()) for i in self.items))
         done = _STATES if self.subject.kind == ENCODER else _PREDICTIONS
         for i, item in enumerate(self.items):
             if not self._file(done, i).exists():
                 answer = self.ask(model, item)
-                # what marks a window as done comes last
+                # the file that marks a window as done is written last
                 for what, values in ((_STATES, answer.states), (_PREDICTIONS, answer.log_probabilities)):
                     if values is not None:
                         with atomically(self._file(what, i)) as temporary, temporary.open("wb") as f:
@@ -132,22 +132,22 @@ class Recording:
         write_json(self.directory / "reference.json", about)
 
     def ask(self, model: nn.Module, item: Item) -> Answer:
-        """Let the reference answer."""
+        """Return the reference's answer to an item."""
         return self.subject.answer(model, item)
 
     def answer(self, i: int) -> Answer:
-        """Return the reference's answer on window i, mapped from the disk."""
+        """Return the reference's answer on window i, mapped from disk."""
         found = (self._file(what, i) for what in (_PREDICTIONS, _STATES))
         return Answer(*(torch.from_numpy(np.load(p, mmap_mode="c")) if p.exists() else None for p in found))
 
     def reference(self) -> dict[str, Any]:
-        """Return answers, lists of tokens, tokens_per_second, and how many tokens the vocabulary has."""
+        """Return a dictionary with answers (lists of tokens), tokens_per_second and vocabulary (number of tokens)."""
         about: dict[str, Any] = json.loads((self.directory / "reference.json").read_text("utf-8"))
         return about
 
     @torch.no_grad()
     def output_snr(self, model: nn.Module) -> dict[str, float]:
-        """SNR in dB of each layer's output, each given the input that the reference's layer was given."""
+        """Return the SNR in dB of each layer's output, given the input of the reference's layer."""
         from safetensors import safe_open
 
         modules, snr = dict(model.named_modules()), {}
@@ -159,8 +159,8 @@ class Recording:
                 module = modules[name]
                 x, expected = f.get_tensor(key), f.get_tensor(f"{name}.output").double()
                 if (module.in_features, module.out_features) != (x.shape[-1], expected.shape[-1]):
-                    continue  # the model has layers of another size
-                # of a QINSLinear, asking for the weight would decode it
+                    continue  # the model's layers have another size
+                # accessing the weight of a QINSLinear would dequantize it
                 dtype = module.weight_dtype if isinstance(module, QINSLinear) else module.weight.dtype
                 got = module(x.to(dtype)).double()
                 noise = float((got - expected).square().sum())
@@ -170,7 +170,7 @@ class Recording:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect inputs and outputs of the linear layers meanwhile."""
+    """Collect inputs and outputs of the linear layers within the block."""
     seen: dict[str, Tensor] = {}
     hooks = []
 

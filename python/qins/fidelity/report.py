@@ -1,4 +1,4 @@
-"""The report of `qins eval`: one page that needs nothing else, and its pictures as PNG files."""
+"""The report of `qins eval`: one self-contained HTML page, and its pictures as PNG files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from . import metrics
 from .evaluation import Evaluation, Measured
 from .subjects import ENCODER
 
-# Of middling lightness, told apart on white and on black; markers and dashes say the same without color.
+# Of medium lightness, distinct on white and on black; markers and dashes carry the same information without color.
 _COLORS = ("#3b8ed0", "#e0762f", "#2fa36b", "#c05fb0", "#a8921f", "#7d7fd6", "#d0525b", "#3aa3a8", "#8a8a8a")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2, 1, 2)))
 
-# Stands for the page's text color in pictures that are made for it.
+# Placeholder for the page's text color in pictures drawn for it.
 _INK = "#010203"
 _SVG_STYLE = "<style>:root{color:#1d2126}@media (prefers-color-scheme:dark){:root{color:#e4e7ea}}</style>"
 
-# Worst predictions that are shown, and tokens before each.
+# Number of worst predictions shown, and of tokens before each.
 _WORST, _CONTEXT = 12, 14
 
 Draw = Callable[[Any], None]
 
-# Other formats as docs/measurements.md has them: bits a weight, mean KL divergence and its 99th percentile. They stand
-# beside a model that is measured alone.
+# Other formats, as in docs/measurements.md: bits per weight, mean KL divergence and its 99th percentile. Shown beside a
+# model that is measured alone.
 KNOWN: dict[str, tuple[float, ...]] = {
     "bf16 weights": (16.00, 1.14e-04, 9.1e-04),
     "uint8 per 64": (8.50, 2.17e-03, 1.7e-02),
@@ -40,7 +40,7 @@ KNOWN: dict[str, tuple[float, ...]] = {
     "fp8 e4m3 per row": (8.05, 4.62e-02, 3.5e-01),
 }
 KNOWN_ON = "SmolLM2-135M-Instruct, 2,044 predictions of the English text that ships with qins"
-# Of encoders: bits, and 1 - mean cosine of embeddings.
+# For encoders: bits per weight, and 1 - mean cosine of embeddings.
 KNOWN_ENCODER: dict[str, tuple[float, ...]] = {
     "bf16 weights": (16.00, 6.9e-06),
     "uint8 per 64": (8.50, 1.4e-04),
@@ -53,7 +53,7 @@ _GRAY = "#8a8a8a"
 
 
 def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
-    """Name of each picture to its title, what it shows in words, and the function that draws it on a figure."""
+    """Return the pictures: name to title, description, and the function that draws it on a figure."""
     what, unit = _measure(e)
     means = {m.name: float(_values(m).mean()) for m in e.measured}
     best = min(means, key=lambda name: means[name])
@@ -65,10 +65,10 @@ def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
         else ""
     )
     if len(means) > 1:
-        said = f"Mean {what} of each model, with its bits a quantized weight, scales included; less is better. "
-        said += f"The least: {best}, {means[best]:.2e}{unit}."
+        said = f"Mean {what} of each model, with its bits per quantized weight, scales included; less is better. "
+        said += f"Best: {best}, {means[best]:.2e}{unit}."
     else:
-        said = f"Mean {what} of {best}: {means[best]:.2e}{unit}; less is better. Bits are of a quantized weight."
+        said = f"Mean {what} of {best}: {means[best]:.2e}{unit}; less is better. Bits are per quantized weight."
     made: dict[str, tuple[str, str, Draw]] = {
         "size": (
             "Size and fidelity",
@@ -77,27 +77,27 @@ def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
         ),
         "tokens": (
             "Divergence by token",
-            f"Share of {_tokens(e)} whose {_by_token(e)[0]} is above a value; lower lines are better."
-            + (f" Gray: what one in a hundred is above with other formats, on {on}." if known is KNOWN else ""),
+            f"Share of {_tokens(e)} whose {_by_token(e)[0]} exceeds a value; lower lines are better."
+            + (f" Gray: what one prediction in a hundred exceeds in other formats, on {on}." if known is KNOWN else ""),
             lambda f: _draw_tokens(f, e, known),
         ),
     }
     if any(map(_inexact, e.measured)):
         made["layers"] = (
             "Error by layer",
-            "Signal to noise ratio of each layer's output, given the float model's input; higher is better.",
+            "Signal-to-noise ratio of each layer's output, given the float model's input; higher is better.",
             lambda f: _draw_layers(f, e.measured),
         )
     if any(m.tokens_per_second for m in e.measured):
         made["speed"] = (
             "Speed",
-            "Tokens a second of greedy decoding, one sequence at a time, on this machine.",
+            "Tokens per second of greedy decoding, one sequence at a time, on this machine.",
             lambda f: _draw_speed(f, e),
         )
     if e.levels:
         made["levels"] = (
             "Weights and levels",
-            f"Weights of {e.levels['layer']} over the scale of their group, and log8's levels below them.",
+            f"Weights of {e.levels['layer']} over the scale of their group; below them, the levels of log8.",
             lambda f: _draw_levels(f, e.levels),
         )
     return made
@@ -108,24 +108,24 @@ def _tokens(e: Evaluation) -> str:
 
 
 def _by_token(e: Evaluation) -> tuple[str, str]:
-    """What is known of each token, and its unit."""
+    """Return the metric of a single token, and its unit."""
     return ("1 - cosine of hidden states", "") if e.about["kind"] == ENCODER else ("KL divergence", " nats")
 
 
 def _measure(e: Evaluation) -> tuple[str, str]:
-    """What one figure of a model is, and its unit."""
+    """Return the metric of a model, and its unit."""
     return ("1 - cosine of embeddings", "") if e.about["kind"] == ENCODER else _by_token(e)
 
 
 def _values(m: Measured) -> torch.Tensor:
-    """What that figure is the mean of."""
+    """Return the values whose mean is the metric of a model."""
     if m.comparison is None and m.similarity is not None:
         return m.similarity.embeddings
     return m.distances
 
 
 def _known(e: Evaluation) -> tuple[dict[str, tuple[float, ...]], str]:
-    """Formats to show beside a model that is measured alone, and what they were measured on."""
+    """Return known figures to show beside a model that is measured alone, and what they were measured on."""
     if "model" not in e.about:
         return {}, ""
     return (KNOWN_ENCODER, KNOWN_ENCODER_ON) if e.about["kind"] == ENCODER else (KNOWN, KNOWN_ON)
@@ -183,7 +183,7 @@ def _draw_tokens(figure: Any, e: Evaluation, known: Mapping[str, tuple[float, ..
 
 
 def _inexact(m: Measured) -> bool:
-    """Whether there is a layer whose outputs have an error to show."""
+    """Return whether any layer's outputs have an error to show."""
     return any(x["output_snr_db"] != math.inf for x in m.layers.values())
 
 
@@ -221,7 +221,7 @@ def _draw_speed(figure: Any, e: Evaluation) -> None:
         axes.annotate(f" {speed:.1f}", (speed, i), va="center")
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlabel="tokens a second")
+    axes.set(xlabel="tokens per second")
 
 
 def _draw_levels(figure: Any, levels: dict[str, Any]) -> None:
@@ -266,7 +266,7 @@ def _svg_uri(draw: Draw) -> str:
 
 
 def worst_predictions(e: Evaluation, m: Measured, tokenizer: Any) -> list[dict[str, Any]]:
-    """The predictions where a model differs most from the reference, with what stood before them."""
+    """Return the predictions where a model differs most from the reference, with the tokens before them."""
     if m.comparison is None:
         return []
     starts, before = [], 0
@@ -337,29 +337,29 @@ def _states(m: Measured) -> dict[str, str]:
     }
 
 
-# Tables, and what their columns are called; each begins with the model.
+# Titles of the tables' columns; each table begins with the model.
 _FIDELITY = {
     "kl": "KL divergence, mean", "median": "median", "p99": "99th percentile", "max": "maximum",
     "top1": "same top token", "top5": "same top five tokens", "perplexity": "perplexity", "ratio": "perplexity change",
 }  # fmt: skip
 _COSINES = {
-    "cosine": "cosine of token states, mean", "cosine_p99": "99th percentile", "cosine_min": "least",
-    "embedding": "cosine of embeddings, mean", "embedding_min": "least",
+    "cosine": "cosine of token states, mean", "cosine_p99": "99th percentile", "cosine_min": "lowest",
+    "embedding": "cosine of embeddings, mean", "embedding_min": "lowest",
 }  # fmt: skip
 _COSTS = {
-    "bits": "bits a weight", "bytes": "size in memory, MB", "peak": "peak memory, MB", "speed": "tokens a second",
+    "bits": "bits per weight", "bytes": "size in memory, MB", "peak": "peak memory, MB", "speed": "tokens per second",
     "forced": "greedy tokens still most likely", "greedy": "greedy tokens before the first difference",
 }  # fmt: skip
 _TABLES = {"Predictions": _FIDELITY, "Hidden states": _COSINES, "Size, speed, continuations": _COSTS}
 
 
 def report_rows(e: Evaluation) -> list[dict[str, str]]:
-    """The figures in words, a dictionary a model; what was not measured is not there."""
+    """Return the figures as text, one dictionary per model, without those that were not measured."""
     return [{key: said for key, said in _row(m).items() if said} for m in e.measured]
 
 
 def report_tables(e: Evaluation) -> dict[str, dict[str, str]]:
-    """Title of each table to its columns, by the keys of `report_rows`: those in which a model has a figure."""
+    """Return the tables: title to columns (key of `report_rows` to title), without columns that have no figure."""
     made = report_rows(e)
     found = {}
     for title, names in _TABLES.items():
@@ -369,7 +369,7 @@ def report_tables(e: Evaluation) -> dict[str, dict[str, str]]:
 
 
 def write_report(e: Evaluation, path: Path, tokenizer: Any) -> list[Path]:
-    """Write the page, and beside it a PNG of each picture; return what was written."""
+    """Write the page, and a PNG of each picture beside it; return the paths."""
     import jinja2
 
     template = (resources.files("qins") / "data" / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a model of text is asked for, by its architecture: predictions, or the states of an encoder."""
+"""The kinds of text models that can be evaluated: by predictions, or by the states of an encoder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Tensor = torch.Tensor
 
 DECODER, ENCODER_DECODER, MASKED, ENCODER = "decoder", "encoder-decoder", "masked language model", "encoder"
 
-# Of a masked model's tokens, one in seven is predicted: about the share that such models learn with.
+# A masked language model predicts one token in seven, about the share that it was trained with.
 _MASK_EVERY, _MASK_FIRST = 7, 3
 
 
 @dataclass(frozen=True)
 class Item:
-    """What a model is given at a time.
+    """One input of a model.
 
     Attributes:
-        arguments: of its forward.
-        text: (length,) token ids, as one would read them.
+        arguments: arguments of its forward.
+        text: (length,) token ids in reading order.
         at: positions in the text that are predicted, or whose states are compared.
-        rows: where in the logits or states these are.
+        rows: rows of these positions in the logits or states.
 
     """
 
@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of an item: log probabilities, last hidden states, or both; float32, a row a position."""
+    """A model's answer to an item: log probabilities, last hidden states, or both; float32, one row per position."""
 
     log_probabilities: Tensor | None = None
     states: Tensor | None = None
@@ -54,13 +54,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model of transformers that can be evaluated on text.
+    """A transformers model that can be evaluated on text.
 
     Attributes:
         name: directory or hub name.
         kind: DECODER, ENCODER_DECODER, MASKED or ENCODER.
-        architecture: transformers' class.
-        config: of the model.
+        architecture: its class in transformers.
+        config: its config.
 
     """
 
@@ -71,11 +71,11 @@ class Subject:
 
     @property
     def limit(self) -> int:
-        """The most tokens that it takes."""
+        """The longest input, in tokens."""
         most = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if not isinstance(most, int) or most < 1:
             return 1 << 30
-        if self.kind in (MASKED, ENCODER):  # the positions of some begin after the padding token's id
+        if self.kind in (MASKED, ENCODER):  # in some, positions begin after the padding token's id
             most -= (getattr(self.config, "pad_token_id", None) or 0) + 1
         return most
 
@@ -83,12 +83,12 @@ class Subject:
         """Load the tokenizer.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no usable tokenizer.
 
         """
         try:
             made = load_tokenizer(self.name)
-        except Exception as e:  # what it raises depends on the tokenizer
+        except Exception as e:  # the exception depends on the tokenizer
             raise ValueError(f"{self.name}: expected a tokenizer beside the model: {_first_line(e)}") from e
         return made
 
@@ -96,7 +96,7 @@ class Subject:
         """Load a checkpoint as this architecture.
 
         Raises:
-            ValueError: it lacks weights, or cannot be read.
+            ValueError: weights are missing, or the checkpoint cannot be read.
 
         """
         try:
@@ -105,7 +105,7 @@ class Subject:
             raise
         except Exception as e:  # damaged files
             raise ValueError(f"{path}: expected a checkpoint of {self.architecture.__name__}: {_first_line(e)}") from e
-        missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)  # which makes no hidden state
+        missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)  # the pooler makes no hidden state
         if missing:
             raise ValueError(
                 f"{path}: expected all weights of {self.architecture.__name__}, {len(missing)} are missing, "
@@ -114,7 +114,7 @@ class Subject:
         return model.eval()
 
     def items(self, tokenizer: Any, text: str, tokens: int, window: int) -> tuple[list[Item], Tensor]:
-        """Cut a text; also return the ids of what comes after it.
+        """Cut a text into items; also return the ids after the last one.
 
         Raises:
             ValueError: the text is too short.
@@ -123,10 +123,10 @@ class Subject:
         whole = _ids(tokenizer, text, True)
         words = len(text.split())
         unknown = 0 if tokenizer.unk_token_id is None else int((whole == tokenizer.unk_token_id).sum())
-        if unknown > len(whole) / 3 or len(whole) < words / 2:  # some are made empty where their files are missing
+        if unknown > len(whole) / 3 or len(whole) < words / 2:  # without their files, some tokenizers load empty
             raise ValueError(
-                f"{self.name}: expected a tokenizer beside the model that knows the text's words, got one that makes "
-                f"{len(whole)} tokens of {words} words, {unknown} of them unknown"
+                f"{self.name}: expected a tokenizer beside the model that knows the text's words, got {len(whole)} "
+                f"tokens from {words} words, {unknown} of them unknown"
             )
         if self.kind == DECODER:
             window = min(window, self.limit)
@@ -141,7 +141,7 @@ class Subject:
         if len(ids) < 32:
             raise ValueError(f"text: expected at least 32 tokens, got {len(ids)}")
         if window < 2:
-            raise ValueError(f"window: expected room for 2 tokens or more, {self.name} has {window}")
+            raise ValueError(f"window: expected room for at least 2 tokens, got {window} in {self.name}")
         parts = [w[0] for w in windows(ids, tokens, window)]
         if self.kind == DECODER:
             return [_next_tokens(w) for w in parts], rest
@@ -158,14 +158,14 @@ class Subject:
         return [_masked(w, len(prefix), len(suffix), mask) for w in whole_parts if len(w) > _MASK_FIRST], rest
 
     def _start(self) -> int:
-        """Token that a decoder begins with."""
+        """Return the token with which a decoder begins."""
         for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
             if isinstance(found := getattr(self.config, key, None), int):
                 return found
         raise ValueError(f"{self.name}: expected a decoder_start_token_id in its config, got none")
 
     def calibration(self, batch: Tensor) -> Any:
-        """What forward takes, of a batch of token ids."""
+        """Return the arguments of forward for a batch of token ids."""
         if self.kind != ENCODER_DECODER or batch.shape[1] < 2:
             return batch
         half = batch.shape[1] // 2
@@ -173,7 +173,7 @@ class Subject:
         return {"input_ids": batch[:, :half], "decoder_input_ids": torch.cat([begin, batch[:, half:-1]], 1)}
 
     def prompts(self, items: list[Item], count: int, tokens: int, new_tokens: int) -> list[Tensor]:
-        """Token ids, (1, length), to go on from; none for models that do not generate."""
+        """Return prompts of token ids, (1, length); none for models that do not generate."""
         if self.kind not in (DECODER, ENCODER_DECODER):
             return []
         tokens = max(1, min(tokens, self.limit - new_tokens))
@@ -181,7 +181,7 @@ class Subject:
         return [i.arguments["input_ids"][:, :tokens] for i in chosen]
 
     def continued(self, model: Any, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:
-        """Greedy tokens after a prompt, and tokens a second."""
+        """Return greedy tokens after a prompt, and tokens per second."""
         if self.kind == DECODER:
             return greedy(model, prompt, new_tokens)
         with torch.no_grad():
@@ -189,7 +189,7 @@ class Subject:
         return greedy(model, torch.tensor([[self._start()]]), new_tokens, "decoder_input_ids", encoder_outputs=encoded)
 
     def most_likely(self, model: Any, prompt: Tensor, answer: Tensor) -> Tensor:
-        """The model's most likely tokens where an answer has its own, given what is before them."""
+        """Return the model's most likely token at each position of an answer, given the answer's tokens before it."""
         if self.kind == DECODER:
             item = _next_tokens(torch.cat([prompt[0], answer]))
         else:
@@ -200,7 +200,7 @@ class Subject:
 
     @torch.no_grad()
     def answer(self, model: Any, item: Item) -> Answer:
-        """Let a model answer."""
+        """Return a model's answer to an item."""
         arguments: dict[str, Any] = dict(item.arguments)
         if self.kind in (DECODER, ENCODER_DECODER):
             arguments["use_cache"] = False
@@ -221,7 +221,7 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Tensor:
 
 
 def _around(whole: Tensor, bare: Tensor) -> tuple[Tensor, Tensor]:
-    """What a tokenizer puts before a text and after it."""
+    """Return what a tokenizer adds before and after a text."""
     for n in range(len(whole) - len(bare) + 1):
         if torch.equal(whole[n : n + len(bare)], bare):
             return whole[:n], whole[n + len(bare) :]
@@ -234,7 +234,7 @@ def _next_tokens(ids: Tensor) -> Item:
 
 
 def _pair(source: Tensor, target: Tensor, start: int) -> Item:
-    """One piece of text to read, the next one to predict."""
+    """Make an item with one piece of text to read and the next to predict."""
     before = torch.cat([torch.tensor([start]), target[:-1]])
     rows = torch.arange(len(target))
     arguments = {"input_ids": source[None], "decoder_input_ids": before[None]}
@@ -254,11 +254,14 @@ def _first_line(e: Exception) -> str:
 
 
 def subject(name: str) -> Subject:
-    """Say what kind of model a directory or hub name holds.
+    """Determine the kind of a model.
+
+    Args:
+        name: directory or hub name.
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it is no model of transformers, or not one of text.
+        ValueError: it is not a transformers model, or not a text model.
 
     """
     path = Path(name)
@@ -269,7 +272,7 @@ def subject(name: str) -> Subject:
     transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as e:  # what it raises depends on what is there
+    except Exception as e:  # the exception depends on the files
         raise ValueError(f"{name}: expected a directory or hub name of a model: {_first_line(e)}") from e
     told = (config.architectures or [""])[0]
     architecture = getattr(transformers, told, None)
@@ -279,7 +282,7 @@ def subject(name: str) -> Subject:
     elif kind := _kind(transformers, told, architecture, config):
         return Subject(name, kind, architecture, config)
     raise ValueError(
-        f"{name}: expected a model of text: a decoder, an encoder-decoder with its language model head, a masked "
+        f"{name}: expected a text model: a decoder, an encoder-decoder with its language model head, a masked "
         f"language model or an encoder; got {told or config.model_type}"
     )
 

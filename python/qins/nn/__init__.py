@@ -1,4 +1,4 @@
-"""torch: operators, modules whose weights are codes, and the conversion of whole models in memory."""
+"""torch: operators on codes, quantized modules, and in-place conversion of models."""
 
 from .affine_form import affine
 from .choosing import check_finite, choose, choose_experts, other_matrices

@@ -1,6 +1,6 @@
-"""What a subclass of nn.Embedding makes of the rows that it looks up: times a factor, plus a bias, or something else.
+"""What a subclass of nn.Embedding does with the rows that it looks up: times a factor, plus a bias, or something else.
 
-Its class is asked once, with a small weight of known numbers in the place of its own.
+The module finds out by running the class's forward once, on a small weight of known numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Affine(NamedTuple):
-    """What is done with the rows.
+    """An affine transform of embedding rows.
 
     Attributes:
-        factor: they are multiplied by this.
-        rounds_factor: whether the factor is first rounded to their dtype.
+        factor: multiplies the rows.
+        rounds_factor: whether the factor is first rounded to the rows' dtype.
 
     """
 
@@ -34,27 +34,30 @@ class Affine(NamedTuple):
 
 
 def affine(module: nn.Embedding, *, form_only: bool = False) -> Affine:
-    """Find out what an embedding computes.
+    """Determine what an embedding computes.
 
     Args:
-        module: on whatever device; its weight is not read.
-        form_only: buffers on the meta device may be anything, so the factor is not to be relied on.
+        module: on any device; its weight is not read.
+        form_only: accept buffers on the meta device, whose values are unknown; the returned factor is then meaningless.
+
+    Returns:
+        the transform of its rows.
 
     Raises:
-        ValueError: it is something else than rows times a factor plus its `bias`; the message says why.
+        ValueError: it does not compute rows times a factor plus its `bias`; the message says why.
 
     """
     kind = type(module)
     if kind is nn.Embedding:
         return Affine()
     try:
-        with torch.no_grad(), torch.device("cpu"):  # whoever loads a model has the meta device here
+        with torch.no_grad(), torch.device("cpu"):  # while a model loads, the default device here is meta
             return _proved(module, form_only)
     except ValueError as e:
         reason = str(e)
-    except Exception as e:  # whatever somebody else's forward raises
+    except Exception as e:  # a third party's forward may raise anything
         reason = f"its forward raises {type(e).__name__}: {e}"
-    raise ValueError(f"a {kind.__name__}, which may compute something else than rows times a factor: {reason}")
+    raise ValueError(f"a {kind.__name__}, which may compute something other than rows times a factor: {reason}")
 
 
 def _proved(module: nn.Embedding, form_only: bool) -> Affine:
@@ -65,7 +68,7 @@ def _proved(module: nn.Embedding, form_only: bool) -> Affine:
     rows, columns = module.num_embeddings, module.embedding_dim
     if not rows or not columns:
         raise ValueError(f"it has {rows} rows of {columns} columns")
-    # every row is another one, and all of them take no more memory than one and a column
+    # overlapping rows: all are distinct, in the memory of one row and one column
     numbers = torch.sin(torch.arange(rows + columns, dtype=torch.float64) * 1.7)
     weight = numbers.as_strided((rows, columns), (1, 1))
     padding = module.padding_idx if module.padding_idx is not None else 0
@@ -103,7 +106,7 @@ def _agrees(
 
 
 def _strided(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix of overlapping rows in another dtype, overlapping as before."""
+    """Convert a matrix of overlapping rows to another dtype, with the same overlap."""
     rows, columns = weight.shape
     whole = weight.as_strided((rows + columns,), (1,)).to(dtype)
     return whole.as_strided((rows, columns), (1, 1))
@@ -116,8 +119,8 @@ def _saved_buffers(module: nn.Module) -> set[str]:
 def _run(
     module: nn.Embedding, ids: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, form_only: bool
 ) -> torch.Tensor:
-    """What the class's forward returns with these in the place of the module's own."""
-    probe = copy.copy(module)  # as a dictionary: nothing of the module is changed
+    """Return what the class's forward computes with these in place of the module's own."""
+    probe = copy.copy(module)  # with its own dictionaries, so that the module stays unchanged
     for name in ("_parameters", "_buffers"):
         probe.__dict__[name] = dict(module.__dict__[name])
     probe.__dict__["training"] = True  # dropout would show
@@ -132,7 +135,7 @@ def _run(
 
 
 def _real(module: nn.Module, name: str, buffer: torch.Tensor, form_only: bool) -> torch.Tensor:
-    """A buffer as it is, or as it will be when the model has left the meta device."""
+    """Return a buffer as it is, or as it will be once the model has left the meta device."""
     if not buffer.is_meta:
         return buffer.cpu()
     # transformers fills embed_scale with scalar_embed_scale

@@ -1,4 +1,4 @@
-"""Which modules of a model become codes, and why the others do not."""
+"""Selection of the modules to quantize, with a reason for each one that is not."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def _reason_to_skip(name: str, module: nn.Linear, include: list[str], exclude: l
 
 
 def other_matrices(module: nn.Module) -> str:
-    """Why a module that is not a linear layer is left, though its weight is made of matrices; empty for others."""
+    """Return why a module whose weight is a matrix, but which is no linear layer, is skipped; empty for others."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None and isinstance(module, utils.Conv1D):
-        return "a linear layer with its weight transposed, which QinsConfig and qins quantize take"
+        return "a linear layer with a transposed weight, which QinsConfig and qins quantize accept"
     return ""
 
 
@@ -66,7 +66,7 @@ def choose(
     exclude: str | Iterable[str] = ("lm_head",),
     report: ConversionReport | None = None,
 ) -> dict[nn.Linear, str]:
-    """Return the layers to convert and their names; the report, if there is one, is told of the others."""
+    """Return the layers to convert and their names; the others go to the report, if there is one."""
     includes, excludes = patterns_of("include", include), patterns_of("exclude", exclude)
     chosen: dict[nn.Linear, str] = {}
     for name, module in model.named_modules():
@@ -90,10 +90,10 @@ def choose_embeddings(
     exclude: str | Iterable[str],
     report: ConversionReport,
 ) -> dict[Layer, str]:
-    """Return the embeddings to convert, and their names, beside the layers that are chosen.
+    """Return the embeddings to convert and their names, given the chosen layers.
 
     Raises:
-        ValueError: a layer that is not chosen shares the weight of one.
+        ValueError: a layer that is not chosen shares the weight of an embedding that is.
 
     """
     includes, excludes = patterns_of("include", include), patterns_of("exclude", exclude)
@@ -121,7 +121,7 @@ def choose_embeddings(
         tied = names.get(id(module._parameters.get("weight")))
         if tied is not None and module not in found and module not in chosen:
             raise ValueError(
-                f"embeddings: {name} shares the weight of {tied}, and would keep the floats; convert it, too"
+                f"embeddings: {name} shares the weight of {tied}, and would keep the floats; convert it too"
             )
     return found
 
@@ -129,7 +129,7 @@ def choose_embeddings(
 def choose_experts(
     model: nn.Module, include: str | Iterable[str] | None, exclude: str | Iterable[str], report: ConversionReport
 ) -> dict[str, nn.Module]:
-    """Return the modules of experts to convert, by name; the report is told of the others."""
+    """Return the modules of experts to convert, by name; the others go to the report."""
     includes, excludes = patterns_of("include", include), patterns_of("exclude", exclude)
     chosen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -149,14 +149,14 @@ Layer = nn.Linear | nn.Embedding
 def check_finite(
     chosen: Mapping[nn.Linear, str] | Mapping[Layer, str], experts: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Raise for the first module with a NaN or an infinity, before any module is changed."""
+    """Raise a ValueError for the first module with a NaN or an infinity, before any module is changed."""
     weights = [(name, module.weight.detach()) for module, name in chosen.items()]
     for name, stacked in (experts or {}).items():
         weights += [(f"{name}.{s}", stacked._parameters[s].detach()) for s in projections(stacked)]  # type: ignore[union-attr]
     for name, weight in weights:
         if weight.device.type == "meta" or weight.numel() == 0:
             continue
-        # encoding to float32 overflows where float64 does not
+        # float64 values may overflow float32, in which they are encoded
         if all(bool(torch.isfinite(end.float())) for end in torch.aminmax(weight)):
             continue
         try:

@@ -1,4 +1,4 @@
-"""What modules share that keep a weight matrix as codes."""
+"""Base classes of the modules that hold codes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FIELD_DTYPES = {
 def field_layout(
     codec: str, shape: tuple[int, ...], group_size: int | None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each field of a matrix (out, in), or of a stack of them (count, out, in), by name in order."""
+    """Return shape and dtype of each field of a matrix (out, in), or of a stack of matrices (count, out, in)."""
     shapes = field_shapes(codec, shape, group_size)
     return {n: (shapes.get(n, shape[:-2]), FIELD_DTYPES.get(n, torch.float32)) for n in field_names(codec, group_size)}
 
 
 @contextmanager
 def floats_as_bits(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Show float32 buffers as integers meanwhile: a cast in `_apply` then leaves their bits alone."""
+    """View float32 buffers as integers within the block, so that a cast in `_apply` keeps their bits."""
     kept = [n for n in names if module._buffers[n].dtype == torch.float32]  # type: ignore[union-attr]
     for name in kept:
         module._buffers[name] = module._buffers[name].view(torch.int32)  # type: ignore[union-attr]
@@ -49,7 +49,7 @@ Matrix = tuple[str, tuple[int, ...], int | None, list[torch.Tensor]]
 
 
 class Coded(nn.Module):
-    """A module that holds codes in buffers, whose float32 ones keep their bits through every cast.
+    """A module with codes in buffers; its float32 buffers keep their bits through every cast.
 
     Attributes:
         codec: "log8", "log9", "golden" or "rational".
@@ -62,22 +62,22 @@ class Coded(nn.Module):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """What the codes are decoded to."""
+        """Dtype of the dequantized weight."""
         return self._dtype
 
     def matrices(self, name: str) -> Iterator[Matrix]:
-        """What the module of this name holds."""
+        """Yield the matrices of the module, whose name is given."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Coded:
-        """As nn.Module's, except that float32 codes keep their bits."""
+        """Apply `fn` as nn.Module does, but keep the bits of float32 codes."""
         with floats_as_bits(self, self._names):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._names:  # copy_ would convert other dtypes silently
+        for name in self._names:  # copy_ would silently convert other dtypes
             value, own = state_dict.get(prefix + name), self._buffers[name]
             if isinstance(value, torch.Tensor) and own is not None and value.dtype != own.dtype:
                 raise TypeError(f"{prefix}{name}: expected dtype {own.dtype}, got {value.dtype}")
@@ -85,12 +85,12 @@ class Coded(nn.Module):
 
 
 class CodedWeight(Coded):
-    """A module whose `weight`, a matrix, is kept as codes.
+    """A module that stores its `weight`, a matrix, as codes.
 
-    The codes are buffers named as docs/formats.md names the fields (for `golden`: stored, sign, log_min, log_max).
+    The codes are buffers with the field names of docs/formats.md (for `golden`: stored, sign, log_min, log_max).
 
     Attributes:
-        group_size: columns that share a group scale (log8), or None.
+        group_size: columns per group scale (log8), or None.
 
     """
 
@@ -100,7 +100,7 @@ class CodedWeight(Coded):
     def _make_codes(
         self, shape: tuple[int, int], codec: str, group_size: int | str | None, device: Any, dtype: torch.dtype | None
     ) -> None:
-        """Register the buffers, with the codes of zeros unless they are on the meta device."""
+        """Register the buffers; they hold the codes of zeros, unless they are on the meta device."""
         self.codec, self.group_size = codec, resolve_group_size(codec, group_size, shape[1])
         self._names, self._shape = field_names(codec, self.group_size), shape
         self._dtype = dtype or torch.get_default_dtype()
@@ -120,7 +120,7 @@ class CodedWeight(Coded):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The decoded matrix, made anew at each access; changing it changes nothing."""
+        """The dequantized matrix, a new tensor at each access; writing to it does not change the codes."""
         return decode_fields(self.codec, dict(self._buffers), self.group_size, self._dtype)  # type: ignore[arg-type]
 
     @weight.setter
@@ -129,28 +129,28 @@ class CodedWeight(Coded):
         raise AttributeError(f"weight of a {name} is decoded from its codes; from_{name[4:].lower()} makes new codes")
 
     def matrices(self, name: str) -> Iterator[Matrix]:
-        """The one matrix."""
+        """Yield the one matrix."""
         yield name, self._shape, self.group_size, [self.get_buffer(n) for n in self._names]
 
     @property
     def encoded(self) -> EncodedArray:
-        """The codes as an EncodedArray over the same memory (CPU only), every field checked."""
+        """The codes as an EncodedArray that shares their memory (CPU only); every field is checked."""
         fields = {n: self._buffers[n].detach().numpy() for n in self._names}  # type: ignore[union-attr]
         return EncodedArray.from_fields(self.codec, fields, self.group_size)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's; refuses `weight`, which is decoded from the codes."""
+        """Register a parameter as nn.Module does; refuse `weight`, which is decoded from the codes."""
         if name == "weight":
             type(self).weight.fset(self, param)  # type: ignore[attr-defined]
         super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
-        """Refuse: there is no float weight to initialize."""
+        """Raise a RuntimeError: there is no float weight to initialize."""
         raise RuntimeError(f"a {type(self).__name__} cannot be re-initialized; initialize a float one and encode it")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         empty = state_dict.get(prefix + "weight")
-        if isinstance(empty, torch.Tensor) and empty.numel() == 0:  # beside codes in files, see hf.names.guard
+        if isinstance(empty, torch.Tensor) and empty.numel() == 0:  # files have it beside the codes, see hf.names.guard
             del state_dict[prefix + "weight"]
         if prefix + "weight" in state_dict and prefix + self._names[0] not in state_dict:
             name = type(self).__name__

@@ -1,4 +1,4 @@
-"""Weights against their codes."""
+"""The error of codes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ..codec import EncodedArray, snr_db
 class WeightComparison:
     """Compares weights with their codes, a few rows at a time.
 
-    The working memory is made once: pieces of it made and freed between codes that stay would leave
-    the heap in fragments many times the size of the codes.
+    The working memory is allocated once. Allocating and freeing it between codes that stay would fragment the heap to
+    many times the size of the codes.
     """
 
     def __init__(self, elements: int = 1 << 20) -> None:
         self._floats, self._decoded = torch.empty(elements), torch.empty(elements)
 
     def snr_db(self, weight: torch.Tensor, e: EncodedArray) -> float:
-        """Signal to noise ratio of the codes of a matrix: infinite if they are exact."""
+        """Return the signal-to-noise ratio of a matrix's codes: infinite if they are exact."""
         return snr_db(*self._squares(weight, e))
 
     def stack_snr_db(self, weights: torch.Tensor, encoded: Callable[[int], EncodedArray]) -> float:
-        """Signal to noise ratio of a stack of matrices, from the codes of each."""
+        """Return the signal-to-noise ratio of a stack of matrices, from the codes of each."""
         squares = [self._squares(w, encoded(i)) for i, w in enumerate(weights)]
         return snr_db(sum(s for s, _ in squares), sum(n for _, n in squares))
 
     def _squares(self, weight: torch.Tensor, e: EncodedArray) -> tuple[float, float]:
-        """Sums of squares of a matrix and of its codes' errors."""
+        """Return the sums of squares of a matrix and of its codes' errors."""
         weight = weight.detach()
         signal = noise = 0.0
         elements = self._floats.numel()

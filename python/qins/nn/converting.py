@@ -1,4 +1,4 @@
-"""Replacing a model's linear layers by QINSLinear, and embeddings by QINSEmbedding."""
+"""In-place conversion: linear layers to QINSLinear, embeddings to QINSEmbedding, experts to QINSExperts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .experts import QINSExperts, projections, stack_sizes
 from .linear import QINSLinear
 from .report import ConversionReport, ConvertedModule, SkippedModule
 
-# Called with each model whose layers have become codes, by whose it is: the room `hf` lets transformers save them.
+# Called with each converted model; keyed by who registered the call. The room `hf` lets transformers save such models.
 after_conversion: dict[str, Callable[[nn.Module], None]] = {}
 
 
@@ -31,30 +31,31 @@ def convert(
     embeddings: bool = False,
     show_progress: bool | None = None,
 ) -> ConversionReport:
-    """Replace every module whose class is exactly nn.Linear, at any depth, by a QINSLinear; in place.
+    """Quantize a model in place: replace every module whose class is exactly nn.Linear, at any depth, by a QINSLinear.
 
-    Experts that transformers 5 keeps as stacks of matrices become QINSExperts; embeddings, on request, QINSEmbedding.
+    Experts that transformers 5 keeps as stacks of matrices become QINSExperts. On request, embeddings become
+    QINSEmbedding.
 
-    A module that appears in several places is converted once and shared as before, and modules that
-    share one weight share its codes. The layers are converted one after the other, and each one's floats
-    are given back before the next: the model never takes more memory than it did, but for one layer's codes.
+    A module that appears in several places is converted once and stays shared. Modules that share one weight share its
+    codes. Layers are converted one after another, and each one's floats are freed before the next, so peak memory is
+    the float model plus the codes of one layer.
 
     Args:
         model: any nn.Module that contains linear layers.
         codec: "log8", "log9" or "golden".
         include: fnmatch patterns of module names to convert; None for all.
-        exclude: patterns of module names to leave alone.
-        group_size: inputs that share a group scale (log8); None for one scale a row; "default" for what
-            `qins.default_group_size` says of each layer.
-        embeddings: encode embeddings, too: of a model of transformers the input's, of others all.
+        exclude: patterns of module names to skip.
+        group_size: inputs per group scale (log8); None for per-row scales only; "default" for
+            `qins.default_group_size` of each layer.
+        embeddings: convert embeddings too: the input embedding of a transformers model, all embeddings of others.
         show_progress: None shows a progress bar on a terminal (with rich installed).
 
     Returns:
-        a report that prints as a table, and says what was left alone and why.
+        a report that prints as a table; it lists the skipped modules with reasons.
 
     Raises:
-        ValueError: a weight is NaN or infinite, or a layer that is left alone has the weight of an embedding that is
-            not; the message names the module, and the model is unchanged.
+        ValueError: a weight is NaN or infinite, or a skipped layer shares the weight of a converted embedding. The
+            message names the module, and the model is unchanged.
 
     """
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
@@ -76,7 +77,7 @@ def convert(
 def encode_experts(
     name: str, module: nn.Module, codec: str, group_size: int | str | None, report: ConversionReport
 ) -> QINSExperts:
-    """Encode a module of experts.
+    """Quantize a module of experts.
 
     Raises:
         ValueError: a weight is NaN or infinite.
@@ -104,7 +105,7 @@ Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
 def places_of(model: nn.Module, chosen: Iterable[nn.Module]) -> Places:
-    """Return where each of the modules hangs: parents and keys."""
+    """Return the places of each module: parents and keys."""
     places: Places = {m: [] for m in chosen}
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -124,7 +125,7 @@ def _convert(
     by_weight: dict[int, QINSLinear | QINSEmbedding] = {}
     comparison = WeightComparison()
     with progress(f"encoding to {codec}", sum(m.weight.numel() for m in chosen), show_progress) as advance:
-        # each layer's floats go before the next layer's codes are made, so nothing here may keep a reference
+        # each layer's floats are freed before the next layer is encoded, so nothing here may keep a reference
         while chosen:
             module = next(iter(chosen))
             name, count, key_of_weight = chosen.pop(module), module.weight.numel(), id(module.weight)
@@ -144,7 +145,7 @@ def _convert(
 
 
 def tell_others(model: nn.Module) -> None:
-    """Call what other rooms, and libraries, have asked to be told of a converted model."""
+    """Call what other rooms and libraries registered in `after_conversion`."""
     for call in after_conversion.values():
         call(model)
 
@@ -176,10 +177,10 @@ def _from_encoded(
 def sharing_codes(
     name: str, module: Layer, same: QINSLinear | QINSEmbedding, report: ConversionReport
 ) -> QINSLinear | QINSEmbedding:
-    """Return a module of codes for one whose weight another one has been encoded from, with its codes."""
+    """Return a quantized module that shares the codes of `same`, whose weight it shared."""
     new = _from_encoded(module, None, same.codec, same.group_size)
     new._buffers.update(same._buffers)
-    if isinstance(same, QINSEmbedding):  # which are saved once
+    if isinstance(same, QINSEmbedding):  # a tied pair is saved once
         new._non_persistent_buffers_set.update(new._names)
     kind = "Embedding" if isinstance(module, nn.Embedding) else "Linear"
     report.skipped.append(SkippedModule(name, kind, "shares the codes of a module with the same weight"))
@@ -187,6 +188,6 @@ def sharing_codes(
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Register on a module what is registered on the one that it replaces."""
+    """Copy the hooks of a module to its replacement."""
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(new, hooks).update(getattr(old, hooks))

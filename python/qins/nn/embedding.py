@@ -1,4 +1,4 @@
-"""QINSEmbedding: torch's embedding with its matrix as codes."""
+"""QINSEmbedding: torch's embedding with a quantized matrix."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .ops import embedding
 
 
 class QINSEmbedding(CodedWeight, nn.Embedding):
-    """An embedding that keeps its matrix as 8-bit logarithmic codes and decodes the rows that are asked for.
+    """An embedding that stores its matrix as 8-bit logarithmic codes and dequantizes only the rows that it looks up.
 
-    The codes are frozen: there is no gradient. `max_norm` and sparse gradients do not apply. Where it stands for
-    a subclass that multiplies the rows by a factor, or adds a parameter `bias`, it does the same.
+    The codes are frozen and have no gradient. `max_norm` and sparse gradients do not apply. If it replaces a subclass
+    that multiplies the rows by a factor, or adds a parameter `bias`, it does the same.
 
     Args:
         num_embeddings: rows of the matrix.
         embedding_dim: its columns.
-        padding_idx: as nn.Embedding's; kept for whoever reads it.
+        padding_idx: as in nn.Embedding; only kept for readers.
         codec: "log8", "log9", "golden" or "rational".
-        group_size: columns that share a group scale (log8); None for one scale a row; "default" for what
-            `qins.default_group_size` says of embedding_dim.
+        group_size: columns per group scale (log8); None for per-row scales only; "default" for
+            `qins.default_group_size` of embedding_dim.
         device: of the buffers.
         dtype: of the result.
 
@@ -44,7 +44,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make a matrix of zeros, for `load_state_dict` to fill; `from_embedding` encodes an existing one."""
+        """Make a matrix of zeros, to be filled by `load_state_dict`; `from_embedding` quantizes an existing one."""
         nn.Module.__init__(self)
         self._make_codes((num_embeddings, embedding_dim), codec, group_size, device, dtype)
         self.embedding_dim, self.padding_idx = embedding_dim, padding_idx
@@ -52,12 +52,12 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the matrix; they cannot be more or fewer afterwards."""
+        """Rows of the matrix; their number is fixed."""
         return self._shape[0]
 
     @num_embeddings.setter
     def num_embeddings(self, value: int) -> None:
-        # what transformers sets when it resizes, having put new floats where nobody sees them
+        # transformers sets this when it resizes, after it has put new floats where nobody reads them
         if value != self._shape[0]:
             rows = self._shape[0]
             raise ValueError(
@@ -68,12 +68,20 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
     def from_embedding(
         cls, source: nn.Embedding, codec: str = "log8", *, group_size: int | str | None = "default"
     ) -> QINSEmbedding:
-        """Encode an embedding's matrix.
+        """Quantize an embedding.
+
+        Args:
+            source: the float embedding.
+            codec: "log8", "log9", "golden" or "rational".
+            group_size: as in the constructor.
+
+        Returns:
+            the quantized embedding.
 
         Raises:
             TypeError: `source` is not an nn.Embedding.
-            ValueError: it has max_norm, which changes weights in forward, or is of a class that computes something else
-                than rows times a factor plus a bias; or a weight is NaN or infinite.
+            ValueError: it has max_norm, which changes weights in forward; its class computes something other than rows
+                times a factor plus a bias; or a weight is NaN or infinite.
 
         """
         if not isinstance(source, nn.Embedding) or isinstance(source, QINSEmbedding):
@@ -89,7 +97,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
     def from_encoded(
         cls, source: nn.Embedding, encoded: EncodedArray | None, codec: str, group_size: int | str | None
     ) -> QINSEmbedding:
-        """Wrap codes that stand for source's weight; None makes an embedding on the meta device."""
+        """Wrap the codes of source's weight; None makes an embedding on the meta device."""
         if source.max_norm is not None:
             raise ValueError(f"source: expected max_norm None, got {source.max_norm}")
         try:
@@ -110,7 +118,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
         return new
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """Return an embedding of the floats that the codes stand for."""
+        """Return a float embedding with the dequantized weight."""
         weight = nn.Parameter(self.weight.to(dtype or self._dtype))
         bias = self._parameters.get("bias")
         plain = self._affine == Affine() and bias is None
@@ -121,7 +129,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
         return new.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the rows of these numbers: (...) integers to (..., embedding_dim)."""
+        """Look up and dequantize rows: (...) integers to (..., embedding_dim)."""
         fields: list[torch.Tensor] = [self._buffers[n] for n in self._names]  # type: ignore[misc]
         y: torch.Tensor = embedding(input, fields, self.codec, self.group_size or 0, self._dtype)
         return self._affine(y, self._parameters.get("bias"))
@@ -133,7 +141,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
 
 
 class _AffineEmbedding(nn.Embedding):
-    """What a QINSEmbedding with a factor or a bias becomes as floats."""
+    """The float form of a QINSEmbedding with a factor or a bias."""
 
     affine: Affine
     bias: nn.Parameter | None

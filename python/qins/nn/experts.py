@@ -1,8 +1,8 @@
-"""QINSExperts: the experts of a mixture as stacks of codes; only those that tokens are sent to are read.
+"""QINSExperts: the experts of a mixture as stacks of codes; a token reads only the experts that it is routed to.
 
-transformers 5 keeps the experts of a layer in parameters of three dimensions (`gate_up_proj` or `up_proj`, and
-`down_proj`), in classes that share one calling convention: hidden states, the experts chosen for each token, and their
-weights. Llama 4's, and GPT-OSS's in transformers 4, have conventions of their own.
+transformers 5 keeps the experts of a layer in three-dimensional parameters (`gate_up_proj` or `up_proj`, and
+`down_proj`). Their classes share one calling convention: hidden states, the experts chosen for each token, and their
+routing weights. Llama 4, and GPT-OSS in transformers 4, have conventions of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 
 def projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the stacks of matrices of a module of experts that can be codes; none of any other module."""
+    """Return the names of the stacks of matrices that can be quantized; none unless the module holds experts."""
     told = hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "num_experts")
     if not (told or type(module).__name__ in _UNTOLD):
         return ()
@@ -33,33 +33,33 @@ def projections(module: nn.Module) -> tuple[str, ...]:
 
 
 def stack_sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """(experts, out_features, in_features) of one of a module's projections."""
+    """Return (experts, out_features, in_features) of one of a module's projections."""
     e, a, b = module._parameters[name].shape  # type: ignore[union-attr]
     return (e, b, a) if getattr(module, "is_transposed", True) else (e, a, b)
 
 
 def _plain_gate(module: Any, gate_up: Tensor) -> Tensor:
-    """Llama 4's activation, which its class has only as part of a larger function."""
+    """Llama 4's activation, which in its class is only part of a larger function."""
     gate, up = gate_up.chunk(2, dim=-1)
     y: Tensor = up * module.act_fn(gate)
     return y
 
 
 def _clamped_gate(module: Any, gate_up: Tensor) -> Tensor:
-    """GPT-OSS's, in transformers 4."""
+    """GPT-OSS's activation, in transformers 4."""
     gate = gate_up[..., ::2].clamp(max=module.limit)
     up = gate_up[..., 1::2].clamp(min=-module.limit, max=module.limit)
     return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
 
 
-# Classes that do not say that their matrices are transposed, whether there are biases, and how they activate, by name.
+# Classes with transposed matrices that do not say so, by name: whether there are biases, and the activation.
 _UNTOLD: dict[str, tuple[bool, Callable[[Any, Tensor], Tensor]]] = {
     "GptOssExperts": (True, _clamped_gate), "Llama4TextExperts": (False, _plain_gate),
 }  # fmt: skip
 
 
 def _runs(experts: Tensor, count: int) -> Iterator[tuple[int, slice]]:
-    """Each expert's rows; numbers beyond the last expert stand for rows that are masked out."""
+    """Yield each expert's rows; numbers beyond the last expert mark masked rows."""
     numbers, counts = torch.unique_consecutive(experts, return_counts=True)
     begin = 0
     for e, n in zip(numbers.tolist(), counts.tolist(), strict=True):
@@ -82,8 +82,8 @@ def _by_expert(
 def grouped_linear(x: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """Multiply each row of x, (S, K), by the transposed matrix of its expert; (S, N).
 
-    `experts`, (S,), says which expert and is sorted. Rows of a number that no expert has become zeros. `fields` have
-    the experts as their first dimension.
+    `experts`, (S,), is sorted and names each row's expert. Rows with a number that no expert has become zeros. `fields`
+    have the experts as their first dimension.
     """
     return _by_expert(x, experts, fields, codec, group_size, multiply_codes, fields[0].shape[1])
 
@@ -122,21 +122,21 @@ grouped_linear_backward.register_autograd(_differentiated(grouped_linear), setup
 
 
 class QINSExperts(Coded):
-    """Experts that keep their matrices as 8-bit logarithmic codes, in the place of a module of transformers.
+    """Experts that store their matrices as 8-bit logarithmic codes; replaces a module of transformers.
 
     Each expert's matrix of each projection is encoded by itself. The codes are buffers named `<projection>_<field>`,
-    with the experts as their first dimension; matrices are (out_features, in_features), whichever way round the
-    original has them. Biases stay parameters.
+    with the experts as their first dimension. Matrices are (out_features, in_features), even where the original has
+    them transposed. Biases stay parameters.
 
     Args:
-        original: the module to stand for; what it has besides its stacks of matrices is taken over, not copied.
+        original: the module to replace; everything but its stacks of matrices is shared, not copied.
         codec: "log8", "log9", "golden" or "rational".
         group_sizes: of each projection.
 
     """
 
     def __init__(self, original: nn.Module, codec: str, group_sizes: Mapping[str, int | None]) -> None:
-        """Make a module without codes, on the meta device; `encode` or `load_state_dict(assign=True)` brings them."""
+        """Make a module on the meta device; `encode` or `load_state_dict(assign=True)` fills in the codes."""
         super().__init__()
         stacks = projections(original)
         self.__dict__.update({k: v for k, v in vars(original).items() if k not in self.__dict__})
@@ -158,7 +158,15 @@ class QINSExperts(Coded):
 
     @classmethod
     def from_experts(cls, original: nn.Module, codec: str, group_sizes: Mapping[str, int | None]) -> QINSExperts:
-        """Encode a module's experts.
+        """Quantize a module's experts.
+
+        Args:
+            original: the float module.
+            codec: "log8", "log9", "golden" or "rational".
+            group_sizes: of each projection.
+
+        Returns:
+            the quantized module.
 
         Raises:
             ValueError: a weight is NaN or infinite; the message names projection and expert.
@@ -170,7 +178,7 @@ class QINSExperts(Coded):
         return new
 
     def encode(self, stack: str, matrices: Tensor | Iterator[Tensor]) -> dict[str, Tensor]:
-        """Encode the matrices of a projection, as the original has them, one by one; return the buffers by name."""
+        """Encode the original's matrices of a projection one by one; return the buffers by name."""
         experts, out_features, in_features = self.shapes[stack]
         group_size = self.group_sizes[stack]
         fields = field_names(self.codec, group_size)
@@ -188,30 +196,30 @@ class QINSExperts(Coded):
             for n in fields:
                 buffers[f"{stack}_{n}"][count] = torch.from_numpy(np.asarray(encoded.fields[n]))
             count += 1
-            del matrix, w, encoded  # before the next one is made
+            del matrix, w, encoded  # freed before the next one is made
         if count != experts:
             raise ValueError(f"{stack}: expected {experts} matrices, got {count}")
         return buffers
 
     def fields(self, stack: str) -> list[Tensor]:
-        """The codes of a projection, experts first, in the operators' order."""
+        """Return the codes of a projection, experts first, in the operators' order."""
         names = field_names(self.codec, self.group_sizes[stack])
         return [self._buffers[f"{stack}_{n}"] for n in names]  # type: ignore[misc]
 
     def matrices(self, name: str) -> Iterator[Matrix]:
-        """The stacks, named `<module>.<projection>`."""
+        """Yield the stacks, named `<module>.<projection>`."""
         for stack, shape in self.shapes.items():
             yield f"{name}.{stack}", shape, self.group_sizes[stack], self.fields(stack)
 
     def encoded(self, stack: str, expert: int) -> EncodedArray:
-        """One expert's matrix as an EncodedArray over the same memory (CPU only), every field checked."""
+        """Return one expert's matrix as an EncodedArray that shares its memory (CPU only); every field is checked."""
         group_size = self.group_sizes[stack]
         names = field_names(self.codec, group_size)
         arrays = {n: f[expert].numpy() for n, f in zip(names, self.fields(stack), strict=True)}
         return EncodedArray.from_fields(self.codec, arrays, group_size)
 
     def weight(self, stack: str) -> Tensor:
-        """The decoded matrices of a projection, (experts, out_features, in_features)."""
+        """Return the dequantized matrices of a projection, (experts, out_features, in_features)."""
         group_size = self.group_sizes[stack]
         names = field_names(self.codec, group_size)
         return torch.stack([
@@ -232,7 +240,7 @@ class QINSExperts(Coded):
         return y
 
     def _outputs(self, x: Tensor, k: int, experts: Tensor) -> Tensor:
-        """What each of these experts makes of its row of x, which is the i // k-th of the i-th expert."""
+        """Return the outputs of these experts; the i-th takes row i // k of x."""
         experts, order = experts.sort(stable=True)
         y = self._project(next(iter(self.shapes)), x[order // k], experts)
         y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)  # type: ignore[operator]
@@ -252,13 +260,13 @@ class QINSExperts(Coded):
 
         Args:
             hidden_states: (tokens, hidden).
-            top_k_index: (tokens, k), the experts chosen; a number beyond the last expert chooses none.
-            top_k_weights: (tokens, k).
+            top_k_index: (tokens, k), the chosen experts; a number beyond the last expert chooses none.
+            top_k_weights: (tokens, k), their routing weights.
             router_indices: as top_k_index (GPT-OSS of transformers 4, whose hidden_states are (batch, tokens, hidden)).
-            routing_weights: (tokens, experts), with it.
+            routing_weights: (tokens, experts), together with router_indices.
 
-        Without any of these (Llama 4) hidden_states are (experts * tokens, hidden): what each expert gets, zeros where
-        it was not chosen. Outputs are of that shape, too.
+        Without any of these (Llama 4), hidden_states are (experts * tokens, hidden): the input of each expert, zeros
+        where it was not chosen. The outputs have that shape, too.
 
         """
         shape, x = hidden_states.shape, hidden_states.flatten(0, -2)
@@ -277,7 +285,7 @@ class QINSExperts(Coded):
         return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype).view(shape)
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return a module of the original class with the decoded matrices."""
+        """Return a module of the original class with the dequantized matrices."""
         new = self.original.__new__(self.original)
         nn.Module.__init__(new)
         ours = {"original", "codec", "group_sizes", "shapes", "_dtype", "_names"}

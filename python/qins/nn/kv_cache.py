@@ -1,4 +1,4 @@
-"""KV caches: keys in float16, values (and keys, if asked) as codes with a range for each token and head."""
+"""KV caches: keys in float16, values (and optionally keys) as codes with one range per token and head."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Tensor = torch.Tensor
 _CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
 _DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-# How each codec keeps (batch, heads, tokens, head_dim): its tensors with their dtypes and the size of the last
-# dimension, None for head_dim.
+# The tensors that each codec stores for (batch, heads, tokens, head_dim): dtype, and size of the last dimension (None
+# for head_dim).
 _FIELDS: dict[str, dict[str, tuple[torch.dtype, int | None]]] = {
     "float16": {"data": (torch.float16, None)},
     "golden": {"stored": (torch.uint8, None), "sign": (torch.int8, None), "range": (torch.float32, 2)},
@@ -24,7 +24,7 @@ _FIELDS: dict[str, dict[str, tuple[torch.dtype, int | None]]] = {
 
 
 def check_cache_codec(argument: str, codec: str) -> str:
-    """Return the name of a KV cache's codec, or raise the ValueError that lists them."""
+    """Return the name of a KV cache's codec, or raise the ValueError that lists the codecs."""
     if codec not in _FIELDS:
         raise ValueError(f"{argument}: expected one of {', '.join(_FIELDS)}, got {codec!r}")
     return codec
@@ -49,11 +49,11 @@ class _Tokens:
         return next(iter(self.fields.values())).shape[0]
 
     def nbytes(self, batch: int, tokens: int) -> int:
-        """Bytes of that many sequences and tokens."""
+        """Return the bytes of this many sequences and tokens."""
         return sum(batch * f.shape[1] * tokens * f.shape[3] * f.element_size() for f in self.fields.values())
 
     def grow(self, room: int, tokens: int) -> None:
-        """Make room, keeping the first tokens."""
+        """Make room for more tokens and keep the first ones."""
         for name, old in self.fields.items():
             new = old.new_empty(*old.shape[:2], room, old.shape[3])
             new[:, :, :tokens] = old[:, :, :tokens]
@@ -73,7 +73,7 @@ class _Tokens:
         )  # fmt: skip
 
     def write(self, x: Tensor, start: int) -> None:
-        """Keep x, (batch, heads, tokens, head_dim), as the tokens from `start` on."""
+        """Store x, (batch, heads, tokens, head_dim), as the tokens from `start` on."""
         tokens = x.shape[2]
         if self.codec == "float16":
             kept = self.fields["data"][: x.shape[0], :, start : start + tokens]
@@ -112,19 +112,19 @@ def _check_states(k: Tensor, v: Tensor) -> None:
 
 
 class QINSKVCache:
-    """A KV cache of fixed size; the seed's class of that name.
+    """A KV cache of fixed size; the prototype's class of that name.
 
-    Keys are kept in float16, values by `golden`'s rule with a range of their own for each token and head (2 bytes an
-    element, and 8 a row). With v_codec="log8", values take 1 byte and 2 a row; k_codec="log8" does the same for keys.
+    Keys are stored in float16. Values are `golden` codes with one range per token and head: 2 bytes per element and 8
+    per row. With v_codec="log8", values take 1 byte per element and 2 per row; k_codec="log8" does the same for keys.
 
     Args:
-        max_batch_size: sequences.
-        max_seq_len: tokens of a sequence.
+        max_batch_size: most sequences.
+        max_seq_len: most tokens per sequence.
         n_heads: heads of keys and values.
-        head_dim: elements of one head.
-        device: the CPU.
-        v_codec: "golden", "log8" or "float16".
-        k_codec: likewise.
+        head_dim: elements per head.
+        device: must be the CPU.
+        v_codec: codec of the values: "golden", "log8" or "float16".
+        k_codec: codec of the keys: one of the same.
 
     """
 
@@ -160,16 +160,16 @@ class QINSKVCache:
         self._tokens_first = False
 
     def update(self, k: Tensor, v: Tensor) -> None:
-        """Append keys and values to those of the sequences so far.
+        """Append keys and values to the sequences.
 
         Args:
-            k: (batch, n_heads, tokens, head_dim), or (batch, tokens, n_heads, head_dim): the sizes tell, and where they
-                do not, heads come first. All updates have one order.
-            v: of the same shape.
+            k: (batch, n_heads, tokens, head_dim) or (batch, tokens, n_heads, head_dim). The sizes decide which; if they
+                are ambiguous, heads come first. All updates must have the same order.
+            v: values of the same shape.
 
         Raises:
             ValueError: a shape does not fit, the cache is full, or a value is NaN, infinite or (keys) too large for
-                float16. The cache is then as it was.
+                float16. The cache is then unchanged.
 
         """
         _check_states(k, v)
@@ -203,7 +203,7 @@ class QINSKVCache:
     def get_kv(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the first sequences, each (batch_size, n_heads, seq_len, head_dim).
 
-        They have the dtype of the last update's keys, and its order of dimensions.
+        They have the dtype of the last update's keys and its order of dimensions.
         """
         if not 1 <= batch_size <= self.max_batch_size or (self.seq_len and batch_size > self.batch_size):
             raise ValueError(f"batch_size: expected 1 to {self.batch_size or self.max_batch_size}, got {batch_size}")
@@ -212,7 +212,7 @@ class QINSKVCache:
         return (k.transpose(1, 2), v.transpose(1, 2)) if self._tokens_first else (k, v)
 
     def memory_savings(self) -> dict[str, float]:
-        """Return what the whole cache takes, and would take in float16 and float32, in bytes, and the ratios."""
+        """Return the bytes of the whole cache, the bytes that it would take in float16 and float32, and the ratios."""
         elements = 2 * self.max_batch_size * self.max_seq_len * self.n_heads * self.head_dim
         return savings(
             self._keys.nbytes(self.max_batch_size, self.max_seq_len),
@@ -228,7 +228,7 @@ class QINSKVCache:
 
 
 def savings(key_bytes: int, value_bytes: int, elements: int) -> dict[str, float]:
-    """What a cache of so many elements takes, and would take as floats, in bytes, and the ratios."""
+    """Return the bytes of a cache of so many elements, the bytes that it would take as floats, and the ratios."""
     total = key_bytes + value_bytes
     return {
         "key_bytes": key_bytes,
@@ -242,9 +242,9 @@ def savings(key_bytes: int, value_bytes: int, elements: int) -> dict[str, float]
 
 
 class GrowingTokens:
-    """The keys and values of one layer, for any number of tokens: what QINSCache's layers are made of."""
+    """The keys and values of one layer, for any number of tokens; the storage of QINSCache's layers."""
 
-    # Room is taken for so many tokens at first, and for half as many again as are needed later.
+    # Room is allocated for this many tokens at first, and later for half as many again as are needed.
     _FIRST_ROOM = 128
 
     def __init__(self, k_codec: str, v_codec: str) -> None:
@@ -254,7 +254,7 @@ class GrowingTokens:
         self._values: _Tokens | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v, (batch, heads, tokens, head_dim); return all keys and values, decoded, in their dtypes."""
+        """Store k and v, (batch, heads, tokens, head_dim); return all keys and values, dequantized, in their dtypes."""
         _check_states(k, v)
         batch, heads, tokens, _ = k.shape
         needed = self.length + tokens
@@ -277,7 +277,7 @@ class GrowingTokens:
         self.length = min(self.length, length)
 
     def clear(self) -> None:
-        """Forget all tokens and give their memory back."""
+        """Forget all tokens and free their memory."""
         self.length, self._keys, self._values = 0, None, None
 
     def select(self, indices: Tensor) -> None:
@@ -288,11 +288,11 @@ class GrowingTokens:
 
     @property
     def batch(self) -> int:
-        """Sequences; 0 before the first."""
+        """Sequences; 0 before the first tokens."""
         return self._keys.batch if self._keys is not None else 0
 
     def savings(self) -> tuple[int, int, int]:
-        """Bytes of keys and of values, and how many elements they stand for."""
+        """Return the bytes of keys, the bytes of values, and the number of their elements."""
         if self._keys is None or self._values is None:
             return 0, 0, 0
         shapes = [next(iter(t.fields.values())).shape for t in (self._keys, self._values)]

@@ -1,4 +1,4 @@
-"""QINSLinear and QINSEmbedding: torch's modules of these names whose weight is codes."""
+"""QINSLinear: torch's linear layer with a quantized weight."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .ops import multiply
 
 
 class QINSLinear(CodedWeight, nn.Linear):
-    """A linear layer that keeps its weight as 8-bit logarithmic codes and computes y = x @ W.T + bias.
+    """A linear layer that stores its weight as 8-bit logarithmic codes and computes y = x @ W.T + bias from them.
 
-    The codes are buffers named as docs/formats.md names the fields (for `golden`: stored, sign, log_min,
-    log_max); `bias` stays a parameter and trains, and gradients flow to the input. Scales and ranges
-    stay float32 through every `.to(dtype)`.
+    The codes are buffers with the field names of docs/formats.md (for `golden`: stored, sign, log_min, log_max). They
+    are frozen. `bias` stays a trainable parameter, and gradients flow to the input. Scales and ranges stay float32
+    through every `.to(dtype)`.
 
     Args:
         in_features: K, size of the last dimension of the input.
         out_features: N, size of the last dimension of the output.
         bias: whether the layer has a bias.
         codec: "log8", "log9", "golden" or "rational".
-        group_size: inputs that share a group scale (log8); None for one scale a row; "default" for what
-            `qins.default_group_size` says of in_features.
+        group_size: inputs per group scale (log8); None for per-row scales only; "default" for
+            `qins.default_group_size` of in_features.
         device: of the buffers and the bias.
-        dtype: of the bias; `weight` is decoded to it.
+        dtype: of the bias and of the dequantized `weight`.
 
     """
 
@@ -42,7 +42,7 @@ class QINSLinear(CodedWeight, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make a layer of zeros, for `load_state_dict` to fill; `from_linear` encodes an existing layer."""
+        """Make a layer of zeros, to be filled by `load_state_dict`; `from_linear` quantizes an existing layer."""
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features, self.out_features = in_features, out_features
         self._make_codes((out_features, in_features), codec, group_size, device, dtype)
@@ -60,7 +60,16 @@ class QINSLinear(CodedWeight, nn.Linear):
         group_size: int | str | None = "default",
         mu: float | None = None,
     ) -> QINSLinear:
-        """Encode a layer's weight. The bias is the same Parameter, not a copy.
+        """Quantize a layer. The bias is the same Parameter, not a copy.
+
+        Args:
+            linear: the float layer.
+            codec: "log8", "log9", "golden" or "rational".
+            group_size: as in the constructor.
+            mu: curvature of log8's levels; None searches for the best value.
+
+        Returns:
+            the quantized layer.
 
         Raises:
             TypeError: `linear` is not an nn.Linear with a floating-point weight.
@@ -79,7 +88,7 @@ class QINSLinear(CodedWeight, nn.Linear):
     def from_encoded(
         cls, linear: nn.Linear, encoded: EncodedArray | None, codec: str, group_size: int | None
     ) -> QINSLinear:
-        """Wrap codes that stand for linear's weight; None makes a layer on the meta device."""
+        """Wrap the codes of linear's weight; None makes a layer on the meta device."""
         weight = linear.weight
         new = cls(
             linear.in_features, linear.out_features, bias=False, codec=codec, group_size=group_size,
@@ -96,7 +105,7 @@ class QINSLinear(CodedWeight, nn.Linear):
         device = "cpu" if input.is_cpu else input.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        # through the dictionaries: a module's attribute look-up costs a tenth of a small layer's time
+        # through the dictionaries: attribute lookup on a module costs a tenth of a small layer's time
         buffers, bias = self._buffers, self._parameters["bias"]
         fields: list[torch.Tensor] = [buffers[n] for n in self._names]  # type: ignore[misc]
         y = multiply(input, fields, self.codec, self.group_size)

@@ -1,4 +1,4 @@
-"""What a model's tensors take in memory, tensor by tensor, from what they are and not from what they should be."""
+"""The memory of a model, measured from its tensors as they are and not as they should be."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import nn
 
 from ..codec import FIELD_ROLES, split_field
 
-# Buffers that hold codes, by the names that our layers and the seed's give them. Each is 8 bits a weight.
-
 
 def _role(name: str) -> str:
     field = split_field(name)
@@ -28,14 +26,14 @@ class TensorMemory:
     Attributes:
         name: as in the state dict.
         module: class of the module that holds it.
-        kind: "parameter", "buffer", or "attribute": a tensor that the state dict does not know of.
+        kind: "parameter", "buffer" or "attribute" (a tensor that the state dict does not contain).
         role: "codes", "sign", "range" (scales and ranges of codes) or "other".
         dtype: its dtype, without "torch.".
         shape: its shape.
-        device: "meta" takes no memory.
+        device: its device; "meta" takes no memory.
         bytes: of its elements.
-        resident_bytes: of the storage that it keeps alive; 0 where a tensor above keeps the same one.
-        shares: that tensor's name.
+        resident_bytes: of the storage that it keeps alive; 0 if an earlier tensor has the same storage.
+        shares: the name of that earlier tensor.
 
     """
 
@@ -57,8 +55,8 @@ class MemoryReport:
 
     Attributes:
         tensors: in the order of the modules.
-        problems: sentences on tensors that are not what their names say, or that nobody would have counted.
-        float32_bytes: what the same model takes with all its weights in float32.
+        problems: sentences about tensors that contradict their names, or that other counts would miss.
+        float32_bytes: size of the same model with all weights in float32.
 
     """
 
@@ -71,7 +69,7 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all storages, each counted once; what is on the meta device takes none."""
+        """Bytes of all storages, each counted once; the meta device takes none."""
         return self._sum()
 
     @property
@@ -81,12 +79,12 @@ class MemoryReport:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of buffers; a quantized layer's codes are here."""
+        """Bytes of buffers, which include the codes of quantized layers."""
         return self._sum(kind="buffer")
 
     @property
     def attribute_bytes(self) -> int:
-        """Bytes of tensors that are neither, such as a decoded copy kept in a plain attribute."""
+        """Bytes of tensors that are neither, such as a dequantized copy in a plain attribute."""
         return self._sum(kind="attribute")
 
     @property
@@ -96,26 +94,26 @@ class MemoryReport:
 
     @property
     def compression(self) -> float:
-        """float32_bytes over what the tensors take, or would take where they are on the meta device."""
+        """float32_bytes over the tensors' bytes, including those on the meta device."""
         taken = self.total_bytes + self.meta_bytes
         return self.float32_bytes / taken if taken else 1.0
 
     def by(self, attribute: str) -> dict[str, int]:
-        """Resident bytes by an attribute of the tensors, such as "dtype", "role", "kind" or "module"."""
+        """Return resident bytes by an attribute of the tensors, such as "dtype", "role", "kind" or "module"."""
         found: dict[str, int] = defaultdict(int)
         for t in self.tensors:
             found[str(getattr(t, attribute))] += t.resident_bytes
         return dict(found)
 
     def by_layer(self) -> dict[str, int]:
-        """Resident bytes by the module that holds them, by its path."""
+        """Return resident bytes by the path of the module that holds them."""
         found: dict[str, int] = defaultdict(int)
         for t in self.tensors:
             found[t.name.rpartition(".")[0]] += t.resident_bytes
         return dict(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: totals, then every tensor."""
+        """Return a dictionary for JSON: totals, then every tensor."""
         return {
             "total_bytes": self.total_bytes,
             "parameter_bytes": self.parameter_bytes,
@@ -132,7 +130,7 @@ class MemoryReport:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
@@ -193,10 +191,16 @@ def _weights_of_codes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
-    """Measure a model's tensors: parameters, buffers, and tensors in plain attributes, where copies hide.
+    """Measure a model's memory: parameters, buffers, and tensors in plain attributes, where copies hide.
 
-    A storage that several tensors share counts once, for the first of them; a view counts the whole storage
-    that it keeps alive. Nothing is computed, decoded or copied.
+    A storage that several tensors share counts once, for the first of them. A view counts the whole storage that it
+    keeps alive. Nothing is computed, dequantized or copied.
+
+    Args:
+        model: the model.
+
+    Returns:
+        a report that prints as a table.
 
     Raises:
         TypeError: `model` is not an nn.Module.
@@ -239,11 +243,11 @@ def _problems(
 ) -> Iterator[str]:
     if role == "codes" and t.element_size() != 1:
         dtype = str(t.dtype).removeprefix("torch.")
-        yield f"{full}: codes take a byte a weight, these are {dtype}, {t.element_size()} bytes each: not quantized"
+        yield f"{full}: codes take one byte per weight, these are {dtype}, {t.element_size()} bytes each: not quantized"
     if role == "sign" and t.element_size() != 1:
-        yield f"{full}: signs take a byte or a bit a weight, these are {t.dtype}"
+        yield f"{full}: signs take a byte or a bit per weight, these are {t.dtype}"
     if kind == "attribute" and t.device.type != "meta" and resident > 1 << 12:
-        what = "a decoded copy beside the codes" if weights and t.numel() >= weights else "a tensor"
+        what = "a dequantized copy beside the codes" if weights and t.numel() >= weights else "a tensor"
         yield f"{full}: {what} of {resident:,} bytes in a plain attribute, which no state dict shows"
     if resident > 2 * size and resident > 1 << 20:
         yield f"{full}: a view of {size:,} bytes keeps a storage of {resident:,} bytes alive"

@@ -1,7 +1,7 @@
-"""torch operators on codes: decode, and x @ W.T without a decoded copy of W.
+"""torch operators on codes: embedding lookup, and x @ W.T without a dequantized copy of W.
 
-Codes travel as a list of tensors, `fields`, in the order of `field_names`. The operators are
-registered with torch.library, so that torch.compile and torch.export see them whole.
+Codes are passed as a list of tensors, `fields`, in the order of `field_names`. The operators are registered with
+torch.library, so torch.compile and torch.export treat each as one operation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..system import threads
 
 Tensor = torch.Tensor
 
-# Scratch for decoded tiles: at most 6 x 4 MiB in the whole process, whatever the number of calls.
+# Scratch for dequantized tiles: at most 6 x 4 MiB in the whole process, however many calls run.
 _SCRATCH_BYTES = 4 << 20
 _SCRATCHES = 6
 _scratch: queue.LifoQueue[Tensor | None] = queue.LifoQueue()
@@ -29,7 +29,7 @@ for _ in range(_SCRATCHES):
 
 @contextmanager
 def _borrow_scratch() -> Iterator[Tensor]:
-    """Lend one scratch buffer; waits while all are in use."""
+    """Yield one scratch buffer; wait while all are in use."""
     buffer = _scratch.get()
     try:
         if buffer is None:
@@ -39,17 +39,17 @@ def _borrow_scratch() -> Iterator[Tensor]:
         _scratch.put(buffer)
 
 
-# Up to this many rows of x are multiplied straight from the codes; more are multiplied with decoded
-# tiles, by torch's own BLAS. Measured with benchmarks/linear.py; `set_fused_rows` changes it. None: all, in an
-# instruction set that has bfloat16 arithmetic, else see below.
+# Up to this many rows of x go through the fused kernels; more go through dequantized tiles and torch's own BLAS.
+# Measured with benchmarks/linear.py; `set_fused_rows` changes it. None: all rows on an instruction set with bfloat16
+# arithmetic, _FUSED_ROWS_BF16 on others.
 _fused_rows: dict[torch.dtype, int | None] = {
     torch.float32: sys.maxsize,
     torch.bfloat16: None,
     torch.float16: sys.maxsize,
 }
 _BF16_ISAS = frozenset(name for name in isas() if _core.has_bf16(name))
-# torch's bfloat16 is fast on processors that have such instructions, and slower than float32 on other x86 ones; what it
-# is on others has not been measured.
+# torch's bfloat16 is fast on processors with such instructions, and slower than float32 on other x86 processors. It has
+# not been measured on the rest.
 _FUSED_ROWS_BF16 = 256 if _BF16_ISAS else sys.maxsize if "avx2" in isas() else 32
 
 _CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
@@ -64,7 +64,7 @@ def _is_fused(dtype: torch.dtype, batch: int) -> bool:
 
 
 def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
-    """Multiply up to `rows` rows of x straight from the codes, for one dtype of x or for all."""
+    """Let up to `rows` rows of x go through the fused kernels, for one dtype of x or for all."""
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
         raise ValueError(f"rows: expected an integer >= 0, got {rows!r}")
     if dtype is not None and dtype not in _fused_rows:
@@ -74,7 +74,7 @@ def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
 
 
 def _addresses(fields: Sequence[Tensor], codec: str, group_size: int | None) -> tuple[int, int, int, int, int]:
-    """Addresses of codes, of a second and a third array, and of two scalars; 0 for what the codec has not."""
+    """Return the addresses of codes, second and third array, and two scalars; 0 for those that the codec lacks."""
     at = [f.data_ptr() for f in fields]
     if codec != "log8":
         return at[0], at[1], 0, at[2], at[3]
@@ -82,15 +82,15 @@ def _addresses(fields: Sequence[Tensor], codec: str, group_size: int | None) -> 
 
 
 def numbers_of(fields: Sequence[Tensor], codec: str, group_size: int | None) -> tuple[int, ...] | None:
-    """A matrix of codes as the core's functions take it by address, for who keeps the tensors; None if it cannot."""
+    """Describe codes by address for the core, or None if it cannot use them. The caller keeps the tensors alive."""
     if not all(f.is_cpu and f.is_contiguous() for f in fields):
         return None
     return (_CODEC_NUMBER[codec], *_addresses(fields, codec, group_size), *fields[0].shape, group_size or 0)
 
 
 def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
-    """X @ W.T, without dispatcher or gradient."""
-    # On the way to the kernels every step is the cheapest there is: a small layer takes ten microseconds.
+    """X @ W.T, without torch's dispatcher and without a gradient."""
+    # Every step to the kernels must be cheap: a small layer takes only ten microseconds.
     codes, second = fields[0], fields[1]
     rows, cols = codes.shape
     shape, dtype = x.shape, x.dtype
@@ -136,12 +136,12 @@ def _multiply_tiles(x: Tensor, fields: Sequence[Tensor], codec: str, group_size:
 
 
 def multiply_codes_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
-    """G @ W, without dispatcher or gradient."""
+    """G @ W, without torch's dispatcher and without a gradient."""
     if g.device.type != "cpu":
         return g @ decode_on_device(codec, group_size, fields, g.dtype)
     blocks = Blocks(codec, group_size, fields)
     g2 = g.reshape(-1, blocks.rows)
-    # summed over tiles of rows, so in float32 at least
+    # a sum over tiles of rows, so at least in float32
     out = torch.zeros(g2.shape[0], blocks.cols, dtype=torch.promote_types(g.dtype, torch.float32))
     with _borrow_scratch() as scratch:
         for rows, cols, tile in blocks.tiles(g.dtype, scratch):
@@ -192,7 +192,7 @@ linear_backward.register_autograd(_double_backward, setup_context=_save_for_back
 
 @torch.library.custom_op("qins::embedding", mutates_args=())
 def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
-    """Decode rows of a matrix: ids (...) to (..., columns)."""
+    """Dequantize rows of a matrix: ids (...) to (..., columns)."""
     names = field_names(codec, group_size or None)
     flat = ids.reshape(-1)
     rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
@@ -205,7 +205,7 @@ def _embedding_shape(ids: Tensor, fields: list[Tensor], codec: str, group_size: 
 
 
 def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
-    """`linear` by the shortest way: past the dispatcher when nothing but the result is wanted."""
+    """Compute `linear`, bypassing torch's dispatcher when neither a gradient nor a graph is needed."""
     if (
         type(x) is Tensor
         and x.is_cpu

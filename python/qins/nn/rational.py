@@ -1,4 +1,4 @@
-"""The rational codec in models: the seed's layer and conversion."""
+"""The rational codec in models: the prototype's layer and conversion."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NAMES = ("w_encoded", "alpha", "z_min", "z_max")
 
 
 class QINSWeightLinear(nn.Module):
-    """A linear layer whose weight is kept as rational codes; the seed's class of that name.
+    """A linear layer that stores its weight as rational codes; the prototype's class of that name.
 
     Args:
         linear: the layer to encode; its bias is shared.
         alpha: slope of the codec.
-        quantize: one byte a weight (`w_encoded` is uint8, with z_min and z_max beside it) instead of float32.
+        quantize: one byte per weight (`w_encoded` is uint8, with z_min and z_max beside it) instead of float32.
 
     """
 
@@ -52,7 +52,7 @@ class QINSWeightLinear(nn.Module):
         self.train(linear.training)
 
     def decode_weight(self) -> torch.Tensor:
-        """Return the weight, float32 (out_features, in_features), made anew at each call."""
+        """Return the dequantized weight, a new float32 tensor (out_features, in_features) at each call."""
         if not self.quantize:
             return decode_tensor(self.get_buffer("w_encoded"), float(self.get_buffer("alpha")), False)
         return decode_fields("rational", dict(self._buffers), None, torch.float32)  # type: ignore[arg-type]
@@ -91,10 +91,10 @@ def convert_linear_to_qins(
 
     Args:
         model: the model; it is returned.
-        target_names: None for v_proj, o_proj, gate_proj, up_proj and down_proj.
+        target_names: parts of names; None for v_proj, o_proj, gate_proj, up_proj and down_proj.
         alpha: slope of the codec.
         verbose: print what was replaced.
-        quantize: one byte a weight.
+        quantize: one byte per weight.
 
     """
     warn_deprecated("convert_linear_to_qins")
@@ -127,7 +127,7 @@ def verify_qins_layer(
     Args:
         linear: the original.
         qins_layer: its QINSWeightLinear.
-        x: inputs (..., in_features); None takes 16 rows of a fixed normal sample.
+        x: inputs (..., in_features); None for 16 rows of a fixed normal sample.
         tolerance: largest relative RMS error of the outputs that passes.
 
     Returns:

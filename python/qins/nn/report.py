@@ -1,4 +1,4 @@
-"""What a conversion did."""
+"""Reports of conversions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ConvertedModule:
-    """One converted layer. Bytes are of the weight alone; the bias is the same before and after."""
+    """One converted layer. Bytes count the weight only; the bias does not change."""
 
     name: str
-    shape: tuple[int, ...]  # of a stack of experts with their number first
+    shape: tuple[int, ...]  # a stack of experts has their number first
     codec: str
     group_size: int | None
     bytes_before: int
     bytes_after: int
-    snr_db: float  # 10 log10 of squared weights over squared errors; infinite if exact, nan on the meta device
+    snr_db: float  # 10 log10 of squared weights over squared errors; infinite if exact, nan on meta
 
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module that holds a matrix and was left as it was."""
+    """A module that holds a matrix and was not converted."""
 
     name: str
     kind: str
@@ -29,28 +29,28 @@ class SkippedModule:
 
 @dataclass
 class ConversionReport:
-    """What `convert` did; printing it gives a table."""
+    """The result of `convert`; prints as a table."""
 
     converted: list[ConvertedModule] = field(default_factory=list)
     skipped: list[SkippedModule] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the converted weights before."""
+        """Bytes of the converted weights before conversion."""
         return sum(m.bytes_before for m in self.converted)
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of their codes."""
+        """Bytes of the codes."""
         return sum(m.bytes_after for m in self.converted)
 
     @property
     def compression(self) -> float:
-        """Bytes before over bytes after, of the converted weights."""
+        """Compression of the converted weights: bytes before over bytes after."""
         return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         return {
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

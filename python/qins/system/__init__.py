@@ -1,6 +1,6 @@
-"""What the system and the environment give: threads, memory, files, terminals, and packages that may not be installed.
+"""The operating system and environment: threads, memory, files, terminals, optional packages.
 
-The lowest room: it imports nothing of ours.
+The lowest room: it imports no other room.
 """
 
 from . import threads

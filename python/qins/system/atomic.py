@@ -1,4 +1,4 @@
-"""Files that are complete under their names, or not there."""
+"""Files that are complete or absent, never half-written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def atomically(target: Path) -> Iterator[Path]:
-    """Lend a name to write a file to; it becomes `target`, on the disk, when all went well, and goes otherwise."""
+    """Yield a temporary path to write to. On success it is synced and renamed to `target`; on error it is deleted."""
     temporary = target.with_name(target.name + ".tmp")
     try:
         yield temporary
@@ -34,17 +34,17 @@ def atomically(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, which goes afterwards; the system gives up the lock of a process that dies.
+    """Hold a lock file and delete it afterward. The system releases the lock of a process that dies.
 
     Raises:
-        BlockingIOError: another holds it; `what` says who that may be.
+        BlockingIOError: another process holds the lock; the message is `what`.
 
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(file, what)
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder has removed it since
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder deleted it meanwhile
                 break
         except BaseException:
             os.close(file)
@@ -53,10 +53,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.platform != "win32":  # while it is still locked, so that nobody waits for a file that goes
+        if sys.platform != "win32":  # while still locked, so that nobody waits on a deleted file
             path.unlink(missing_ok=True)
         os.close(file)
-        if sys.platform == "win32":  # which does not remove open files, of another holder's neither
+        if sys.platform == "win32":  # which cannot delete open files, not even another holder's
             with suppress(OSError):
                 path.unlink()
 
@@ -74,7 +74,7 @@ def _lock(file: int, what: str) -> None:
     except OSError as e:
         if e.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             raise BlockingIOError(what) from None
-        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # of a file system that has no locks
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without locks
             raise
 
 

@@ -1,4 +1,4 @@
-"""Which extra brings a package that is not installed."""
+"""Which extra installs a missing optional package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Top-level module: the extra of pyproject.toml that declares it.
+# Top-level module to the extra in pyproject.toml that declares it.
 EXTRAS = {
     "torch": "torch",
     "transformers": "hf",
@@ -23,10 +23,10 @@ EXTRAS = {
 
 @contextmanager
 def naming_extras() -> Iterator[None]:
-    """Say which extra to install where an optional package is missing; a decorator, too.
+    """Turn a missing optional package into an ImportError that names its extra; also a decorator.
 
     Raises:
-        ImportError: a package of EXTRAS is not installed.
+        ImportError: a package in EXTRAS is not installed.
 
     """
     try:
@@ -39,10 +39,10 @@ def naming_extras() -> Iterator[None]:
 
 
 def require(*packages: str) -> None:
-    """Check, without importing them, that packages are installed: before work whose last step needs them.
+    """Check that packages are installed, without importing them. For use before long work whose last step needs them.
 
     Raises:
-        ImportError: one is not; the message names its extra.
+        ImportError: a package is missing; the message names its extra.
 
     """
     for package in packages:

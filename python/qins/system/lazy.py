@@ -1,4 +1,4 @@
-"""Names of a package that import their module when they are first asked for."""
+"""Module attributes that import their submodule on first access."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from .extras import naming_extras
 
 
 def lazily(module: str, places: Mapping[str, str], package: str | None = None) -> Callable[[str], Any]:
-    """Return a module's `__getattr__`.
+    """Return a `__getattr__` for a module.
+
+    The returned function raises AttributeError for a name that is not in `places`, and ImportError where an extra is
+    missing; the message names the extra.
 
     Args:
         module: name of the module.
-        places: name to the submodule of `package` that defines it, which may need an optional package.
-        package: the module itself, if None.
+        places: attribute to the submodule of `package` that defines it and may need an optional package.
+        package: None for the module itself.
 
-    Raises:
-        AttributeError: from what is returned, for a name that is not in `places`.
-        ImportError: from it, where an extra is not installed; the message names the extra.
+    Returns:
+        a function from an attribute's name to its value.
 
     """
 

@@ -1,4 +1,4 @@
-"""What machine this is, and how much memory the process has held."""
+"""The machine's name, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
+    """Return the processor's name as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -18,7 +18,7 @@ def cpu_name() -> str:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory that this process has held since the last reset; None where the system does not say."""
+    """Return the peak resident memory since the last reset; None where the system does not report it."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -29,7 +29,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def reset_peak_resident_bytes() -> None:
-    """Let the peak begin anew at what is held now, where the system can (Linux)."""
+    """Reset the peak to what is resident now, where the system supports it (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""Telling the system which pages are done with, and which come next."""
+"""Advice to the system: which pages are no longer needed, and which come next."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def page_out(tensor: torch.Tensor) -> None:
-    """Let the pages of a weight go that is in a mapped file; they would count as this process's until its end.
+    """Release the pages of a weight in a mapped file, which would otherwise count as this process's until it exits.
 
-    MADV_PAGEOUT loses nothing: whoever still reads the tensor gets the pages back from the file.
+    MADV_PAGEOUT loses nothing: a later read of the tensor brings the pages back from the file.
     """
     _advise(tensor, 21)
 
 
 def page_in(tensor: torch.Tensor) -> None:
-    """Read a weight that is in a mapped file, where the kernel knows MADV_POPULATE_READ."""
+    """Read a weight in a mapped file into memory, where the kernel supports MADV_POPULATE_READ."""
     _advise(tensor, 22)
 
 
 def is_resident(tensor: torch.Tensor) -> bool:
-    """Whether a weight in a mapped file seems to be in memory: its first, its middle and its last page, on Linux.
+    """Return whether a weight in a mapped file seems resident: checks its first, middle and last page, on Linux.
 
-    Of a file that this process may not write the kernel does not tell, and says yes.
+    For a file that this process may not write, the kernel always answers yes.
     """
     if sys.platform != "linux" or tensor.nbytes == 0:
         return True
@@ -47,11 +47,11 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
     if length > 0:
         madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)  # an older kernel refuses: nothing is lost
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)  # an older kernel refuses, which costs nothing
 
 
 def give_back_freed_memory() -> None:
-    """Return freed heap to the system; glibc keeps what lies below any block still in use, here the codes."""
+    """Return freed heap to the system. glibc keeps whatever lies below a block in use, here the codes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Progress bars, on a terminal."""
+"""Progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def progress(
     description: str, total: int, show: bool | None, *, in_bytes: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Lend a function that advances a bar by n steps; without a terminal, or rich, it does nothing."""
+    """Yield a function that advances a bar by n steps; it does nothing without a terminal or without rich."""
     if show is None:
         show = sys.stderr.isatty()
     if show:

@@ -1,4 +1,4 @@
-"""How many threads the core may use."""
+"""The number of threads that the core uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _chosen: int | None = None
 
 
 def _cgroup_limit() -> float:
-    """CPUs that the control group's quota amounts to; infinity without one."""
+    """CPUs that the control group's quota allows; infinity without a quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
@@ -28,7 +28,7 @@ def _cgroup_limit() -> float:
 
 
 def _default() -> int:
-    """OMP_NUM_THREADS, else the CPUs this process may run on, within its control group's quota."""
+    """OMP_NUM_THREADS, else the CPUs that this process may run on, within its control group's quota."""
     try:
         wanted = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
         if wanted > 0:
@@ -43,7 +43,15 @@ _DEFAULT = _default()
 
 
 def set_num_threads(n: int | None) -> None:
-    """Let encoding, decoding and multiplying use `n` threads; None: follow torch (or the machine) again."""
+    """Set the number of threads for encoding, decoding and products.
+
+    Args:
+        n: the number; None follows torch (or the machine) again.
+
+    Raises:
+        ValueError: `n` is not a positive integer or None.
+
+    """
     global _chosen
     if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
         raise ValueError(f"n: expected a positive integer or None, got {n!r}")
@@ -51,9 +59,10 @@ def set_num_threads(n: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads in use: what `set_num_threads` chose, else torch's number once torch is imported, else the default.
+    """Return the number of threads in use.
 
-    The default is OMP_NUM_THREADS, or the CPUs that this process may run on (affinity and control group).
+    It is what `set_num_threads` set, else torch's number once torch is imported, else the default: OMP_NUM_THREADS, or
+    the CPUs that this process may run on (affinity and control group).
     """
     if _chosen is not None:
         return _chosen
