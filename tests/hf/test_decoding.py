@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from tiny import COMMON  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
-from qins.hf import decoding  # noqa: E402
+from qins.hf import layer_description  # noqa: E402
 
 pytestmark = pytest.mark.once  # one test forces every instruction set
 
@@ -244,6 +244,11 @@ def test_a_layer_that_is_watched_runs_its_modules(model):
     handle.remove()
     decoded(model)
     assert len(calls) == 21
+
+
+def test_attention_maps_are_the_modules():
+    model = family("Llama", attn_implementation="eager")
+    want = decoded(model)
     ids, _ = texts(tokens=12)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -252,8 +257,8 @@ def test_a_layer_that_is_watched_runs_its_modules(model):
             ids[:, :1], past_key_values=cache, use_cache=True, output_attentions=True, output_hidden_states=True
         )
     assert len(found.hidden_states) == SIZES["num_hidden_layers"] + 1
-    if model.config._attn_implementation == "eager":
-        assert all(a is not None for a in found.attentions)
+    assert [a.shape for a in found.attentions] == [(1, 4, 1, 13)] * SIZES["num_hidden_layers"]
+    assert divergence(decoded(model), want) < 1e-8
 
 
 def test_gradients_flow_through_the_modules(model):
@@ -341,7 +346,7 @@ def test_another_attention_is_another_step(model):
     want = decoded(model)
     model.set_attn_implementation("eager")
     assert divergence(decoded(model), want) < 1e-8
-    assert all(layer._qins_step._implementation == "eager" for layer in layers_of(model))
+    assert all(layer._qins_step._about._implementation == "eager" for layer in layers_of(model))
 
 
 def test_threads_decode_at_once(model):
@@ -358,7 +363,7 @@ def test_threads_decode_at_once(model):
 def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog):
     want = decoded(model)
     other = family("Llama")
-    monkeypatch.setattr(decoding, "_activation", lambda act: 1)  # gelu where there is silu
+    monkeypatch.setattr(layer_description, "_activation", lambda mlp: 1)  # gelu where there is silu
     caplog.set_level(logging.INFO, "qins")
     got = decoded(other)
     assert not any(proved(other))
@@ -389,3 +394,10 @@ def test_nan_stays_nan(model):
         x = model.get_input_embeddings()(ids[:, :1]).clone()
         x[..., 3] = float("nan")
         assert model(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.isnan().all()
+    fresh = family("Llama")
+    cache = DynamicCache(config=fresh.config)
+    with torch.no_grad():  # what a step is first tried with
+        fresh(ids, past_key_values=cache, use_cache=True)
+        assert fresh(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.isnan().all()
+    decoded(fresh)
+    assert all(proved(fresh))

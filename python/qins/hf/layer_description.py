@@ -1,0 +1,276 @@
+"""What a decoder layer computes, read off its modules for the core."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _core
+from ..nn import QINSLinear, numbers_of
+
+Tensor = torch.Tensor
+
+_MOST_HEAD_DIM = 512
+
+# Layers whose source has been read: what depends on a position, say, no comparison of a few tokens would show.
+_FAMILIES = {
+    f"{family}DecoderLayer"
+    for family in (
+        "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoe", "Llama", "Mistral", "Mixtral", "Olmo2", "Olmo3",
+        "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3",
+    )
+}  # fmt: skip
+# Names of a layer's norms: before attention, after it, before the MLP, after it.
+_NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
+    frozenset({"input_layernorm", "post_attention_layernorm"}): (
+        "input_layernorm", None, "post_attention_layernorm", None,
+    ),
+    frozenset(
+        {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
+    ): ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): (
+        None, "post_attention_layernorm", None, "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
+
+
+class UnfitError(Exception):
+    """A layer computes something that the core's does not."""
+
+
+@dataclass
+class LayerDescription:
+    """A decoder layer for the core, and what must stay as it is for it to be right.
+
+    Attributes:
+        core: for `_core.decode_layer`.
+        hidden, kv_heads, head_dim: sizes.
+        index: of the layer in a cache.
+        rotates: whether queries and keys are rotated; halves: by cosines that are told once for both halves of a head.
+        mlp: name of the MLP.
+        rest: names of the norms before and after an MLP that the core does not know; None if it does.
+        residual: factor of what is added to the hidden states.
+        modules: those that do not run.
+
+    """
+
+    core: object
+    hidden: int
+    kv_heads: int
+    head_dim: int
+    index: int
+    rotates: bool
+    halves: bool
+    mlp: str
+    rest: tuple[str | None, ...] | None
+    residual: float
+    modules: list[nn.Module]
+    _reader: _Reader
+    _config: Any
+    _implementation: str
+
+    def is_current(self) -> bool:
+        """Whether the layer's modules and parameters are those that were described."""
+        if self._config._attn_implementation != self._implementation:
+            return False
+        for where, name, value in self._reader.watched:
+            if where.get(name) is not value:
+                return False
+        return all(tensor._version == version for tensor, version in self._reader.versions)
+
+
+class _Reader:
+    """Reads modules, and takes note of what it has read.
+
+    Attributes:
+        watched: dictionaries, names in them, and what is there.
+        versions: tensors of which there are copies, and how often they have been changed.
+        modules, used: modules, and ids of tensors.
+        copies: float32 numbers that the core reads.
+
+    """
+
+    def __init__(self) -> None:
+        self.watched: list[tuple[dict[str, Any], str, Any]] = []
+        self.versions: list[tuple[Tensor, int]] = []
+        self.modules: list[nn.Module] = []
+        self.used: set[int] = set()
+        self.copies: list[Tensor] = []
+
+    def child(self, parent: nn.Module, name: str | None) -> nn.Module | None:
+        """A module by its name."""
+        found = parent._modules.get(name) if name else None
+        if found is not None:
+            self.watched.append((parent._modules, str(name), found))
+            self.modules.append(found)
+        return found
+
+    def floats(self, owner: nn.Module, name: str, value: Tensor | None) -> int:
+        """The address of float32 numbers that stand for a parameter; 0 without one."""
+        if value is None:
+            return 0
+        original: Any = owner._parameters[name]
+        if original.is_inference():  # whose changes nobody counts
+            raise UnfitError(f"{name} is an inference tensor")
+        self.watched.append((owner._parameters, name, original))
+        self.versions.append((original, original._version))
+        self.used.add(id(original))
+        self.copies.append(value.detach().float().contiguous().clone())
+        return self.copies[-1].data_ptr()
+
+    def product(self, parent: nn.Module, name: str) -> tuple[int, ...] | None:
+        """A linear layer's numbers for the core; None without one."""
+        linear = self.child(parent, name)
+        if linear is None:
+            return None
+        if type(linear) is not QINSLinear or linear._non_persistent_buffers_set:
+            raise UnfitError(f"{name} is a {type(linear).__name__}")
+        fields: list[Any] = [linear._buffers[n] for n in linear._names]
+        numbers = numbers_of(fields, linear.codec, linear.group_size)
+        if numbers is None:
+            raise UnfitError(f"{name} is not on the CPU, or not contiguous")
+        for buffer, field in zip(linear._names, fields, strict=True):
+            self.watched.append((linear._buffers, buffer, field))
+            self.used.add(id(field))
+        return (*numbers, self.floats(linear, "bias", linear._parameters["bias"]))
+
+    def norm(self, parent: nn.Module, name: str | None) -> tuple[int, float]:
+        """The address of a norm's weight, and its epsilon; zeros without one."""
+        module = self.child(parent, name)
+        if module is None:
+            return 0, 0.0
+        weight, epsilon = _norm(module)
+        return self.floats(module, "weight", weight), epsilon
+
+    def epsilon(self, norms: list[tuple[int, float]]) -> float:
+        """The one epsilon of some norms."""
+        found = {e for at, e in norms if at}
+        if len(found) > 1:
+            raise UnfitError("norms that differ")
+        return next(iter(found), 0.0)
+
+
+def _norm(norm: nn.Module) -> tuple[Tensor, float]:
+    """Weight, in float32, and epsilon of a root mean square norm."""
+    weight = norm._parameters.get("weight")
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if weight is None or epsilon is None or len([*norm.parameters()]) != 1:
+        raise UnfitError(f"a {type(norm).__name__}")
+    x = torch.linspace(-1.0, 2.0, weight.numel())
+    scaled = x * torch.rsqrt(x.square().mean() + epsilon)
+    with torch.no_grad():
+        own = copy.copy(norm)  # as a dictionary: nothing of the module is changed
+        own.__dict__["_parameters"] = {"weight": nn.Parameter(weight.float(), requires_grad=False)}
+        got = type(norm).forward(own, x)
+        for factor in (weight.float(), 1.0 + weight.float()):
+            if got.shape == x.shape and torch.allclose(got.float(), scaled * factor, rtol=1e-5, atol=1e-6):
+                return factor.detach().clone(), float(epsilon)
+    raise UnfitError(f"a {type(norm).__name__}")
+
+
+def _activation(mlp: Any) -> int:
+    act = getattr(mlp, "act_fn", None) or mlp.activation_fn
+    x = torch.linspace(-6.0, 6.0, 101)
+    known = nn.functional.silu(x), nn.functional.gelu(x, approximate="tanh")
+    for number, y in enumerate(known):
+        if torch.allclose(act(x), y, rtol=1e-6, atol=1e-7):
+            return number
+    raise UnfitError(f"the activation {type(act).__name__}")
+
+
+def _harmless(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Dropout, nn.Identity)) or not ([*module.parameters()] or module._modules)
+
+
+def mlp_of(layer: Any) -> str:
+    """Name of a decoder layer's MLP, or of what is there in its place."""
+    return "mlp" if "mlp" in layer._modules else "block_sparse_moe"
+
+
+def describe(layer: Any) -> LayerDescription:
+    """Describe a decoder layer for the core.
+
+    Raises:
+        UnfitError: it is not one that the core knows.
+
+    """
+    if type(layer).__name__ not in _FAMILIES or not type(layer).__module__.startswith("transformers.models."):
+        raise UnfitError(f"a {type(layer).__name__}")
+    try:
+        return _describe(layer)
+    except AttributeError as e:
+        raise UnfitError(str(e)) from None
+
+
+def _describe(layer: Any) -> LayerDescription:
+    attention, mlp_name = layer.self_attn, mlp_of(layer)
+    mlp = layer._modules[mlp_name]
+    config, implementation = attention.config, attention.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnfitError(f"attention by {implementation}")
+    names = {n for n, m in layer._modules.items() if m is not None and not _harmless(m)}
+    of_norms = _NORMS.get(frozenset(names - {"self_attn", mlp_name}))
+    if of_norms is None:
+        raise UnfitError(f"its modules {', '.join(sorted(names))}")
+    # what is no plain MLP, such as a mixture of experts, runs as it is, after attention
+    inside = {n for n, m in mlp._modules.items() if not _harmless(m)}
+    plain = inside in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+    reader = _Reader()
+    reader.modules += [attention, mlp] if plain else [attention]
+    norms = [reader.norm(layer, n) for n in (of_norms if plain else (*of_norms[:2], None, None))]
+    heads = [reader.norm(attention, n) for n in ("q_norm", "k_norm")]
+    sinks = attention._parameters.get("sinks")
+    sinks_at = reader.floats(attention, "sinks", sinks)
+    of_attention, kv_heads = _attention(reader, attention)
+    of_mlp, inner = _mlp(reader, mlp, "gate_up_proj" in inside) if plain else ([None] * 3, 0)
+    owners = [layer] if plain else [attention, *(layer._modules[n] for n in of_norms[:2] if n)]
+    tensors = [t for m in owners for t in (*m.parameters(), *m.buffers())]
+    if layer._parameters or any(id(t) not in reader.used for t in tensors):
+        raise UnfitError("a parameter of its own")
+    hidden, dim = attention.o_proj.out_features, int(attention.head_dim)
+    residual = float(getattr(layer, "residual_multiplier", 1.0))
+    softcap = getattr(attention, "attn_logit_softcapping", None) if implementation == "eager" else None  # SDPA has none
+    core = _core.decoder_layer(
+        (*of_attention, *of_mlp),
+        (*(at for at, _ in (*norms, *heads)), sinks_at),
+        (
+            hidden, attention.o_proj.in_features // dim, kv_heads, dim, inner,
+            int(heads[0][0] != 0 and attention.q_norm.weight.numel() == dim), _activation(mlp) if plain else 0,
+        ),
+        (reader.epsilon(norms), reader.epsilon(heads), float(attention.scaling), float(softcap or 0.0), residual),
+    )  # fmt: skip
+    return LayerDescription(
+        core, hidden, kv_heads, dim, int(attention.layer_idx), bool(getattr(attention, "use_rope", True)),
+        sinks is not None,  # GPT-OSS
+        mlp_name, None if plain else of_norms[2:], residual, reader.modules, reader, config, implementation,
+    )  # fmt: skip
+
+
+def _attention(reader: _Reader, attention: Any) -> tuple[list[tuple[int, ...] | None], int]:
+    """Numbers of the projections of queries, keys, values and outputs, and the number of heads of keys."""
+    fused = "qkv_proj" in attention._modules
+    names = ("qkv_proj", "", "") if fused else ("q_proj", "k_proj", "v_proj")
+    found = [reader.product(attention, n) for n in (*names, "o_proj")]
+    if [p is None for p in found] != [False, fused, fused, False]:
+        raise UnfitError("a projection that is not there")
+    dim = int(attention.head_dim)
+    heads = attention.o_proj.in_features // dim
+    width = (attention.qkv_proj if fused else attention.q_proj).out_features
+    kv_heads: int = (width // dim - heads) // 2 if fused else attention.k_proj.out_features // dim
+    fits = width == (heads + 2 * kv_heads if fused else heads) * dim
+    if not fits or dim > _MOST_HEAD_DIM or dim % 2 or kv_heads < 1 or heads % kv_heads:
+        raise UnfitError("its sizes")
+    return found, kv_heads
+
+
+def _mlp(reader: _Reader, mlp: Any, fused: bool) -> tuple[list[tuple[int, ...] | None], int]:
+    """Numbers of the projections of a gated MLP, and its inner size."""
+    names = ("gate_up_proj", "", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj")
+    inner: int = mlp.down_proj.in_features
+    if (mlp.gate_up_proj if fused else mlp.gate_proj).out_features != inner * (2 if fused else 1):
+        raise UnfitError("its sizes")
+    return [reader.product(mlp, n) for n in names], inner
