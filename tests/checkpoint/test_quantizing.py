@@ -681,3 +681,15 @@ def test_hostile_quantization_config(tmp_path):
                 if path[-1] not in str(e) and path != ("quantization_config",):
                     unnamed.append((path, value, str(e)))
     assert not unnamed
+
+
+def test_errors_of_conv1d_layers(tmp_path):
+    """Whose floats are (in_features, out_features), square ones among them."""
+    make("gpt2").save_pretrained(tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out")
+    errors = qins.inspect(tmp_path / "out", tmp_path / "float").errors
+    layers = [e for e in errors if ".attn." in e.name or ".mlp." in e.name]
+    assert len(layers) == 8
+    assert all(e.snr_db > 35 for e in layers)
+    other_way = qins.inspect(tmp_path / "float", tmp_path / "out").errors
+    assert all(e.snr_db > 35 for e in other_way if e.name in {e.name for e in layers})

@@ -295,3 +295,13 @@ def test_histograms(tmp_path, codec):
     assert any(bar in str(report) for bar in "▇█")
     assert json.loads(report.to_json())["histograms"] == report.histograms
     assert not qins.inspect(tmp_path / "m.safetensors").histograms
+
+
+def test_group_sizes_are_those_of_the_config(tmp_path):
+    """192 and 256 give as many groups of 320 columns."""
+    state = qins.QINSLinear.from_linear(nn.Linear(320, 20), group_size=192).state_dict()
+    save_file({f"a.{k}": v for k, v in state.items()}, tmp_path / "model.safetensors")
+    told = {"modules": {"a": ["log8", 192]}, "group_size": "default"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": told}))
+    report = qins.inspect(tmp_path)
+    assert [layer.group_size for layer in report.layers] == [192]

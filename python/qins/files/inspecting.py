@@ -105,6 +105,9 @@ class _Weights:
     def names(self) -> list[str]:
         return [*self.layers, *sorted(self.floats - set(self.layers))]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.layers[name].shape if name in self.layers else self.checkpoint.tensors[f"{name}.weight"].shape
+
     def load(self, name: str) -> np.ndarray[Any, Any]:
         if name in self.layers:
             layer = self.layers[name]
@@ -118,14 +121,21 @@ def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoi
     common = [n for n in mine.names() if n in {*theirs.names()}]
     if not common:
         raise ValueError(f"{other.path}: expected layers of {checkpoint.path}, got none of the same name")
+    shapes = {n: (mine.shape(n), theirs.shape(n)) for n in common}
+    # codes are (out_features, in_features); transformers' Conv1D, as in GPT-2, has its floats the other way round
+    turned = any(a != b and a == b[::-1] and len(a) == 2 for a, b in shapes.values())
     errors = []
     for name in common:
         a, b = mine.load(name), theirs.load(name)
+        one_is_codes = (name in mine.layers) != (name in theirs.layers)
+        if turned and one_is_codes and a.ndim == 2 and a.shape == b.shape[::-1]:
+            nearest = a.shape[0] != a.shape[1] or np.linalg.norm(a - b.T) < np.linalg.norm(a - b)
+            b = b.T if nearest else b
         if a.shape != b.shape:
             raise ValueError(f"{other.path}: {name}: expected shape {a.shape} as in {checkpoint.path}, got {b.shape}")
-        signal = float(np.vdot(b.astype(np.float64), b))
+        signal = float(np.square(b, dtype=np.float64).sum())
         difference = a - b
-        noise = float(np.vdot(difference.astype(np.float64), difference))
+        noise = float(np.square(difference, dtype=np.float64).sum())
         snr = snr_db(signal, noise)
         worst = float(np.abs(difference).max(initial=0.0))
         errors.append(LayerError(name, snr, worst, math.sqrt(noise / signal) if signal > 0 else math.inf))

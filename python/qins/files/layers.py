@@ -43,11 +43,14 @@ class EncodedLayer:
         return self.name.rpartition(".")[2] in EXPERT_STACKS and len(self.shape) == 3
 
 
-def _group_size(cols: int, groups: int, config: Mapping[str, Any]) -> int:
-    """The group size that gives so many groups: the config's, else the default one, else a power of two."""
-    told = config.get("quantization_config", {})
-    told = told.get("group_size") if isinstance(told, dict) else None
-    candidates = [told] if isinstance(told, int) and told > 0 else []
+def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) -> int:
+    """The group size that gives so many groups: the config's, else the default, else a power of two."""
+    about = config.get("quantization_config")
+    about = about if isinstance(about, dict) else {}
+    modules = about.get("modules")
+    of_layer = modules.get(name) if isinstance(modules, dict) else None
+    told = [of_layer[1] if isinstance(of_layer, list) and len(of_layer) > 1 else None, about.get("group_size")]
+    candidates = [t for t in told if isinstance(t, int) and t > 0]
     candidates += [default_group_size(cols), *(1 << i for i in range(20)), -(-cols // max(groups, 1))]
     return next((g for g in candidates if -(-cols // g) == groups), 0)
 
@@ -91,7 +94,7 @@ def _layer(
     if codec == "log8" and "group_scale" in parts:
         wanted.add("group_scale")
         shape = parts["group_scale"].shape
-        group = _group_size(codes.shape[-1] if codes.shape else 1, shape[-1] if shape else 0, checkpoint.config)
+        group = _group_size(name, codes.shape[-1] if codes.shape else 1, shape[-1] if shape else 0, checkpoint.config)
         if group == 0:
             problems.append(f"{name}: group_scale of shape {shape} fits no group size for codes of {codes.shape}")
             return None
