@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +18,13 @@ try:
 except ImportError:  # pragma: no cover - depends on the environment
     sys.exit("the qins command needs typer and rich: pip install 'qins[cli]'")
 
+from .noise import noise, split_arguments
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _group_size(given: int | None) -> int | str | None:
     return "default" if given is None else given or None
-
-
-def _show_warning(message: Warning | str, *args: Any) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 
 def _version(wanted: bool) -> None:
@@ -52,6 +48,13 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say what is installed, and exit.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Results and errors only, also after the command.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="What is done, how long it took, and what libraries say of it."),
     ] = False,
 ) -> None:
     """8-bit logarithmic codes for the weights of language models."""
@@ -409,25 +412,12 @@ def chat(
             _said(speaker.last, as_json, verbose)
 
 
-@contextmanager
-def _only_our_lines() -> Iterator[None]:
-    """Keep transformers from warning, and its progress bars from logs: TRANSFORMERS_VERBOSITY asks for them again."""
-    told = {"TRANSFORMERS_VERBOSITY": "error", **({} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})}
-    new = {k: v for k, v in told.items() if k not in os.environ}
-    os.environ.update(new)  # it reads these when it is imported
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
-
-
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
-    warnings.showwarning = _show_warning  # type: ignore[assignment] # a line, as errors
+    quiet, verbose, arguments = split_arguments(sys.argv[1:])
     try:
-        with naming_extras(), _only_our_lines():
-            app()
+        with naming_extras(), noise(quiet, verbose):
+            app(arguments)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(e))}", highlight=False)
         sys.exit(1)

@@ -9,12 +9,13 @@ from .extras import naming_extras, require
 from .lazy import lazily
 from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
 from .pages import give_back_freed_memory, is_resident, page_in, page_out
-from .progress_bar import progress
+from .progress_bar import allow_bars, progress
 from .threads import get_num_threads, set_num_threads
 from .version import VERSION
 
 __all__ = [
     "VERSION",
+    "allow_bars",
     "atomically",
     "cpu_name",
     "get_num_threads",

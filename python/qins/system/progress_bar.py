@@ -6,6 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_allowed = True
+
+
+def allow_bars(allowed: bool) -> None:
+    """Let bars show on a terminal, or nowhere, unless one is asked for by `show=True`."""
+    global _allowed
+    _allowed = allowed
+
 
 @contextmanager
 def progress(
@@ -13,7 +21,7 @@ def progress(
 ) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances a bar by n steps; it does nothing without a terminal or without rich."""
     if show is None:
-        show = sys.stderr.isatty()
+        show = _allowed and sys.stderr.isatty()
     if show:
         try:
             from rich.console import Console
