@@ -149,6 +149,11 @@ def test_stop(model, tmp_path):
     assert said["text"].split() == words[: words.index(words[1]) + 1]
 
 
+def test_stop_with_a_tokenizer_that_cannot(model):
+    with pytest.raises(ValueError, match="stop: expected a tokenizer that transformers finds strings in"):
+        Speaker(str(model), 4, 0.0, stop_strings=["w7 w8"])
+
+
 def test_verbose_and_ctrl_c(model, monkeypatch):
     result = testing.CliRunner().invoke(app, ["generate", str(model), "-p", "w11", "--tokens", "4", "-v"])
     assert "prompt of 1 tokens in" in result.stderr

@@ -68,6 +68,13 @@ class Speaker:
         given = {k: v for k, v in sampling.items() if v is not None}
         if "stop_strings" in given:
             given["tokenizer"] = self.tokenizer
+            try:
+                transformers.StopStringCriteria(self.tokenizer, given["stop_strings"])
+            except Exception as e:  # whatever it stumbles over: it knows some kinds of tokenizers
+                raise ValueError(
+                    f"stop: expected a tokenizer that transformers finds strings in, such as a byte-level one, got "
+                    f"{model}'s {type(self.tokenizer).__name__}: {e}"
+                ) from e
         self.options: dict[str, Any] = {"max_new_tokens": tokens, **chosen, **given}
         if seed is not None:
             torch.manual_seed(seed)

@@ -1,0 +1,79 @@
+"""`qins quantize` and `qins inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import group_size_of
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a float checkpoint, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
+    codec: Annotated[str, typer.Option(help="log8, log9, golden or rational.")] = "log8",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for one scale a row.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantize; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave; may be repeated.")] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding, too.")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize the input embedding, too.")] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text like what the model will read: log8's codes are chosen with it in view.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=256, help="Of it, at most.")] = 8192,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits a weight to spend where they matter most, by choosing group sizes.")
+    ] = None,
+    target_kld: Annotated[
+        float | None, typer.Option(help="Instead: as few bits as this estimated mean KL divergence allows.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Convert a checkpoint to codes on disk, a tensor at a time: any size, without making the model."""
+    from ..files import read_text
+    from ..hf import require_transformers
+
+    require_transformers()
+    from ..checkpoint import quantize_checkpoint
+    from ..hf import Calibration, QinsConfig
+
+    config = QinsConfig(
+        codec, group_size_of(group_size), include or None, exclude or (), lm_head=lm_head, embeddings=embeddings
+    )
+    calibration = None
+    if calibrate is not None:
+        calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)
+    elif target_bits is not None or target_kld is not None:
+        raise ValueError("target-bits, target-kld: expected --calibrate TEXT beside them, got none")
+    result = quantize_checkpoint(model, out, config, calibration=calibration)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    if "plan" in result:
+        typer.echo(result["plan"])
+    ratio = result["bytes_before"] / max(result["bytes_after"], 1)
+    sizes = f"{result['bytes_before']:,} to {result['bytes_after']:,} bytes ({ratio:.2f}x)"
+    sizes += f", from {result['source']}" if result["source"] else ""
+    typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A safetensors, torch or GGUF file, or a directory with one model.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkpoint of the model: prints the error of every layer.")
+    ] = None,
+    histogram: Annotated[bool, typer.Option("--histogram", help="Draw how often each layer uses its codes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
+    from ..files import inspect as look
+
+    report = look(path, against, histograms=histogram)
+    typer.echo(report.to_json() if as_json else str(report))
+    if report.problems:
+        raise typer.Exit(1)
