@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from tiny import make
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 
@@ -28,3 +29,19 @@ def save_tokenizer(path, vocabulary=160, before=None, after=None, **tokens):
             single=f"{before} $A {after}", special_tokens=[(w, words[w]) for w in (before, after)]
         )
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", **tokens).save_pretrained(path)
+
+
+def save_calibrated_source(path):
+    """Write a sharded float checkpoint with its tokenizer, and text.txt in the directory above."""
+    make("llama").save_pretrained(path, max_shard_size="60KB")
+    save_tokenizer(path)
+    (path.parent / "text.txt").write_text(text(2048))
+    return path
+
+
+def sharp_llama():
+    """A model whose next tokens are far from uniform."""
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model

@@ -17,26 +17,18 @@ from qins.checkpoint import quantize_checkpoint
 from qins.hf import Calibration, tokenized
 
 transformers = pytest.importorskip("transformers")
-from tiny import make, outputs, same_state  # noqa: E402
+from tiny import outputs, same_state  # noqa: E402
 from tiny_experts import V5  # noqa: E402
 from tiny_experts import make as moe  # noqa: E402
-from tokens import save_tokenizer  # noqa: E402
+from tokens import save_calibrated_source, save_tokenizer  # noqa: E402
 from tokens import text as words  # noqa: E402
 
 pytestmark = pytest.mark.once
 
 
-# -- checkpoints -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def source(tmp_path):
-    """A sharded float checkpoint with a tokenizer that splits at spaces, and a text file."""
-    path = tmp_path / "float"
-    make("llama").save_pretrained(path, max_shard_size="60KB")
-    save_tokenizer(path)
-    (tmp_path / "text.txt").write_text(words(2048))
-    return path
+    return save_calibrated_source(tmp_path / "float")
 
 
 def test_from_pretrained_and_quantize_agree(source, tmp_path):

@@ -10,24 +10,14 @@ import pytest
 import qins
 
 transformers = pytest.importorskip("transformers")
-from tiny import make  # noqa: E402
-from tokens import save_tokenizer  # noqa: E402
-from tokens import text as words  # noqa: E402
+from tokens import save_calibrated_source  # noqa: E402
 
 pytestmark = pytest.mark.once
 
 
-# -- checkpoints -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def source(tmp_path):
-    """A sharded float checkpoint with a tokenizer that splits at spaces, and a text file."""
-    path = tmp_path / "float"
-    make("llama").save_pretrained(path, max_shard_size="60KB")
-    save_tokenizer(path)
-    (tmp_path / "text.txt").write_text(words(2048))
-    return path
+    return save_calibrated_source(tmp_path / "float")
 
 
 def test_command_line(source, tmp_path):

@@ -8,22 +8,9 @@ import sys
 
 import pytest
 import torch
-from torch import nn
-
-import qins
+from small import converted
 
 pytestmark = pytest.mark.once
-
-
-def model(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 60, bias=False), nn.Embedding(10, 7))
-
-
-def converted(codec, group="default"):
-    m = model()
-    qins.convert(m, codec, group_size=group)
-    return m
 
 
 def run_cli(*arguments):

@@ -7,29 +7,18 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import qins
-from qins.calibration.activations import cut
 
 transformers = pytest.importorskip("transformers")
-from tiny import make  # noqa: E402
-from tokens import save_tokenizer, token_ids  # noqa: E402
+from tokens import save_tokenizer, sharp_llama  # noqa: E402
 from tokens import text as words  # noqa: E402
 
 pytestmark = pytest.mark.once
 
 
-def model_and_batches():
-    model = make("llama")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # or all next tokens would be as likely
-    return model, cut(token_ids(2048), 2048, 64)
-
-
 def test_command_line(tmp_path):
-    model, _ = model_and_batches()
-    model.save_pretrained(tmp_path / "float")
+    sharp_llama().save_pretrained(tmp_path / "float")
     save_tokenizer(tmp_path / "float")
     (tmp_path / "text.txt").write_text(words(2048))
     command = [sys.executable, "-m", "qins.cli", "quantize", str(tmp_path / "float"), str(tmp_path / "out")]

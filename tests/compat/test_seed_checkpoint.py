@@ -8,22 +8,12 @@ import pytest
 import torch
 from damage import DAMAGES, damaged
 from safetensors.torch import save_file
+from small import converted, model
 from torch import nn
 
 import qins
 
 pytestmark = pytest.mark.once
-
-
-def model(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 60, bias=False), nn.Embedding(10, 7))
-
-
-def converted(codec, group="default"):
-    m = model()
-    qins.convert(m, codec, group_size=group)
-    return m
 
 
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])

@@ -21,7 +21,7 @@ from qins.fidelity.recording import Recording
 
 transformers = pytest.importorskip("transformers")
 from tiny import COMMON, make  # noqa: E402
-from tokens import save_tokenizer, token_ids  # noqa: E402
+from tokens import save_tokenizer, sharp_llama, token_ids  # noqa: E402
 from tokens import text as words  # noqa: E402
 
 pytestmark = pytest.mark.once
@@ -31,10 +31,7 @@ pytestmark = pytest.mark.once
 def source(tmp_path_factory):
     """A float checkpoint whose next tokens are far from uniform."""
     path = tmp_path_factory.mktemp("model") / "float"
-    model = make("llama")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    model.save_pretrained(path)
+    sharp_llama().save_pretrained(path)
     save_tokenizer(path)
     return path
 
