@@ -63,11 +63,11 @@ def test_beside_codes(source, tmp_path):
     assert (head["base_model"], head["base_model_relation"]) == ("some/ancestor", "quantized")
     assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
     assert 'This needs `pip install "qins[hf]"`' in text[:300]
-    assert "| codec | log8, groups of 128 inputs; golden, a scale a row |" in text
+    assert "| codec | log8, groups of 128 inputs; golden, per-row scales |" in text
     report = qins.inspect(tmp_path / "out")
     weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
     bits = 8 * sum(layer.bytes for layer in report.layers) / weights
-    assert f"| bits a weight | {bits:.2f}, of {weights:,} weights in 14 layers |" in text
+    assert f"| bits per weight | {bits:.2f}, of {weights:,} weights in 14 layers |" in text
     assert f"in float32 {report.float32_bytes / 1e6:,.1f} MB" in text
     assert text.endswith("## The original's card\n\n# Tiny\n\nA model of two layers.\n")
 

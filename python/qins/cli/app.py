@@ -42,7 +42,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say what is installed, and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show what is installed, and exit.")
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Results and errors only, also after the command.")

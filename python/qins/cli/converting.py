@@ -16,7 +16,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
     codec: Annotated[str, typer.Option(help="log8, log9, golden or rational.")] = "log8",
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for one scale a row.")
+        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for per-row scales.")
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantize; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave; may be repeated.")] = None,
@@ -70,7 +70,7 @@ def inspect(
     histogram: Annotated[bool, typer.Option("--histogram", help="Draw how often each layer uses its codes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
+    """Show what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
     from ..files import inspect as look
 
     report = look(path, against, histograms=histogram)

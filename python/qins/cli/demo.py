@@ -37,7 +37,7 @@ def run(
         model_name: directory or hub name; None for SmolLM2-135M-Instruct from its package.
         codec: what to quantize to.
         group_size: as in `convert`.
-        tokens: how many tokens of the shipped text to compare on; at least 1,000 are asked for by default.
+        tokens: tokens of the shipped text to compare on.
         picture: where the PNG is written.
         console: where to print.
 
@@ -144,7 +144,7 @@ def _print(result: dict[str, Any], codec: str, console: Console) -> None:
     quality.add_row("same most likely token", "", f"{100 * f['top1']:.2f} %")
     quality.add_row("perplexity", f"{f['reference_perplexity']:.4f}", f"{f['perplexity']:.4f}")
     speeds = result["tokens_per_second"]
-    quality.add_row("tokens a second, batch 1", f"{speeds['float32']:.1f}", f"{speeds[codec]:.1f}")
+    quality.add_row("tokens per second, batch 1", f"{speeds['float32']:.1f}", f"{speeds[codec]:.1f}")
     console.print(quality)
     console.print(f"\n[bold]prompt[/]: {PROMPT}")
     for name, answer in result["answers"].items():

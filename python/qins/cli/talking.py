@@ -19,7 +19,7 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Of the random numbers, to
 Penalty = Annotated[float | None, typer.Option(min=0.01, help="Above 1 makes what was said before less likely.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text to end at; may be repeated.")]
 System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say tokens a second, on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tokens per second, on stderr.")]
 
 
 def _speaker(model: str, tokens: int, temperature: float, **options: Any) -> Any:

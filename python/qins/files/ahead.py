@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors before they are asked for."""
+"""Reading a checkpoint's tensors before they are needed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ReadAhead:
         self._coming.clear()
 
     def announce(self, name: str) -> None:
-        """Begin to read a tensor that will be asked for once."""
+        """Begin to read a tensor that will be loaded once."""
         self._coming[name] = self._pool.submit(self._read, name)
 
     def load(self, name: str) -> torch.Tensor:

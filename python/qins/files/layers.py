@@ -86,7 +86,7 @@ def _layer(
     if codes.dtype != "uint8":
         size = codes.bytes / max(codes.elements, 1)
         problems.append(
-            f"{codes.name}: expected uint8 codes, got {codes.dtype}, {size:g} bytes a weight: not quantized"
+            f"{codes.name}: expected uint8 codes, got {codes.dtype}, {size:g} bytes per weight: not quantized"
         )
         return None
     wanted = {*ARRAYS[codec], *SCALARS[codec]}

@@ -1,6 +1,6 @@
 """Reading checkpoints that may be damaged or hostile: safetensors, torch files, GGUF headers, sharded directories.
 
-Nothing here runs code from a file, and nothing is read into memory but what is asked for.
+Nothing here runs code from a file, and only requested tensors are read into memory.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ compares its checksums.
 | | |
 |---|---|
 | codec | {codec} |
-| bits a weight | {bits:.2f}, of {weights:,} weights in {layers} layers |
+| bits per weight | {bits:.2f}, of {weights:,} weights in {layers} layers |
 | size | {size:,.1f} MB; in float32 {float_size:,.1f} MB |
 | written by | qins {version} |
 """
@@ -143,7 +143,7 @@ def _codecs(config: dict[str, Any]) -> list[str]:
     """Codecs and group sizes, the most frequent first."""
     modules = config["quantization_config"]["modules"].values()
     found = Counter((about[0], about[1]) for about in modules if len(about) < 3)
-    return [f"{c}, {f'groups of {g} inputs' if g else 'a scale a row'}" for (c, g), _ in found.most_common()]
+    return [f"{c}, {f'groups of {g} inputs' if g else 'per-row scales'}" for (c, g), _ in found.most_common()]
 
 
 class UploadWithCard:

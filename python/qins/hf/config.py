@@ -18,7 +18,7 @@ class QinsConfig(QuantizationConfigMixin):
     Args:
         codec: "log8", "log9", "golden" or "rational".
         group_size: inputs that share a group scale (log8); "default" for what `qins.default_group_size` says of each
-            layer, None for one scale a row.
+            layer, None for per-row scales.
         include: fnmatch patterns of module names to quantize; None for all linear layers.
         exclude: patterns of module names to leave alone, besides the output embedding and routers of experts.
         modules_to_not_convert: names or endings of names, as in other quantization configs; added to `exclude`.

@@ -49,8 +49,8 @@ def expect_embeddings(model: Any, config: QinsConfig) -> None:
     """Raise for what cannot be done with embeddings, before anything is loaded.
 
     Raises:
-        ValueError: the embeddings are asked for, and they compute something else than rows times a factor plus a bias,
-            or the output that is tied to them is not asked for; or transformers 4 would tie codes.
+        ValueError: the embeddings are to be quantized, but compute something else than rows times a factor plus a bias,
+            or the output tied to them is not to be quantized; or transformers 4 would tie codes.
 
     """
     if config.embeddings:
