@@ -1,75 +1,157 @@
-"""Checkpoints released in 8 bits, converted on disk."""
+"""Checkpoints released in 8 and 4 bits, converted on disk."""
 
 from __future__ import annotations
 
 import json
+import re
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qins.checkpoint import quantize_checkpoint
+from qins.files import open_checkpoint, open_scaled
 
 transformers = pytest.importorskip("transformers")
-from tiny import make  # noqa: E402
+import tiny  # noqa: E402
+import tiny_experts  # noqa: E402
+from released import FORMATS, NAMES, released  # noqa: E402
 
 pytestmark = pytest.mark.once
 
 
-def write(tmp_path, block, change=lambda state: None, **told):
-    """A model in FP8, and the same in floats, by float64 arithmetic element by element."""
-    make("llama").save_pretrained(tmp_path / "float")
-    state = load_file(tmp_path / "float" / "model.safetensors")
-    config = json.loads((tmp_path / "float" / "config.json").read_text())
-    fp8, rng = dict(state), np.random.default_rng(0)
-    for name in [k for k in state if k.endswith("_proj.weight")]:
-        codes = (state[name].float() * 1000).clamp(-448, 448).to(torch.float8_e4m3fn)
-        rows, columns = codes.shape
-        h, w = block or (rows, columns)
-        scale = rng.uniform(1e-4, 1e-2, (-(-rows // h), -(-columns // w))).astype(np.float32)
-        exact = codes.float().numpy().astype(np.float64)
-        for i in range(rows):
-            for j in range(columns):
-                exact[i, j] *= float(scale[i // h, j // w])
-        fp8[name] = codes
-        fp8[name + "_scale_inv"] = torch.from_numpy(scale if block else scale.reshape(()))
-        state[name] = torch.from_numpy(exact.astype(np.float32))
-    change(fp8)
-    (tmp_path / "fp8").mkdir()
-    save_file(fp8, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
-    save_file(state, tmp_path / "float" / "model.safetensors", {"format": "pt"})
-    about = {"quant_method": "fp8", "weight_block_size": block and list(block)} | told
-    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+def save(tmp_path, name, change=lambda state, about: None):
+    model = tiny_experts.make("gpt_oss") if name == "mxfp4" else tiny.make("llama")
+    return released(tmp_path, model, name, change)
 
 
-@pytest.mark.parametrize("block", [(16, 32), (24, 40), (128, 128), None])
-def test_fp8(tmp_path, block):
-    write(tmp_path, block)
-    result = quantize_checkpoint(tmp_path / "fp8", tmp_path / "one")
-    assert result["source"] == ("block-scaled FP8" if block else "FP8")
-    assert quantize_checkpoint(tmp_path / "float", tmp_path / "other")["source"] is None
-    one, other = (tmp_path / d for d in ("one", "other"))
+def about(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_are_those_of_the_floats(tmp_path, name):
+    source, floats = save(tmp_path, name)
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert quantize_checkpoint(source, one)["source"] == NAMES[name]
+    assert quantize_checkpoint(floats, other)["source"] is None
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    configs = [json.loads((d / "config.json").read_text()) for d in (one, other)]
+    configs = [about(d) for d in (one, other)]
     for config in configs:
         config["quantization_config"].pop("source")  # the fingerprint of the files
     assert configs[0] == configs[1]
 
 
-NAME = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_part_at_a_time(tmp_path, name, monkeypatch):
+    source, floats = save(tmp_path, name)
+    monkeypatch.setattr("qins.files.scaled._PART", 200)  # a few rows
+    decoded, expected = open_scaled(open_checkpoint(source)), open_checkpoint(floats)
+    assert decoded.tensors.keys() == expected.tensors.keys()
+    for key, t in decoded.tensors.items():
+        got = decoded.load(key)
+        assert torch.equal(got.float(), expected.load(key)), key
+        assert t.shape == got.shape == expected.tensors[key].shape
+        assert t.dtype == str(got.dtype)[6:]
+
+
+def test_mxfp4_as_transformers_decodes_it(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    source, _ = save(tmp_path, "mxfp4")
+    stored = open_checkpoint(source)
+    decoded = open_scaled(stored)
+    for name in [n for n in decoded.tensors if n.endswith("experts.down_proj") or n.endswith("gate_up_proj")]:
+        parts = [stored.load(f"{name}_{part}") for part in ("blocks", "scales")]
+        assert torch.equal(convert_moe_packed_tensors(*parts), decoded.load(name))
+
+
+LAYER = "model.layers.0.self_attn.q_proj.weight"
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+
+
+def without(key):
+    return lambda state, about: state.pop(key)
+
+
+def put(key, value):
+    return lambda state, about: state.update({key: value(state[key])})
+
+
+def told(**values):
+    return lambda state, about: about.update(values)
+
+
+def told_weights(**values):
+    return lambda state, about: about["config_groups"]["group_0"]["weights"].update(values)
+
+
+def targets(*names):
+    return lambda state, about: about["config_groups"]["group_0"].update(targets=list(names))
 
 
 @pytest.mark.parametrize(
-    ("change", "told", "message"),
+    ("name", "change", "message"),
     [
-        (lambda s: s.pop(NAME), {}, "expected its scales in"),
-        (lambda s: s.update({NAME: torch.ones(1, 7)}), {}, "scale_inv: expected shape"),
-        (lambda s: s[NAME].fill_(float("nan")), {}, "expected finite scales"),
-        (lambda s: None, {"quant_method": "gptq"}, "got 'gptq'"),
+        ("fp8 block", without(f"{LAYER}_scale_inv"), f"{LAYER}: expected its scales in {LAYER}_scale_inv, got none"),
+        ("fp8 block", put(f"{LAYER}_scale_inv", lambda t: torch.ones(1, 7)), f"{LAYER}_scale_inv: expected shape"),
+        ("fp8 block", put(f"{LAYER}_scale_inv", lambda t: t * torch.nan), f"{LAYER}_scale_inv: expected finite"),
+        ("fp8 block", put(f"{LAYER}_scale_inv", lambda t: t.int()), f"{LAYER}_scale_inv: expected float32 or"),
+        ("fp8 block", told(weight_block_size=[0, 4]), "weight_block_size: expected two positive numbers, got"),
+        ("fp8 block", told(weight_block_size="big"), "weight_block_size: expected two positive numbers, got 'big'"),
+        ("fp8 block", put(LAYER, lambda t: t[0]), f"{LAYER}: expected a matrix, got shape"),
+        ("fp8 tensor", put(LAYER, lambda t: t.float().to(torch.float8_e5m2)), f"{LAYER}: expected float8_e4m3fn"),
+        ("ct fp8 row", without(f"{LAYER}_scale"), f"{LAYER}: expected its scales in"),
+        ("ct fp8 row", put(f"{LAYER}_scale", lambda t: t[:-1]), f"{LAYER}_scale: expected shape"),
+        ("ct fp8 row", told(config_groups=3), "config_groups: expected an object of objects, got 3"),
+        ("ct fp8 row", told_weights(num_bits=4), "group_0: expected 8 bits of type float or"),
+        ("ct fp8 row", told_weights(strategy="tensor_group"), "strategy: expected tensor, channel, group or block"),
+        ("ct fp8 row", told_weights(type="int"), f"{LAYER.replace('self_attn.q', 'mlp.down')}: expected int8, got"),
+        ("ct fp8 block", told_weights(block_structure=[1]), "block_structure: expected two positive numbers"),
+        ("ct fp8 row", told(transform_config={"config_groups": {"R": {}}}), "expected no transforms"),
+        ("ct fp8 row", told(sparsity_config={"format": "sparse-24-bitmask"}), "got format 'sparse-24-bitmask'"),
+        ("ct int8 asymmetric", without(f"{LAYER}_zero_point"), f"{LAYER}: expected its zero points in"),
+        ("ct int8 row", put(f"{LAYER}_scale", lambda t: t * torch.inf), f"{LAYER}_scale: expected finite scales"),
+        ("ct int4 groups", without(f"{LAYER}_scale"), f"{LAYER}_packed: expected its scales in {LAYER}_scale"),
+        ("ct int4 groups", without(f"{LAYER}_shape"), f"{LAYER}_packed: expected its shape in {LAYER}_shape"),
+        ("ct int4 groups", put(f"{LAYER}_shape", lambda t: t * 2), f"{LAYER}_packed: expected int32 of 4 bits"),
+        ("ct int4 groups", put(f"{LAYER}_packed", lambda t: t[:, :-1].contiguous()), f"{LAYER}_packed: expected int32"),
+        ("ct int4 groups", told_weights(group_size=0), "group_size: expected a positive number, got 0"),
+        ("ct int4 groups", told_weights(group_size=64), "_scale: expected shape"),
+        ("ct int4 asymmetric", put(f"{LAYER}_zero_point", lambda t: t[:-1]), f"{LAYER}_zero_point: expected shape"),
+        ("ct int4 groups", targets("re:("), "targets: expected a reg"),
+        ("ct int4 groups", targets("lm_head"), "expected a group of"),
+        ("mxfp4", without(f"{EXPERTS}_scales"), f"{EXPERTS}_blocks: expected its scales in {EXPERTS}_scales, got none"),
+        ("mxfp4", without(f"{EXPERTS}_blocks"), f"{EXPERTS}_scales: expected its weights in {EXPERTS}_blocks"),
+        ("mxfp4", put(f"{EXPERTS}_scales", lambda t: t[..., :1].contiguous()), f"{EXPERTS}_scales: expected shape"),
+        ("mxfp4", put(f"{EXPERTS}_scales", lambda t: t.fill_(255)), f"{EXPERTS}_scales: expected finite scales"),
+        ("mxfp4", put(f"{EXPERTS}_blocks", lambda t: t[..., :8].contiguous()), f"{EXPERTS}_blocks: expected uint8"),
+        ("fp8 tensor", told(quant_method="gptq"), "got 'gptq'; quantize the float model that"),
+        ("fp8 tensor", told(quant_method=None, load_in_4bit=True), "got 'bitsandbytes'; quantize the float model"),
     ],
-)
-def test_refused(tmp_path, change, told, message):
-    write(tmp_path, (16, 32), change, **told)
-    with pytest.raises(ValueError, match=message):
-        quantize_checkpoint(tmp_path / "fp8", tmp_path / "out")
+)  # fmt: skip
+def test_refused(tmp_path, name, change, message):
+    source, _ = save(tmp_path, name, change)
+    with pytest.raises(ValueError, match=re.escape(message)) as e:
+        quantize_checkpoint(source, tmp_path / "out")
+    assert str(source) in str(e.value)
+
+
+def test_groups_of_modules(tmp_path):
+    """The group that names a module counts before the one that names its class."""
+
+    def change(state, about):
+        groups = about["config_groups"]
+        groups["group_1"] = json.loads(json.dumps(groups["group_0"])) | {"targets": ["re:.*self_attn.*"]}
+        groups["group_0"]["weights"] |= {"num_bits": 8, "group_size": 64}
+        for key in [k for k in state if ".mlp." in k and k.endswith("weight_packed")]:
+            state.pop(key)
+            key = key.removesuffix("_packed")
+            rows, columns = (int(n) for n in state.pop(f"{key}_shape"))
+            state[key] = torch.ones(rows, columns, dtype=torch.int8)
+            state[f"{key}_scale"] = torch.full((rows, -(-columns // 64)), 0.5)
+
+    source, floats = save(tmp_path, "ct int4 groups", change)
+    decoded, expected = open_scaled(open_checkpoint(source)), open_checkpoint(floats)
+    assert decoded.source_format == "compressed-tensors int8 (groups of 64) and int4 (groups of 16)"
+    assert torch.equal(decoded.load(LAYER), expected.load(LAYER))
+    assert decoded.load("model.layers.1.mlp.down_proj.weight").unique().tolist() == [0.5]

@@ -147,7 +147,7 @@ def quantize_checkpoint(
     if isinstance(checkpoint, ScaledCheckpoint):
         if calibration is not None:
             raise ValueError(f"{source}: calibration needs a model with float weights, got FP8")
-        decoded = "FP8" if checkpoint.block is None else "block-scaled FP8"
+        decoded = checkpoint.source_format
     planned, quantizer = plan(checkpoint, config)
     data = None
     if calibration is not None:
@@ -244,7 +244,9 @@ def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
 def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: Item, write: Write) -> None:
     chosen = {o.name: store.get(o.module) if store is not None and o.codec else None for o in item.outputs}
     made: dict[str, Any] = {}
-    if any(c is None for c in chosen.values()):
+    if ahead.checkpoint.decodes and item.converter is None and all(o.is_stack and o.codec for o in item.outputs):
+        made = {item.name: ahead.checkpoint.load_matrices(item.all_keys[0])}
+    elif any(c is None for c in chosen.values()):
         made = converted(item, planned.model, ahead.load)
     for output in item.outputs:
         if output.guard:

@@ -5,9 +5,10 @@ from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
 from .inspection_report import InspectionReport
 from .layers import EncodedLayer, encoded_layers, load_layer
-from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_checkpoint, verify
+from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_checkpoint, open_files, verify
+from .scaled import ScaledCheckpoint
 from .shards import DTYPE_CODES, ShardWriter, Target
-from .source_formats import ScaledCheckpoint, open_scaled
+from .source_formats import open_scaled, require_decodable, source_quantization
 from .text import read_json, read_text
 
 __all__ = [
@@ -27,9 +28,12 @@ __all__ = [
     "inspect",
     "load_layer",
     "open_checkpoint",
+    "open_files",
     "open_gguf",
     "open_scaled",
     "read_json",
     "read_text",
+    "require_decodable",
+    "source_quantization",
     "verify",
 ]

@@ -27,7 +27,7 @@ _SAFETENSORS_BITS = {
 _SAFETENSORS_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
     "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64",
-    "F64": "float64",
+    "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
 # What a state dict is made of. torch's own list for weights_only is longer: it has bytearray, which
@@ -122,6 +122,10 @@ class Checkpoint:
             tensor: torch.Tensor = f.get_tensor(name)
         return tensor
 
+    def load_matrices(self, name: str) -> Iterator[torch.Tensor]:
+        """Return the matrices of a stack, one after the other."""
+        return iter(self.load(name))
+
     def load_each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Return tensors as `load` does, in the files' order, each file opened once."""
         wanted = set(names)
@@ -188,6 +192,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"{path}: no such file or directory")
     checkpoint = Checkpoint(path, _format(path))
     _add_file(checkpoint, path)
+    return checkpoint
+
+
+def open_files(files: Iterable[str | Path], config: dict[str, Any]) -> Checkpoint:
+    """Open files that hold one model together; only headers are read.
+
+    Raises:
+        ValueError: a file is damaged, or they are of several kinds.
+
+    """
+    paths = [Path(f) for f in files]
+    checkpoint = Checkpoint(paths[0].parent, _format(paths[0]), config=config)
+    for path in paths:
+        if _format(path) != checkpoint.format:
+            raise ValueError(f"{path}: expected a {checkpoint.format} file")
+        _add_file(checkpoint, path)
     return checkpoint
 
 

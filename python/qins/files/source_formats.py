@@ -1,106 +1,136 @@
-"""Checkpoints released in 8 bits as sources of float weights, one tensor at a time."""
+"""Checkpoints released in 8 or 4 bits as sources of float weights: which formats, and what each tensor is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from . import compressed_tensors
 from .reading import Checkpoint, StoredTensor
+from .scaled import ScaledCheckpoint, ScaledWeight, check_scales, is_block, matrix_shape
 
-_SCALE = "_scale_inv"
+Found = tuple[dict[str, ScaledWeight], set[str], str]  # weights, keys that are no weights of the model, format
 
 
-@dataclass
-class ScaledCheckpoint(Checkpoint):
-    """A checkpoint of FP8 weights, each of which is multiplied by its scales, in float32, when it is loaded.
+def source_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the quantization of a checkpoint that qins did not write; {} for floats and for codes.
 
-    The format is that of DeepSeek and Qwen: `weight` in float8_e4m3fn, and `weight_scale_inv` with one factor for
-    every block of it, those at the edges cut, or one for all of it.
-
-    Attributes:
-        source: whose tensors are decoded.
-        block: rows and columns that share a scale; None for a scale of the whole tensor.
+    Raises:
+        ValueError: it is malformed.
 
     """
+    text = config.get("text_config")
+    told: Any = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else {})
+    if not told:
+        return {}
+    if not isinstance(told, dict):
+        raise ValueError(f"quantization_config: expected an object, got {told!r}")
+    return {} if told.get("quant_method") == "qins" else told
 
-    decodes = True
 
-    source: Checkpoint = field(kw_only=True)
-    block: tuple[int, int] | None = None
+def require_decodable(told: Mapping[str, Any]) -> None:
+    """Raise for a quantization that is not one of those that are decoded.
 
-    def load(self, name: str) -> torch.Tensor:
-        """Return one tensor, in float32 if it was FP8.
+    Raises:
+        ValueError: it names the method, and says what to do.
 
-        Raises:
-            KeyError: there is none of this name.
-            ValueError: a scale is not finite.
-
-        """
-        weight = self.source.load(name)
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight
-        scale = self.source.load(name + _SCALE).float()
-        if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"{self.where(name)}: {name}{_SCALE}: expected finite scales, got NaN or infinity")
-        floats = weight.float()
-        if self.block is None:
-            return floats.mul_(scale.reshape(()))
-        rows, columns = self.block
-        for i, scales in enumerate(scale):  # a row of blocks at a time, for the memory
-            part = floats[i * rows : (i + 1) * rows]
-            part.mul_(scales.repeat_interleave(columns)[: part.shape[1]])
-        return floats
+    """
+    method = told.get("quant_method")
+    if not method and (told.get("load_in_8bit") or told.get("load_in_4bit")):
+        method = "bitsandbytes"  # early versions of which do not say so
+    if not isinstance(method, str) or method not in _FORMATS:
+        raise ValueError(
+            f"expected float weights or quant_method {', '.join(map(repr, _FORMATS))}, got {method!r}; quantize the "
+            "float model that this checkpoint was made of, or dequantize it first with the library that made it"
+        )
 
 
 def open_scaled(checkpoint: Checkpoint) -> Checkpoint:
-    """Take a checkpoint as floats: as it is, or, if it is FP8, decoded when loaded.
+    """Take a checkpoint as floats: as it is, or, if its weights are in 8 or 4 bits, decoded when loaded.
 
     Raises:
         ValueError: its format is not one that is decoded, or scales are missing or have another shape.
 
     """
-    told: Any = checkpoint.config.get("quantization_config") or {}
-    if not isinstance(told, dict):
-        raise ValueError(f"{checkpoint.path}: quantization_config: expected an object, got {told!r}")
-    method = told.get("quant_method")
-    if not told or method == "qins":
-        return checkpoint
-    if method != "fp8":
-        raise ValueError(f"{checkpoint.path}: expected float weights or quant_method 'fp8', got {method!r}")
-    size = told.get("weight_block_size")
-    block = None if size is None else (int(size[0]), int(size[1]))
-    if block is not None and min(block) < 1:
-        raise ValueError(f"{checkpoint.path}: weight_block_size: expected two positive numbers, got {size}")
+    try:
+        told = source_quantization(checkpoint.config)
+        if not told:
+            return checkpoint
+        require_decodable(told)
+        weights, other, source_format = _FORMATS[told["quant_method"]](checkpoint, told)
+    except ValueError as e:
+        raise ValueError(f"{checkpoint.path}: {e}") from None
+    parts = {key for w in weights.values() for key in (w.values, w.scales, w.zero_points) if key}
     tensors: dict[str, StoredTensor] = {}
-    for name, t in checkpoint.tensors.items():
-        if name.endswith((_SCALE, ".activation_scale", ".input_scale")):
-            continue
-        tensors[name] = _decoded(checkpoint, t, block) if "float8" in t.dtype or "F8" in t.dtype else t
+    where = dict(checkpoint._where)
+    by_values = {w.values: name for name, w in weights.items()}
+    for key, t in checkpoint.tensors.items():
+        name = by_values.get(key, key)
+        if name in tensors:
+            raise ValueError(f"{checkpoint.path}: {key}: expected no {name} beside it, got both")
+        if name in weights:
+            about = weights[name]
+            keys = [k for k in (about.values, about.scales, about.zero_points) if k]
+            size = sum(checkpoint.tensors[k].bytes for k in keys)
+            dtype = str(about.dtype).removeprefix("torch.")
+            tensors[name] = replace(t, name=name, dtype=dtype, shape=about.decoded_shape, bytes=size)
+            where[name] = where[key]
+        elif key not in parts and key not in other:
+            tensors[key] = t
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
     return ScaledCheckpoint(
-        checkpoint.path, checkpoint.format, checkpoint.files, tensors, config, checkpoint.metadata, checkpoint._where,
-        source=checkpoint, block=block,
+        checkpoint.path, checkpoint.format, checkpoint.files, tensors, config, checkpoint.metadata, where,
+        source=checkpoint, weights=weights, source_format=source_format,
     )  # fmt: skip
 
 
-def _decoded(checkpoint: Checkpoint, t: StoredTensor, block: tuple[int, int] | None) -> StoredTensor:
-    where = f"{checkpoint.path}: {t.name}"
-    if "e4m3" not in t.dtype.lower():
-        raise ValueError(f"{where}: expected float8_e4m3fn, got {t.dtype}")
-    scale = checkpoint.tensors.get(t.name + _SCALE)
-    if scale is None:
-        raise ValueError(f"{where}: expected its scales in {t.name}{_SCALE}, got none")
-    if scale.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{where}{_SCALE}: expected float32, bfloat16 or float16, got {scale.dtype}")
-    if block is None:
-        if scale.elements != 1:
-            raise ValueError(f"{where}{_SCALE}: expected one scale, got shape {scale.shape}")
-    elif len(t.shape) != 2:
-        raise ValueError(f"{where}: expected a matrix, got shape {t.shape}")
-    else:
-        expected = tuple(-(-n // b) for n, b in zip(t.shape, block, strict=True))
-        if scale.shape != expected:
-            raise ValueError(f"{where}{_SCALE}: expected shape {expected}, got {scale.shape}")
-    return replace(t, dtype="float32", bytes=t.bytes + scale.bytes)
+def _fp8(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
+    """DeepSeek's and Qwen's: `weight` in float8_e4m3fn, and `weight_scale_inv` with a factor a block or one for all."""
+    suffix = "_scale_inv"
+    size = told.get("weight_block_size")
+    if size is not None and not is_block(size):
+        raise ValueError(f"weight_block_size: expected two positive numbers, got {size!r}")
+    other = {k for k in checkpoint.tensors if k.endswith((suffix, ".activation_scale", ".input_scale"))}
+    weights = {}
+    for name, t in checkpoint.tensors.items():
+        if "float8" not in t.dtype or name in other:
+            continue
+        if t.dtype != "float8_e4m3fn":
+            raise ValueError(f"{name}: expected float8_e4m3fn, got {t.dtype}")
+        shape = matrix_shape(t)
+        about = ScaledWeight(name, name + suffix, None, shape, (size[0], size[1]) if size else shape)
+        check_scales(checkpoint, about)
+        weights[name] = about
+    return weights, other, "block-scaled FP8" if size else "FP8"
+
+
+def _mxfp4(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
+    """GPT-OSS': stacks of matrices in E2M1, `<name>_blocks`, and `<name>_scales`, an exponent for 32 columns."""
+    weights = {}
+    for key, t in checkpoint.tensors.items():
+        name = key.removesuffix("_blocks")
+        if name == key:
+            if key.endswith("_scales") and key.removesuffix("_scales") + "_blocks" not in checkpoint.tensors:
+                raise ValueError(f"{key}: expected its weights in {key.removesuffix('_scales')}_blocks, got none")
+            continue
+        if t.dtype != "uint8" or len(t.shape) != 4 or t.shape[3] != 16 or not t.elements:
+            raise ValueError(
+                f"{key}: expected uint8 of shape (matrices, rows, blocks, 16), got {t.dtype} of shape {t.shape}"
+            )
+        matrices, rows, blocks, half = t.shape
+        shape = rows, blocks * 2 * half
+        weights[name] = ScaledWeight(
+            key, name + "_scales", None, shape, (1, 2 * half), 4, is_fp4=True, matrices=matrices, dtype=torch.bfloat16
+        )
+        check_scales(checkpoint, weights[name], "uint8")
+    return weights, set(), "MXFP4"
+
+
+_FORMATS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], Found]] = {
+    "fp8": _fp8, "compressed-tensors": compressed_tensors.read, "mxfp4": _mxfp4,
+}  # fmt: skip
