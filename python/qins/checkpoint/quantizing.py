@@ -146,7 +146,7 @@ def quantize_checkpoint(
     decoded = None
     if isinstance(checkpoint, ScaledCheckpoint):
         if calibration is not None:
-            raise ValueError(f"{source}: calibration needs a model with float weights, got FP8")
+            raise ValueError(f"{source}: calibration needs float weights, got {checkpoint.source_format}")
         decoded = checkpoint.source_format
     planned, quantizer = plan(checkpoint, config)
     data = None
