@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from qins.checkpoint import quantize_checkpoint
-from qins.files import open_checkpoint, open_scaled
+from qins.files import inspect, open_checkpoint, open_scaled
 
 transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
 import tiny_experts  # noqa: E402
 from released import FORMATS, NAMES, released  # noqa: E402
+from tokens import save_tokenizer, text  # noqa: E402
+
+from qins.hf import Calibration  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -36,6 +39,9 @@ def test_codes_are_those_of_the_floats(tmp_path, name):
     assert quantize_checkpoint(floats, other)["source"] is None
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     configs = [about(d) for d in (one, other)]
+    assert configs[0]["quantization_config"].pop("source_format") == NAMES[name]
+    assert f"| made from | {NAMES[name]} |" in (one / "README.md").read_text()
+    assert "made from" not in (other / "README.md").read_text()
     for config in configs:
         config["quantization_config"].pop("source")  # the fingerprint of the files
     assert configs[0] == configs[1]
@@ -155,3 +161,29 @@ def test_groups_of_modules(tmp_path):
     assert decoded.source_format == "compressed-tensors int8 (groups of 64) and int4 (groups of 16)"
     assert torch.equal(decoded.load(LAYER), expected.load(LAYER))
     assert decoded.load("model.layers.1.mlp.down_proj.weight").unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_errors_are_against_the_floats(tmp_path, name):
+    source, floats = save(tmp_path, name)
+    quantize_checkpoint(source, tmp_path / "out")
+    report = inspect(tmp_path / "out", source)
+    assert report.errors == inspect(tmp_path / "out", floats).errors
+    coded = [e for e in report.errors if e.name in {layer.name for layer in report.layers}]
+    assert len(coded) == len(report.layers)
+    assert all(40 < e.snr_db < 60 for e in coded)
+
+
+@pytest.mark.parametrize("name", ["fp8 block", "ct int4 asymmetric", "mxfp4"])
+@pytest.mark.parametrize("target", [None, 8.8])
+def test_calibrated(tmp_path, name, target):
+    source, floats = save(tmp_path, name)
+    for directory in (source, floats):
+        save_tokenizer(directory)
+    calibration = Calibration(text(1200), 1024, target)
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert quantize_checkpoint(source, one, calibration=calibration)["source"] == NAMES[name]
+    quantize_checkpoint(floats, other, calibration=calibration)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    quantize_checkpoint(floats, tmp_path / "nearest")
+    assert (one / "model.safetensors").read_bytes() != (tmp_path / "nearest" / "model.safetensors").read_bytes()

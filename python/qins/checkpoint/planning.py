@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import DTYPE_CODES, Checkpoint, Target
+from ..files import DTYPE_CODES, Checkpoint, ScaledCheckpoint, Target
 from ..hf import (
     Names,
     QinsConfig,
@@ -130,6 +130,7 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     quantizer = QinsHfQuantizer(config, pre_quantized=False)
     model = _meta_model(checkpoint)
     quantizer._process_model_before_weight_loading(model, checkpoint_files=list(checkpoint.files))
+    config.source_format = checkpoint.source_format if isinstance(checkpoint, ScaledCheckpoint) else None
     result = Plan(model=model)
     names = Names(model)
     wanted = _wanted(model, config, result, names)

@@ -22,14 +22,13 @@ from ..files import (
     Checkpoint,
     GgufCheckpoint,
     ReadAhead,
-    ScaledCheckpoint,
     ShardWriter,
     checksum,
     open_checkpoint,
     open_gguf,
     open_scaled,
 )
-from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, hub_name, not_found, tokenized, write_card
+from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, find_source, hub_name, tokenized, write_card
 from ..system import atomically, locked, progress, write_json
 from .planning import Item, Output, Plan, architecture, converted, plan
 
@@ -41,24 +40,6 @@ _LOCK = "qins.lock"
 _FILES = 2  # changes when other tensors are written: conversions that another version began are not resumed
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-
-
-def find_source(name: str | Path) -> Path:
-    """Return the directory of a checkpoint, downloading what a hub name stands for.
-
-    Raises:
-        FileNotFoundError: there is no such directory, and the hub does not have it either.
-
-    """
-    path = Path(name)
-    if path.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(name), ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
-    except Exception as e:
-        raise not_found(name, e) from None
 
 
 def _directory(checkpoint: Checkpoint) -> Path:
@@ -143,11 +124,6 @@ def quantize_checkpoint(
             raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
         checkpoint = open_gguf(checkpoint)
     checkpoint = open_scaled(checkpoint)
-    decoded = None
-    if isinstance(checkpoint, ScaledCheckpoint):
-        if calibration is not None:
-            raise ValueError(f"{source}: calibration needs float weights, got {checkpoint.source_format}")
-        decoded = checkpoint.source_format
     planned, quantizer = plan(checkpoint, config)
     data = None
     if calibration is not None:
@@ -184,7 +160,7 @@ def quantize_checkpoint(
             "bytes_after": planned.nbytes,
             "files": [planned.names[f] for f in planned.names],
             "skipped": [vars(s) for s in quantizer.report.skipped],
-            "source": decoded,
+            "source": config.source_format,
         } | ({} if spending is None else {"plan": spending})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..hf import load_tokenizer, require_transformers
+from ..hf import load_floats, load_tokenizer, require_transformers
 from .metrics import greedy, windows
 
 Tensor = torch.Tensor
@@ -100,7 +100,7 @@ class Subject:
 
         """
         try:
-            model, info = self.architecture.from_pretrained(path, output_loading_info=True, **kwargs)
+            model, info = load_floats(self.architecture, path, output_loading_info=True, **kwargs)
         except (ImportError, OSError, RuntimeError, TypeError, ValueError):
             raise
         except Exception as e:  # damaged files

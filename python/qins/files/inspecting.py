@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from ..codec import ARRAYS, slow_group_size, snr_db
 from .inspection_report import InspectionReport, LayerError
-from .layers import KINDS, EncodedLayer, encoded_layers, load_layer
+from .layers import KINDS, EncodedLayer, encoded_layers, is_stack, load_layer
 from .reading import Checkpoint, open_checkpoint, verify
+from .source_formats import open_scaled
 
 _HISTOGRAM_CODES = 1 << 20
 
@@ -69,7 +71,7 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
                 report.histograms[layer.name] = _histogram(checkpoint, layer)
         report.verified = _verify(checkpoint, problems)
     if against is not None:
-        report.errors = _compare(checkpoint, layers, open_checkpoint(against))
+        report.errors = _compare(checkpoint, layers, open_scaled(open_checkpoint(against)))
     return report
 
 
@@ -97,23 +99,26 @@ class _Weights:
         self.layers = {layer.name: layer for layer in layers}
         floats = {"float32", "float16", "bfloat16", "float64"}
         self.floats = {
-            k.removesuffix(".weight")
+            k.removesuffix(".weight"): k
             for k, t in checkpoint.tensors.items()
-            if k.endswith(".weight") and t.dtype in floats and len(t.shape) >= 2
+            if t.dtype in floats
+            and ((k.endswith(".weight") and len(t.shape) >= 2) or (is_stack(k) and len(t.shape) == 3))
         }
 
     def names(self) -> list[str]:
-        return [*self.layers, *sorted(self.floats - set(self.layers))]
+        return [*self.layers, *sorted(set(self.floats) - set(self.layers))]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.layers[name].shape if name in self.layers else self.checkpoint.tensors[f"{name}.weight"].shape
+        return self.layers[name].shape if name in self.layers else self.checkpoint.tensors[self.floats[name]].shape
 
-    def load(self, name: str) -> np.ndarray[Any, Any]:
+    def matrices(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
+        """The weight, or those of a stack one by one."""
         if name in self.layers:
-            layer = self.layers[name]
-            decoded = [e.decode() for e in load_layer(self.checkpoint, layer)]
-            return np.stack(decoded) if layer.is_stack else decoded[0]
-        return self.checkpoint.load(f"{name}.weight").float().numpy()
+            yield from (e.decode() for e in load_layer(self.checkpoint, self.layers[name]))
+        elif len(self.shape(name)) == 3 and is_stack(name):
+            yield from (m.float().numpy() for m in self.checkpoint.load_matrices(self.floats[name]))
+        else:
+            yield self.checkpoint.load(self.floats[name]).float().numpy()
 
 
 def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoint) -> list[LayerError]:
@@ -122,21 +127,27 @@ def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoi
     if not common:
         raise ValueError(f"{other.path}: expected layers of {checkpoint.path}, got none of the same name")
     shapes = {n: (mine.shape(n), theirs.shape(n)) for n in common}
-    # codes are (out_features, in_features); transformers' Conv1D, as in GPT-2, has its floats the other way round
-    turned = any(a != b and a == b[::-1] and len(a) == 2 for a, b in shapes.values())
+    # codes are (out_features, in_features); transformers' Conv1D, as in GPT-2, and some experts have their floats the
+    # other way round
+    turned = any(a != b and _turned(a) == b for a, b in shapes.values())
     errors = []
-    for name in common:
-        a, b = mine.load(name), theirs.load(name)
+    for name, (shape, other_shape) in shapes.items():
         one_is_codes = (name in mine.layers) != (name in theirs.layers)
-        if turned and one_is_codes and a.ndim == 2 and a.shape == b.shape[::-1]:
-            nearest = a.shape[0] != a.shape[1] or np.linalg.norm(a - b.T) < np.linalg.norm(a - b)
-            b = b.T if nearest else b
-        if a.shape != b.shape:
-            raise ValueError(f"{other.path}: {name}: expected shape {a.shape} as in {checkpoint.path}, got {b.shape}")
-        signal = float(np.square(b, dtype=np.float64).sum())
-        difference = a - b
-        noise = float(np.square(difference, dtype=np.float64).sum())
-        snr = snr_db(signal, noise)
-        worst = float(np.abs(difference).max(initial=0.0))
-        errors.append(LayerError(name, snr, worst, math.sqrt(noise / signal) if signal > 0 else math.inf))
+        may_turn = turned and one_is_codes and _turned(shape) == other_shape
+        if shape != other_shape and not may_turn:
+            raise ValueError(f"{other.path}: {name}: expected shape {shape} as in {checkpoint.path}, got {other_shape}")
+        signal = noise = worst = 0.0
+        for a, b in zip(mine.matrices(name), theirs.matrices(name), strict=True):
+            if may_turn and (a.shape[0] != a.shape[1] or np.linalg.norm(a - b.T) < np.linalg.norm(a - b)):
+                b = b.T
+            difference = a - b
+            signal += float(np.square(b, dtype=np.float64).sum())
+            noise += float(np.square(difference, dtype=np.float64).sum())
+            worst = max(worst, float(np.abs(difference).max(initial=0.0)))
+        relative = math.sqrt(noise / signal) if signal > 0 else math.inf
+        errors.append(LayerError(name, snr_db(signal, noise), worst, relative))
     return errors
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *shape[:-3:-1]) if len(shape) in (2, 3) else ()

@@ -40,7 +40,12 @@ class EncodedLayer:
     @property
     def is_stack(self) -> bool:
         """Whether it is the experts of a mixture, one matrix each."""
-        return self.name.rpartition(".")[2] in EXPERT_STACKS and len(self.shape) == 3
+        return is_stack(self.name) and len(self.shape) == 3
+
+
+def is_stack(name: str) -> bool:
+    """Whether experts are called this, if there are three dimensions."""
+    return name.rpartition(".")[2] in EXPERT_STACKS
 
 
 def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) -> int:

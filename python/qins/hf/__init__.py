@@ -17,6 +17,7 @@ from .names import Names, guard
 from .packaged import cache_directory, find_model
 from .quantizer import QinsHfQuantizer
 from .registering import attach, load, register
+from .released import find_source, load_floats
 
 if TYPE_CHECKING:
     from .cache import QINSCache
@@ -35,11 +36,13 @@ __all__ = [
     "attach",
     "cache_directory",
     "find_model",
+    "find_source",
     "guard",
     "hub_name",
     "input_embedding",
     "load",
     "load_causal_lm",
+    "load_floats",
     "load_tokenizer",
     "not_found",
     "one_by_one",

@@ -23,7 +23,7 @@ logger = logging.getLogger("qins")
 
 def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> ConversionReport:
     """List what is quantized and what is not; raise if it is less than min_quantized asks for."""
-    report = ConversionReport(skipped=list(skipped))
+    report = ConversionReport(skipped=list(skipped), source_format=config.source_format)
     config.modules = {}
     coded = floats = 0
     owners: dict[int, str] = {}
@@ -55,6 +55,7 @@ def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> Conve
                     report.skipped.append(about)
     share = coded / max(coded + floats, 1)
     text = f"qins: {100 * share:.1f} % of the parameters are codes, in {len(report.converted)} layers"
+    text += f", of weights in {config.source_format}" if config.source_format else ""
     left = sorted({f"{s.name} ({s.reason})" for s in report.skipped})
     level = logging.WARNING if share < 0.5 else logging.INFO
     logger.log(level, "%s%s", text, f"; left: {some(left)}" if left else "")

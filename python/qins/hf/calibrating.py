@@ -20,6 +20,7 @@ from .config import QinsConfig
 from .embeddings import loaded
 from .models import load_tokenizer
 from .modules import conv1d, experts_codec, put, sizes
+from .released import load_floats
 
 
 def tokenized(source: str | Path, text: str, tokens: int) -> Text:
@@ -104,7 +105,9 @@ def coded(layer: Layer, choice: Choice) -> QINSLinear:
 
 
 class CheckpointCalibration:
-    """Puts the codes of a checkpoint's modules into a store; its floats stay mapped files.
+    """Puts the codes of a checkpoint's modules into a store.
+
+    Its floats stay mapped files; those decoded of a checkpoint in 8 or 4 bits take memory, in the model's dtype.
 
     Args:
         source: directory of the checkpoint.
@@ -119,7 +122,7 @@ class CheckpointCalibration:
         self, source: Path, architecture: type[Any], text: Text, store: Store, show_progress: bool | None
     ) -> None:
         self.text, self.store, self.show_progress = text, store, show_progress
-        self.model = architecture.from_pretrained(source, dtype="auto").eval()
+        self.model = load_floats(architecture, source, dtype="auto").eval()
 
     def _layers(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> dict[str, Layer]:
         return {n: Layer(self.model.get_submodule(n), *about) for n, about in modules.items()}

@@ -45,7 +45,7 @@ compares its checksums.
 |---|---|
 | codec | {codec} |
 | bits per weight | {bits:.2f}, of {weights:,} weights in {layers} layers |
-| size | {size:,.1f} MB; in float32 {float_size:,.1f} MB |
+{source}| size | {size:,.1f} MB; in float32 {float_size:,.1f} MB |
 | written by | qins {version} |
 """
 
@@ -101,6 +101,7 @@ def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity:
     if architecture.endswith("ForCausalLM"):
         about.setdefault("pipeline_tag", "text-generation")
     named = base[0] if isinstance(base, list) and base else base
+    made_from = checkpoint.config["quantization_config"].get("source_format")
     body = _TEXT.format(
         ours=_OURS,
         title=f"{named or architecture} in 8-bit logarithmic codes",
@@ -108,6 +109,7 @@ def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity:
         bits=8 * sum(layer.bytes for layer in layers) / max(sum(weights), 1),
         weights=sum(weights),
         layers=len(layers),
+        source=f"| made from | {made_from} |\n" if made_from else "",
         size=checkpoint.file_bytes / 1e6,
         float_size=4 * floats / 1e6,
         version=VERSION,

@@ -33,6 +33,7 @@ class QinsConfig(QuantizationConfigMixin):
         format_version: of a saved checkpoint.
         checksums: of a saved checkpoint: CRC-32 of each tensor's bytes, in hexadecimal; `qins inspect` compares them.
         source: of a saved checkpoint: what `qins.files.fingerprint` says of the files it was made of.
+        source_format: of a saved checkpoint: the format of these files' weights if they were in 8 or 4 bits.
         modules: of a saved checkpoint: name of each quantized module, or stack of experts, to its codec and
             group_size, and to the module whose codes it shares if it does.
         verify: while a checkpoint that has codes is loaded, compare its tensors with the checksums, which reads all
@@ -46,6 +47,7 @@ class QinsConfig(QuantizationConfigMixin):
     """
 
     quant_method: Any  # transformers has an enumeration of its own methods
+    released: dict[str, Any] | None  # while it loads: the quantization_config of a checkpoint in 8 or 4 bits
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class QinsConfig(QuantizationConfigMixin):
         modules: dict[str, list[Any]] | None = None,
         checksums: dict[str, str] | None = None,
         source: str | None = None,
+        source_format: str | None = None,
         verify: bool = False,
         decode_step: bool = True,
         **unknown: Any,
@@ -83,6 +86,7 @@ class QinsConfig(QuantizationConfigMixin):
         for name, value in {"overrides": overrides, "modules": modules, "checksums": checksums}.items():
             _expect(name, value, dict, type(None))
         _expect("source", source, str, type(None))
+        _expect("source_format", source_format, str, type(None))
         _expect("calibration_tokens", calibration_tokens, int)
         _expect("min_quantized", min_quantized, float, int)
         if modules is None:  # of a saved checkpoint it is too late
@@ -98,7 +102,7 @@ class QinsConfig(QuantizationConfigMixin):
                 warn_if_slow(*chosen)
         if not 0.0 <= float(min_quantized) <= 1.0:
             raise ValueError(f"min_quantized: expected a share from 0 to 1, got {min_quantized!r}")
-        self.quant_method = "qins"
+        self.quant_method, self.released = "qins", None
         self.codec, self.group_size = codec, group_size
         self.include = None if include is None else _strings("include", include)
         self.exclude = _strings("exclude", exclude)
@@ -110,7 +114,7 @@ class QinsConfig(QuantizationConfigMixin):
         self.lm_head, self.embeddings = bool(lm_head), bool(embeddings)
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
-        self.modules, self.checksums, self.source = modules, checksums, source
+        self.modules, self.checksums, self.source, self.source_format = modules, checksums, source, source_format
         self.verify, self.decode_step = bool(verify), bool(decode_step)
         for name, about in (modules or {}).items():
             try:
@@ -123,6 +127,9 @@ class QinsConfig(QuantizationConfigMixin):
         saved: dict[str, Any] = super().to_dict()
         for name in self.get_loading_attributes():
             del saved[name]
+        saved.pop("released")
+        if self.source_format is None:  # which earlier versions do not know
+            del saved["source_format"]
         return saved
 
     def get_loading_attributes(self) -> dict[str, Any]:

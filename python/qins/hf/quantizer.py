@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from ..files import fingerprint, open_checkpoint, read_text
+from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled, read_text
 from ..nn import (
     Coded,
     CodedWeight,
@@ -33,6 +33,7 @@ from .modules import (
     submodule,
 )
 from .names import some
+from .released import drop_quantization
 from .saving import prepare_saving, state_to_save
 
 _VERSION = int(transformers.__version__.partition(".")[0])
@@ -47,6 +48,10 @@ class QinsHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QinsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.floats: Checkpoint | None = None  # of a checkpoint released in 8 or 4 bits, while it loads
+        self._released, quantization_config.released = quantization_config.released, None
+        if self._released:
+            self.pre_quantized = False  # by qins
         self.report = ConversionReport()
         self._dtype: torch.dtype | None = None
         self._missing_biases: list[str] = []
@@ -65,6 +70,11 @@ class QinsHfQuantizer(HfQuantizer):
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         """Codes are ordinary buffers."""
         return True
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """What the model computes in, which a checkpoint in 8 or 4 bits may not say."""
+        in_bytes = isinstance(dtype, torch.dtype) and dtype.itemsize == 1
+        return torch.bfloat16 if self._released and in_bytes else dtype
 
     def update_device_map(self, device_map: Any) -> Any:
         """Codes are made and multiplied on the CPU.
@@ -95,11 +105,21 @@ class QinsHfQuantizer(HfQuantizer):
             self._shared = expect_codes(model, self.quantization_config)
             return
         self.quantization_config.source = fingerprint(files) if files else None
+        self._read_released(model, files)
         expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
             read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
         else:
             expect_floats(model, self.quantization_config, self.report)
+
+    def _read_released(self, model: Any, files: Any) -> None:
+        """Open a checkpoint whose weights are in 8 or 4 bits, so that they arrive as floats."""
+        self.quantization_config.source_format = None
+        if self._released:
+            floats = open_scaled(open_files(files, {"quantization_config": self._released}))
+            assert isinstance(floats, ScaledCheckpoint)
+            self.floats, self.quantization_config.source_format = floats, floats.source_format
+            drop_quantization(model.config)
 
     # -- while they arrive ------------------------------------------------------------------------
 
@@ -188,6 +208,7 @@ class QinsHfQuantizer(HfQuantizer):
     # -- after them -------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.floats = None
         if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
             from .calibrating import calibrate_loaded  # a room that loading codes does without
 

@@ -15,11 +15,13 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
+from ..files import source_quantization
 from ..nn import CodedWeight, after_conversion
 from .config import QinsConfig
 from .decoding import decode_in_steps
 from .embeddings import untie
 from .quantizer import QinsHfQuantizer
+from .released import require_encodable
 from .saving import prepare_saving
 
 
@@ -80,13 +82,21 @@ def register() -> None:
 
 
 def _merge_loading_attributes() -> None:
-    """Let a QinsConfig say how to load codes: transformers does so for a closed list of its own classes."""
+    """Let a QinsConfig say how to load codes, and quantize what was released in 8 or 4 bits.
+
+    transformers does the former for a closed list of its own classes.
+    """
     merge = AutoHfQuantizer.merge_quantization_configs
 
     def merged(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         given = quantization_config_from_args
         if not isinstance(given, QinsConfig):
             return merge(quantization_config, given)
+        stated = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        if released := source_quantization({"quantization_config": stated}):
+            require_encodable(released)
+            given.released = released  # for the quantizer
+            return given
         # which warns that the rest of it is ignored
         result = merge(quantization_config, given if given.to_dict() != QinsConfig().to_dict() else None)
         if isinstance(result, QinsConfig):

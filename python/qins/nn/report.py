@@ -29,10 +29,17 @@ class SkippedModule:
 
 @dataclass
 class ConversionReport:
-    """The result of `convert`; prints as a table."""
+    """The result of `convert`; prints as a table.
+
+    Attributes:
+        converted, skipped: modules.
+        source_format: of the weights if they were in 8 or 4 bits.
+
+    """
 
     converted: list[ConvertedModule] = field(default_factory=list)
     skipped: list[SkippedModule] = field(default_factory=list)
+    source_format: str | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -57,6 +64,7 @@ class ConversionReport:
             "compression": self.compression,
             "converted": [vars(m) | {"shape": list(m.shape)} for m in self.converted],
             "skipped": [vars(m) for m in self.skipped],
+            "source_format": self.source_format,
         }
 
     def __str__(self) -> str:
@@ -78,6 +86,8 @@ class ConversionReport:
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.insert(-1, lines[1])
+        if self.source_format:
+            lines.append(f"from weights in {self.source_format}")
         if self.skipped:
             lines.append("left as they were:")
             lines += [f"  {s.name} ({s.kind}): {s.reason}" for s in self.skipped]

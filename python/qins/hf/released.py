@@ -1,0 +1,126 @@
+"""Checkpoints released in 8 or 4 bits while transformers loads them: their weights arrive as floats."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..files import Checkpoint, open_checkpoint, open_scaled, require_decodable, source_quantization
+from .models import not_found
+
+_VERSION = int(transformers.__version__.partition(".")[0])
+
+
+class DecodedWhenRead:
+    """Stands for a tensor of a file, as safetensors' slices do, which transformers 5 reads one by one."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Decode the tensor and return a part of it."""
+        return self._checkpoint.load(self._name)[index]
+
+    def get_shape(self) -> list[int]:
+        """The shape of the floats."""
+        return list(self._checkpoint.tensors[self._name].shape)
+
+
+def decoded_state(checkpoint: Checkpoint) -> dict[str, DecodedWhenRead]:
+    """A state dict whose tensors are decoded when transformers 5 reads them."""
+    return {name: DecodedWhenRead(checkpoint, name) for name in checkpoint.tensors}
+
+
+def require_encodable(told: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint with this quantization can be encoded while transformers loads it.
+
+    Raises:
+        ValueError: its format is not decoded, or this transformers reads no state dict tensor by tensor.
+
+    """
+    require_decodable(told)
+    if _VERSION < 5:
+        raise ValueError(
+            f"expected float weights, got quant_method {told['quant_method']!r}, which transformers "
+            f"{transformers.__version__} does not let qins decode tensor by tensor; convert the checkpoint with "
+            "`qins quantize` and load what that writes, or use transformers 5"
+        )
+    _let_quantizers_read()
+
+
+@functools.cache
+def _let_quantizers_read() -> None:
+    """Let a quantizer give the state dict of the files: transformers does so for the one of GGUF files alone."""
+    name = "_load_pretrained_model"
+    original = inspect.getattr_static(transformers.PreTrainedModel, name)  # a static or a class method
+    signature = inspect.signature(original.__func__)
+
+    @functools.wraps(original.__func__)
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        floats = getattr(given.arguments["load_config"].hf_quantizer, "floats", None)
+        if floats is not None and given.arguments["state_dict"] is None:
+            given.arguments["state_dict"] = decoded_state(floats)
+        return original.__func__(*given.args, **given.kwargs)
+
+    setattr(transformers.PreTrainedModel, name, type(original)(loading))
+
+
+def find_source(name: str | Path) -> Path:
+    """Return the directory of a checkpoint, downloading what a hub name stands for.
+
+    Raises:
+        FileNotFoundError: there is no such directory, and the hub does not have it either.
+
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name), ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
+    except Exception as e:
+        raise not_found(name, e) from None
+
+
+def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> Any:
+    """Load a checkpoint with `from_pretrained`; what was released in 8 or 4 bits as floats.
+
+    Args:
+        architecture: transformers' class of the model.
+        source: directory or hub name.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: its weights are in a format that is not decoded.
+
+    """
+    told = source_quantization(transformers.PretrainedConfig.get_config_dict(source)[0])
+    if not told:
+        return architecture.from_pretrained(source, **kwargs)
+    source = find_source(source)
+    checkpoint = open_scaled(open_checkpoint(source))
+    config = transformers.AutoConfig.from_pretrained(source)
+    drop_quantization(config)
+    dtype = kwargs.pop("dtype", "auto")
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    state: Mapping[str, Any] = decoded_state(checkpoint)
+    if _VERSION < 5:  # which wants all of it
+        loaded = ((name, checkpoint.load(name)) for name in checkpoint.tensors)
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded}
+    config._name_or_path = str(source)
+    return architecture.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+
+
+def drop_quantization(config: Any) -> None:
+    """Remove what a config of transformers says of a quantization, of a text model in it, too."""
+    for part in (config, config.get_text_config(decoder=True)):
+        vars(part).pop("quantization_config", None)
