@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from qins.checkpoint import quantize_checkpoint
 from qins.files import inspect, open_checkpoint, open_scaled
+from qins.files.scaled import ScaledCheckpoint, ScaledWeight
 
 transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
 import tiny_experts  # noqa: E402
-from released import FORMATS, NAMES, released  # noqa: E402
+from released import FORMATS, NAMES, packed, released  # noqa: E402
 from tokens import save_tokenizer, text  # noqa: E402
 
 from qins.hf import Calibration  # noqa: E402
@@ -187,3 +190,22 @@ def test_calibrated(tmp_path, name, target):
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     quantize_checkpoint(floats, tmp_path / "nearest")
     assert (one / "model.safetensors").read_bytes() != (tmp_path / "nearest" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_of_few_rows(bits):
+    """All of which fit in one word."""
+    w = torch.zeros(4, 64)
+    stored, want = packed("a.weight", w, np.random.default_rng(0), bits, (1, 32), symmetric=False)
+    about = ScaledWeight("a.weight_packed", "a.weight_scale", "a.weight_zero_point", (4, 64), (1, 32), bits,
+                         packed_zeros=True)  # fmt: skip
+    source = Stored({name: torch.tensor(t.tolist(), dtype=t.dtype) for name, t in stored.items()})
+    got = ScaledCheckpoint(Path("x"), "safetensors", source=source, weights={"a.weight": about}).load("a.weight")
+    assert torch.allclose(got, want, rtol=1e-6, atol=0)
+
+
+class Stored:
+    """A checkpoint in memory."""
+
+    def __init__(self, tensors):
+        self.load = tensors.__getitem__

@@ -127,7 +127,7 @@ class ScaledCheckpoint(Checkpoint):
 
 def _unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Unsigned integers out of rows of bytes or 32-bit words, as floats."""
-    data = packed.contiguous().view(torch.uint8)
+    data = packed.reshape(-1).view(torch.uint8).reshape(len(packed), -1)
     parts = [(data >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).reshape(len(data), -1)[:, :columns].float()
 
