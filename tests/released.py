@@ -99,6 +99,7 @@ FP8_BLOCK = (24, 40)
 FORMATS = {
     "fp8 block": ({"quant_method": "fp8", "weight_block_size": list(FP8_BLOCK)},
                   lambda *a: fp8(*a, FP8_BLOCK)),
+    "fp8 even blocks": ({"quant_method": "fp8", "weight_block_size": [16, 32]}, lambda *a: fp8(*a, (16, 32))),
     "fp8 tensor": ({"quant_method": "fp8", "weight_block_size": None}, lambda *a: fp8(*a, None)),
     "ct fp8 tensor": _compressed({"type": "float", "strategy": "tensor"},
                                  lambda n, w, r: compressed_fp8(n, w, r, tuple(w.shape)), "float-quantized"),
@@ -121,7 +122,8 @@ FORMATS = {
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, mxfp4),
 }  # fmt: skip
 NAMES = {
-    "fp8 block": "block-scaled FP8", "fp8 tensor": "FP8", "ct fp8 tensor": "compressed-tensors FP8 (a scale a tensor)",
+    "fp8 block": "block-scaled FP8", "fp8 even blocks": "block-scaled FP8", "fp8 tensor": "FP8",
+    "ct fp8 tensor": "compressed-tensors FP8 (a scale a tensor)",
     "ct fp8 row": "compressed-tensors FP8 (a scale a row)", "ct fp8 block": "compressed-tensors FP8 (scales of blocks)",
     "ct int8 row": "compressed-tensors int8 (a scale a row)",
     "ct int8 asymmetric": "compressed-tensors int8 (a scale a row, with zero points)",

@@ -87,9 +87,11 @@ def test_other_formats_are_refused(tmp_path):
 def test_damage_names_the_tensor(tmp_path):
     model = tiny.make("llama")
     key = "model.layers.1.mlp.up_proj.weight_scale_inv"
-    source, _ = released(tmp_path, model, "fp8 block", lambda state, about: state.pop(key))
+    source, floats = released(tmp_path, model, "fp8 block", lambda state, about: state.pop(key))
+    config = qins.QinsConfig()
     with pytest.raises(ValueError, match=f"expected its scales in {key}, got none"):
-        load(type(model), source)
+        load(type(model), source, config)
+    assert load(type(model), floats, config).hf_quantizer.report.source_format is None  # nothing is left behind
 
 
 @pytest.mark.parametrize("name", ["fp8 block", "ct int8 asymmetric", "mxfp4"])
@@ -98,3 +100,11 @@ def test_loaded_as_floats(tmp_path, name):
     model = load_floats(cls, source, dtype=torch.float32)
     assert tiny.same_state(model, cls.from_pretrained(floats, dtype=torch.float32))
     assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 decodes neither without a GPU")
+@pytest.mark.parametrize("name", ["fp8 even blocks", "mxfp4"])
+def test_floats_are_those_of_transformers(tmp_path, name):
+    cls, source, _ = save(tmp_path, name)
+    dtype = torch.bfloat16 if name == "mxfp4" else torch.float32
+    assert tiny.same_state(cls.from_pretrained(source, dtype=dtype), load_floats(cls, source, dtype=dtype))
