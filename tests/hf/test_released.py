@@ -105,6 +105,8 @@ def test_loaded_as_floats(tmp_path, name):
 @pytest.mark.skipif(not V5, reason="transformers 4 decodes neither without a GPU")
 @pytest.mark.parametrize("name", ["fp8 even blocks", "mxfp4"])
 def test_floats_are_those_of_transformers(tmp_path, name):
+    if name.startswith("fp8") and transformers.__version__.startswith("5.0."):
+        pytest.skip("NOT RUN: transformers 5.0 decodes FP8 with triton alone")
     cls, source, _ = save(tmp_path, name)
     dtype = torch.bfloat16 if name == "mxfp4" else torch.float32
     assert tiny.same_state(cls.from_pretrained(source, dtype=dtype), load_floats(cls, source, dtype=dtype))
