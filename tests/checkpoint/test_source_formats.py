@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import qins
 from qins.checkpoint import quantize_checkpoint
 from qins.files import inspect, open_checkpoint, open_scaled
 from qins.files.scaled import ScaledCheckpoint, ScaledWeight
@@ -48,6 +49,16 @@ def test_codes_are_those_of_the_floats(tmp_path, name):
     for config in configs:
         config["quantization_config"].pop("source")  # the fingerprint of the files
     assert configs[0] == configs[1]
+
+
+@pytest.mark.skipif(not tiny_experts.V5, reason="transformers 4 reads whole state dicts")
+@pytest.mark.parametrize("name", FORMATS)
+def test_same_codes_while_loading(tmp_path, name):
+    source, _ = save(tmp_path, name)
+    quantize_checkpoint(source, tmp_path / "out")
+    converted = qins.load(tmp_path / "out", dtype=torch.float32)
+    loaded = type(converted).from_pretrained(source, quantization_config=qins.QinsConfig(), dtype=torch.float32)
+    assert tiny.same_state(converted, loaded)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -44,6 +44,8 @@ FAMILIES = {
     "GraniteMoe": {"num_local_experts": 4, "residual_multiplier": 0.5},
     "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
 }  # fmt: skip
+# whether each layer is whole, its MLP included, where not all are
+MIXTURES = {n: [False] * 4 for n in ("Mixtral", "GptOss", "GraniteMoe")} | {"Qwen3Moe": [False, True, False, False]}
 # which transformers 4 gives the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
 
@@ -119,6 +121,9 @@ def test_same_answers_as_the_modules(name, batch, padding, at_once):
     got = logits(model, ids, mask, at_once=at_once)
     assert len(layers_of(model)) == SIZES["num_hidden_layers"]
     assert any(proved(model)) == all(proved(model)) == (name not in OWN_MODULES)
+    if name not in OWN_MODULES:
+        whole = [layer._qins_step._about.rest is None for layer in layers_of(model)]
+        assert whole == MIXTURES.get(name, [True] * 4)
     without_steps(model)
     assert divergence(got, logits(model, ids, mask, at_once=at_once)) < 1e-8
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import qins
-from qins.checkpoint import quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
@@ -40,8 +39,6 @@ def test_codes_are_those_of_the_floats(tmp_path, name):
     assert report.source_format == NAMES[name]
     assert f"from weights in {NAMES[name]}" in str(report)
     assert expected.hf_quantizer.report.source_format is None
-    quantize_checkpoint(source, tmp_path / "out")
-    assert tiny.same_state(model, qins.load(tmp_path / "out", dtype=torch.float32))
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 reads whole state dicts")

@@ -183,7 +183,8 @@ def _activation(mlp: Any) -> int:
 
 
 def _harmless(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Dropout, nn.Identity)) or not ([*module.parameters()] or module._modules)
+    """Whether a module keeps nothing, as activations and dropout do; a layer of codes keeps buffers."""
+    return not ([*module.parameters(), *module.buffers()] or module._modules)
 
 
 def mlp_of(layer: Any) -> str:
