@@ -12,9 +12,6 @@ import pytest
 
 import qins
 
-# The package's rooms: each imports only those of later lines (pyproject.toml, [tool.importlinter]).
-ROOMS = [["cli", "compat"], ["checkpoint", "fidelity"], ["hf"], ["calibration"], ["nn", "files"], ["codec"], ["system"]]
-
 
 class Hidden(importlib.abc.MetaPathFinder):
     """Makes rooms as if they had been deleted."""
@@ -35,10 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     room = config.getoption("room")
     if room is None:
         return
-    line = next((i for i, rooms in enumerate(ROOMS) if room in rooms), None)
-    if line is None:
-        raise pytest.UsageError(f"--room: expected one of {', '.join(r for rooms in ROOMS for r in rooms)}, got {room}")
-    hidden = {r for rooms in ROOMS[:line] for r in rooms}
+    from layers import LEVELS, above  # not copied where only the core's tests are
+
+    known = [known for level in LEVELS for known in level]
+    if room not in known:
+        raise pytest.UsageError(f"--room: expected one of {', '.join(known)}, got {room}")
+    hidden = above(room)
     loaded = {name.split(".")[1] for name in sys.modules if name.startswith("qins.")} & hidden
     assert not loaded, f"imported already: {loaded}"
     sys.meta_path.insert(0, Hidden(hidden))

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from layers import above
 
 import qins
 from qins import _old_paths
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.once
 
 PACKAGE = Path(qins.__file__).parent
 ROOMS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
+TESTS = [p for room in ROOMS for p in sorted((Path(__file__).parent / room).glob("*.py"))]
 MODULES = {
     ".".join(("qins", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): p
     for p in PACKAGE.rglob("*.py")
@@ -49,6 +51,18 @@ def test_what_is_taken_from_another_room_is_what_it_exports(module):
         if theirs and theirs[0] in ROOMS and theirs[:1] != mine:
             exported = importlib.import_module(f"qins.{theirs[0]}").__all__
             assert name in exported, f"{module} takes {name} from {origin}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_tests_import_no_room_above_theirs(path):
+    """What `make test-rooms` would find minutes later."""
+    hidden = above(path.parent.name)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        taken = {name.split(".")[1] for name in names if name.startswith("qins.")}
+        assert not taken & hidden, f"line {node.lineno}"
 
 
 def test_every_room_has_what_it_exports():
