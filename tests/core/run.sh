@@ -21,8 +21,12 @@ one() {
     local fork=() program
     [ $# -eq 0 ] || fork=(--no-fork) # qemu-user 7.2 cannot start threads after a fork
     program=$(mktemp -d "$work/XXXXXX")/test_core
+    local began=$SECONDS
     "$here/build.sh" "$program" "$compiler" "${flags[@]}"
+    echo "built in $((SECONDS - began)) s"
+    began=$SECONDS
     "$@" "$program" "$digests" "${fork[@]}" 2>"$program.stderr" || { cat "$program.stderr"; return 1; }
+    echo "ran in $((SECONDS - began)) s"
 }
 
 # run ...: as one, in the background once fewer than all processors are at work
