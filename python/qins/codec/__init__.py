@@ -29,12 +29,14 @@ from .rational_arrays import RationalArray, codes_of, decode_old
 
 if TYPE_CHECKING:
     from .rational_tensors import RationalTensor, decode_tensor, encode_tensor
-    from .tensors import Blocks, decode_fields, decode_on_device, dtype_name
+    from .tensors import CODEC_NUMBER, DTYPE_NUMBER, Blocks, decode_fields, decode_on_device, dtype_name
 
 __all__ = [
     "ARRAYS",
+    "CODEC_NUMBER",
     "DAMPING",
     "DEFAULT_TARGETS",
+    "DTYPE_NUMBER",
     "EXPERT_STACKS",
     "FIELD_ROLES",
     "SCALARS",
@@ -77,6 +79,8 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "CODEC_NUMBER": "tensors",
+        "DTYPE_NUMBER": "tensors",
         "Blocks": "tensors",
         "decode_fields": "tensors",
         "decode_on_device": "tensors",

@@ -21,7 +21,8 @@ from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import _core
-from ..system import threads
+from ..codec import DTYPE_NUMBER
+from ..system import get_num_threads
 from .growing_cache import Room, room_for
 from .layer_description import LayerDescription, UnfitError, describe, mlp_of
 
@@ -31,7 +32,6 @@ Tensor = torch.Tensor
 
 # Tokens of one call, over all sequences; more go through the modules.
 MOST_ROWS = 16
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # How far a step may be from the modules, which round to the dtype after each operation.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # What a call may say besides what is looked at; anything else that says something goes to the modules.
@@ -54,7 +54,7 @@ class LayerStep:
         """Return what the layer returns, or None where its own forward is to be called.
 
         Raises:
-            _UnfitError: the core cannot compute this layer at all.
+            UnfitError: the core cannot compute this layer at all.
 
         """
         cache, mask, rotation = (given.get(n) for n in ("past_key_values", "attention_mask", "position_embeddings"))
@@ -142,10 +142,10 @@ class LayerStep:
             mask_sequence, mask_token = mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
         offset = room.begin * room.row_bytes
         _core.decode_layer(
-            about.core, _DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
+            about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
             room.keys_at + offset, room.values_at + offset, room.size, past,
             cos_at, sin_at, rotary_dim, rotary_next, mask_at, is_bool, mask_sequence, mask_token,
-            threads._chosen or torch.get_num_threads(),
+            get_num_threads(),
         )  # fmt: skip
         room.leave(kept, self, x, past)
         return y
@@ -163,7 +163,7 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
     """The kind of call, each of which is proved once; None where the layer's own forward is to be called."""
     if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(kept, "record_past", False):
         return None
-    if x.dim() != 3 or x.dtype not in _DTYPES or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
+    if x.dim() != 3 or x.dtype not in _TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
         return None
     keys, values = kept.keys, kept.values
     if not kept.is_initialized or keys is None or keys.dim() != 4 or keys.shape[2] == 0 or keys.dtype != x.dtype:
@@ -245,8 +245,8 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def decode_in_steps(model: nn.Module) -> int:
-    """Let the decoder layers of a model take a few tokens at a time in one call of the core; return how many may.
+def decode_in_steps(model: nn.Module) -> None:
+    """Let the decoder layers of a model take a few tokens at a time in one call of the core.
 
     Raises:
         ValueError: QINS_DECODE_STEP, which switches it off where it is 0, is something else than 0 or 1.
@@ -255,9 +255,8 @@ def decode_in_steps(model: nn.Module) -> int:
     told = os.environ.get("QINS_DECODE_STEP", "")
     if told not in ("", "0", "1"):
         raise ValueError(f"environment variable QINS_DECODE_STEP: expected 0 or 1, got {told!r}")
-    count = 0
     if told == "0":
-        return count
+        return
     for module in model.modules():
         kind: Any = type(module)
         if "self_attn" not in module._modules or mlp_of(module) not in module._modules:
@@ -265,5 +264,3 @@ def decode_in_steps(model: nn.Module) -> int:
         if not kind.forward.__dict__.get("_qins_wrapped"):
             kind.forward = _with_step(kind.forward)
         module.__dict__["_qins_step"] = LayerStep()
-        count += 1
-    return count

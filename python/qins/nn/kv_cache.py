@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from .. import _core
+from ..codec import CODEC_NUMBER, DTYPE_NUMBER
 from ..system import get_num_threads
 
 Tensor = torch.Tensor
-
-_CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
-_DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 # The tensors that each codec stores for (batch, heads, tokens, head_dim): dtype, and size of the last dimension (None
 # for head_dim).
@@ -67,8 +65,8 @@ class _Tokens:
     def _call(self, write: bool, x: Tensor, start: int, tokens: int) -> bool:
         fields = [f.data_ptr() for f in self.fields.values()]
         return _core.cache_at(
-            write, _CODEC_NUMBER[self.codec], fields[0], fields[1], fields[2] if len(fields) > 2 else 0,
-            x.shape[0] * x.shape[1], self.room, self.dim, start, tokens, x.data_ptr(), _DTYPE_NUMBER[x.dtype],
+            write, CODEC_NUMBER[self.codec], fields[0], fields[1], fields[2] if len(fields) > 2 else 0,
+            x.shape[0] * x.shape[1], self.room, self.dim, start, tokens, x.data_ptr(), DTYPE_NUMBER[x.dtype],
             get_num_threads(),
         )  # fmt: skip
 
@@ -105,7 +103,7 @@ def _check_states(k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor of shape (batch, heads, tokens, head_dim), got {got}")
         if t.device.type != "cpu":
             raise ValueError(f"{name}: expected a tensor on the CPU, got one on {t.device}")
-        if t.dtype not in _DTYPE_NUMBER:
+        if t.dtype not in DTYPE_NUMBER:
             raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected batch, heads and tokens of k, {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")

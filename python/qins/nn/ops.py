@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import _core
-from ..codec import SCALARS, Blocks, decode_fields, decode_on_device, field_names, isas
+from ..codec import CODEC_NUMBER, DTYPE_NUMBER, SCALARS, Blocks, decode_fields, decode_on_device, field_names, isas
 from ..system import threads
 
 Tensor = torch.Tensor
@@ -52,9 +52,6 @@ _BF16_ISAS = frozenset(name for name in isas() if _core.has_bf16(name))
 # not been measured on the rest.
 _FUSED_ROWS_BF16 = 256 if _BF16_ISAS else sys.maxsize if "avx2" in isas() else 32
 
-_CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
-_DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 
 def _is_fused(dtype: torch.dtype, batch: int) -> bool:
     most = _fused_rows.get(dtype, 0)
@@ -85,7 +82,7 @@ def numbers_of(fields: Sequence[Tensor], codec: str, group_size: int | None) -> 
     """Describe codes by address for the core, or None if it cannot use them. The caller keeps the tensors alive."""
     if not all(f.is_cpu and f.is_contiguous() for f in fields):
         return None
-    return (_CODEC_NUMBER[codec], *_addresses(fields, codec, group_size), *fields[0].shape, group_size or 0)
+    return (CODEC_NUMBER[codec], *_addresses(fields, codec, group_size), *fields[0].shape, group_size or 0)
 
 
 def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
@@ -112,8 +109,8 @@ def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: 
         codes_at, second_at, third_at, scalar_at, scalar2_at = _addresses(fields, codec, group_size)
         x_at, out_at, in_use = x.data_ptr(), out.data_ptr(), threads._chosen or torch.get_num_threads()
         _core.linear_at(
-            _CODEC_NUMBER[codec], codes_at, second_at, third_at, scalar_at, scalar2_at, rows, cols, group_size or 0,
-            x_at, batch, _DTYPE_NUMBER[dtype], out_at, in_use,
+            CODEC_NUMBER[codec], codes_at, second_at, third_at, scalar_at, scalar2_at, rows, cols, group_size or 0,
+            x_at, batch, DTYPE_NUMBER[dtype], out_at, in_use,
         )  # fmt: skip
         return out
     return _multiply_tiles(x, fields, codec, group_size)
