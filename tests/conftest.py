@@ -34,9 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from layers import LEVELS, above  # not copied where only the core's tests are
 
-    known = [known for level in LEVELS for known in level]
-    if room not in known:
-        raise pytest.UsageError(f"--room: expected one of {', '.join(known)}, got {room}")
+    rooms = [name for level in LEVELS for name in level]
+    if room not in rooms:
+        raise pytest.UsageError(f"--room: expected one of {', '.join(rooms)}, got {room}")
     hidden = above(room)
     loaded = {name.split(".")[1] for name in sys.modules if name.startswith("qins.")} & hidden
     assert not loaded, f"imported already: {loaded}"

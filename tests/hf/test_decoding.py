@@ -45,7 +45,7 @@ FAMILIES = {
     "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
 }  # fmt: skip
 # whether each layer is whole, its MLP included, where not all are
-MIXTURES = {n: [False] * 4 for n in ("Mixtral", "GptOss", "GraniteMoe")} | {"Qwen3Moe": [False, True, False, False]}
+WHOLE = {n: [False] * 4 for n in ("Mixtral", "GptOss", "GraniteMoe")} | {"Qwen3Moe": [False, True, False, False]}
 # which transformers 4 gives the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
 
@@ -123,7 +123,7 @@ def test_same_answers_as_the_modules(name, batch, padding, at_once):
     assert any(proved(model)) == all(proved(model)) == (name not in OWN_MODULES)
     if name not in OWN_MODULES:
         whole = [layer._qins_step._about.rest is None for layer in layers_of(model)]
-        assert whole == MIXTURES.get(name, [True] * 4)
+        assert whole == WHOLE.get(name, [True] * 4)
     without_steps(model)
     assert divergence(got, logits(model, ids, mask, at_once=at_once)) < 1e-8
 
