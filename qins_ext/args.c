@@ -1,4 +1,4 @@
-/* Checking what Python passes: every error names the argument, what was expected and what came. */
+/* Checks of arguments from Python. Every error names the argument, what was expected and what was passed. */
 #define PY_SSIZE_T_CLEAN
 #define NO_IMPORT_ARRAY
 #include "args.h"
@@ -55,7 +55,6 @@ int qins_wrong_argument(const char *name, const char *expected, PyObject *got)
     return -1;
 }
 
-/* A C-contiguous array of this type and shape (cols < 0: one-dimensional), native byte order. */
 int qins_array_argument(PyObject *o, const char *name, int type, const char *type_name, Py_ssize_t rows,
                         Py_ssize_t cols, int writable, void **data)
 {
@@ -108,7 +107,6 @@ int qins_check_overlap(PyObject *out, PyObject *in, const char *out_name, const 
 
 static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b != 0); }
 
-/* The arrays of a codec, in the order of qins.codec.ARRAYS, for a matrix of rows x cols. */
 int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
                       int writable, qins_codes *e)
 {
@@ -173,7 +171,6 @@ int qins_check_overlap_codes(PyObject *out, const char *name, PyObject *arrays)
     return 0;
 }
 
-/* A codec's scalars, in the order of qins.codec.SCALARS. */
 int qins_read_scalars(qins_codes *e, PyObject *scalars)
 {
     switch (e->codec) {

@@ -1,4 +1,4 @@
-/* Shared by the files of the glue. Argument checks return 0, or -1 with an exception set. */
+/* Shared by the files of the Python bindings. Argument checks return 0, or -1 with an exception set. */
 #ifndef QINS_ARGS_H
 #define QINS_ARGS_H
 

@@ -1,11 +1,11 @@
-/* Keys and values of attention: short rows, each with a range of its own, written a few at a time and read whole. */
+/* Quantized KV caches: short rows, each with its own range, written a few at a time and read all at once. */
 #include <stdatomic.h>
 
 #include "sizes.h"
 
 enum { GRAIN_ELEMENTS = 16384, CANDIDATES = 4 };
 
-/* Factors of a row's largest magnitude that are tried as its scale. */
+/* Candidate scales of a row, as fractions of its largest magnitude. */
 static const float FACTORS[CANDIDATES] = {1.0f, 0.97f, 0.94f, 0.91f};
 
 typedef struct {
@@ -18,7 +18,7 @@ typedef struct {
     atomic_int nonfinite;
 } caching;
 
-/* Where row `item` of the dense array, heads x tokens, lies in the cache. */
+/* The cache row for row `item` of the dense array, heads x tokens. */
 static size_t cache_row(const caching *p, size_t item)
 {
     return item / p->tokens * p->c->room + p->start + item % p->tokens;
@@ -30,7 +30,7 @@ static uint16_t to_bfloat16(float x) /* finite */
 {
     const uint32_t u = (uint32_t)bits32(x);
     uint32_t rounded = u + 0x7fffu + (u >> 16 & 1u);
-    return (uint16_t)((rounded < 0x7f800000u ? rounded : u) >> 16); /* never up to infinity */
+    return (uint16_t)((rounded < 0x7f800000u ? rounded : u) >> 16); /* never rounds up to infinity */
 }
 
 /* -- golden ------------------------------------------------------------------------------------- */
@@ -41,7 +41,7 @@ static void golden_row(const caching *p, const float *w, size_t row)
     size_t n = c->dim;
     qins_range none = {INT32_MAX, 0}, r = p->kernels->range_golden(w, n, none);
     uint8_t *stored = c->codes + row * n;
-    float log_min = -10.0f, log_max = 0.0f; /* the seed's range of a tensor of zeros */
+    float log_min = -10.0f, log_max = 0.0f; /* the original implementation's range for zeros */
     double range = 0.0;
     if (r.lo <= r.hi) {
         log_min = (float)qins_log((double)from_bits32(r.lo));
@@ -49,8 +49,8 @@ static void golden_row(const caching *p, const float *w, size_t row)
         range = (double)log_max - (double)log_min;
         log_max = range < 1e-8 ? log_min : log_max;
     }
-    /* Near the largest magnitude logarithms of ratios to it are the more exact; a wide range would send them out of
-     * the normal numbers. */
+    /* Logarithms of ratios to the largest magnitude are more exact near it, but in a wide range the ratios would
+     * leave float32's normal range. */
     int ratios = range < 80.0;
     float inverse = ratios && range > 0.0 ? 1.0f / from_bits32(r.hi) : 1.0f;
     double slope = range < 1e-8 ? 0.0 : 254.0 / range;

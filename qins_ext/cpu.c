@@ -1,4 +1,4 @@
-/* What the processor has and the operating system lets us use. */
+/* Detection of CPU features that both the processor and the operating system support. */
 #if !defined(_DEFAULT_SOURCE)
 #define _DEFAULT_SOURCE /* syscall() */
 #endif
@@ -10,7 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Programs start without tiles; the kernel grants their state, once for the process, or refuses. */
+/* Processes start without AMX tiles. One request is enough for the whole process; the kernel may refuse. */
 static int tiles_granted(void)
 {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
@@ -74,7 +74,7 @@ static unsigned detect(void) { return 0; }
 
 unsigned qins_cpu_features(void)
 {
-    /* Asked once: CPUID traps to the hypervisor on virtual machines, which takes tens of microseconds. */
+    /* Detected once: on virtual machines CPUID traps to the hypervisor, which takes tens of microseconds. */
     static atomic_uint known;
     const unsigned asked = 1u << 31;
     unsigned features = atomic_load(&known);

@@ -1,4 +1,4 @@
-/* Codes to values: spans of rows for kernels, and whole matrices. */
+/* Decoding: spans of rows for kernels, and whole matrices. */
 #include "reader.h"
 
 typedef struct {

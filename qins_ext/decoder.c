@@ -1,5 +1,5 @@
-/* One decoder layer in one call. Between products everything is float32, whatever the tensors are: what the modules
- * round after each of their operations is rounded once, at the end. */
+/* One decoder layer in one call. Everything between products is float32, whatever the tensors' dtype: results are
+ * rounded once, at the end, where separate modules would round after each operation. */
 #include "decoder.h"
 
 #include <math.h>
@@ -7,13 +7,13 @@
 
 #include "sizes.h"
 
-/* Of attention, a thread's part has at least so many products: a few microseconds of work. */
+/* A thread's part of attention has at least GRAIN products: a few microseconds of work. */
 enum { GRAIN = 32768, TOKENS_AT_ONCE = 64 };
 
-/* A score that no softmax sees; finite, so that differences of such scores are no NaN. */
+/* Score of a masked key; finite, so that differences of such scores are not NaN. */
 #define UNSEEN (-1e30f)
 
-/* A product's results: row m begins at at + m * next. */
+/* Results of a product: row m begins at at + m * next. */
 typedef struct {
     float *at;
     size_t next;
@@ -29,7 +29,7 @@ typedef struct {
     atomic_int failed;
 } run;
 
-/* -- small things ------------------------------------------------------------------------------ */
+/* -- helpers ------------------------------------------------------------------------------------ */
 
 static void norm_row(const qins_kernels *k, const float *x, size_t n, const float *weight, float epsilon, float *out)
 {
@@ -62,7 +62,8 @@ static void add_bias(const run *r, float *y, size_t n, const float *bias)
     }
 }
 
-/* Products of one x; results[i] becomes that of the i-th, the first one's below itself where others have no codes. */
+/* Multiplies one x by several matrices and points results[i] at the i-th product. A product without codes is part of
+ * the one before it, and its results follow that one's, sizes[i - 1] per row of x. */
 static int multiply(const run *r, const float *x, const qins_decoder_product *const *p, size_t count, float *y,
                     rows *const *results, const size_t *sizes, int threads)
 {
@@ -70,7 +71,7 @@ static int multiply(const run *r, const float *x, const qins_decoder_product *co
     float *out[QINS_SET];
     size_t there = 0;
     for (size_t i = 0; i < count; i++) {
-        if (p[i]->codes.codes == NULL) { /* among the rows of the one before */
+        if (p[i]->codes.codes == NULL) { /* part of the one before */
             results[i]->at = results[i - 1]->at + sizes[i - 1];
             results[i]->next = results[i - 1]->next;
             continue;
@@ -122,7 +123,8 @@ static void norm_heads(const run *r, rows y, size_t heads, const float *weight)
     }
 }
 
-/* Rotates the first elements of each head; the second half of a rotation's elements is the other coordinate. */
+/* Applies rotary embeddings to the first rotary_dim elements of each head: element i of the first half and element i
+ * of the second half are the two coordinates of a rotation. */
 static int rotate(const run *r)
 {
     const qins_decoder_call *call = r->call;
@@ -153,7 +155,7 @@ static int rotate(const run *r)
     return 0;
 }
 
-/* Where a head's token is in the cache, in elements. */
+/* Offset of a head's token in the cache, in elements. */
 static size_t cache_at(const run *r, size_t sequence, size_t head, size_t token)
 {
     return ((sequence * r->layer->kv_heads + head) * r->call->room + token) * r->layer->head_dim;
@@ -171,7 +173,7 @@ static void keep(const run *r, rows from, void *cache)
     }
 }
 
-/* Whether mask lets query m see key t, or what it adds. */
+/* Applies the mask to the score of query m and key t. */
 static float masked(const run *r, size_t m, size_t t, float score)
 {
     const qins_decoder_call *call = r->call;
@@ -184,8 +186,7 @@ static float masked(const run *r, size_t m, size_t t, float score)
     return more > UNSEEN ? score + more : UNSEEN;
 }
 
-/* Some query rows, `batch` of them, of one head of keys: query i is of token row m0 + token[i], head first + head[i].
- */
+/* A batch of queries that share a KV head: query i is that of token row row[i] and head head[i]. */
 typedef struct {
     float q[QINS_BATCH][512], out[QINS_BATCH][512];
     size_t row[QINS_BATCH], head[QINS_BATCH];
@@ -245,7 +246,7 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
     }
 }
 
-/* Heads of keys, of all sequences. */
+/* Attention of KV heads [begin, end), counted over all sequences. */
 static void attend(void *context, size_t begin, size_t end)
 {
     run *r = context;
@@ -306,7 +307,7 @@ static int attention(run *r, float *room, int threads)
     return 0;
 }
 
-/* -- the rest ------------------------------------------------------------------------------------ */
+/* -- MLP, and the whole layer --------------------------------------------------------------------- */
 
 static int gated_products(run *r, float *room, int threads)
 {

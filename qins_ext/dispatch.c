@@ -1,4 +1,4 @@
-/* Which kernel tables run on this machine. */
+/* The kernel tables that run on this machine. */
 #include <string.h>
 
 #include "qins.h"

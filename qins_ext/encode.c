@@ -1,4 +1,4 @@
-/* Whole matrices to codes: ranges, levels, and how rows are shared among threads. */
+/* Encoding of whole matrices: ranges, levels, and the split of rows over threads. */
 #include <float.h>
 
 #include "encode.h"

@@ -1,4 +1,4 @@
-/* Shared by encode.c and encode_log8.c. */
+/* State of one encoding, shared by encode.c and encode_log8.c. */
 #ifndef QINS_ENCODE_H
 #define QINS_ENCODE_H
 

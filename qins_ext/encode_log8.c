@@ -1,12 +1,12 @@
-/* Whole matrices to log8: the search for mu, the scales of rows and groups. */
+/* Encoding of whole matrices to log8: the search for mu, and the scales of rows and groups. */
 #include "encode.h"
 
-/* Scales that a row tries, in hundredths of its largest magnitude: clipping a few large weights a
- * little makes every other level finer. First COARSE, then NEAR the best of those. */
+/* Candidate scales of a row, in percent of its largest magnitude: clipping a few large weights slightly makes every
+ * other level finer. COARSE ones come first, then those NEAR the best of them. */
 static const int COARSE[] = {100, 96, 92, 88}, NEAR[] = {2, 1, -1, -2};
 enum { SCALES = 4, MULTIPLIERS = 3 };
 
-/* Outside, reciprocals or squares would leave float32's normal range; such rows are not searched. */
+/* Rows with other scales are not searched: reciprocals or squares would leave float32's normal range. */
 static int searchable(float scale) { return scale > 7.9e-31f && scale < 1.2e30f; }
 
 /* Squared error of elements [k, k + n) of a row under each candidate scale. */
@@ -55,7 +55,7 @@ static int best_percent(qins_reader *r, const qins_encoding *e, size_t row, size
     return percent[best];
 }
 
-/* The scale of a row of n elements whose largest magnitude is `most`; adds its squared error. */
+/* The scale of a row of n elements whose largest magnitude is `most`; adds its squared error to *total. */
 static float row_scale(qins_reader *r, const qins_encoding *e, size_t row, size_t n, float most, double *total)
 {
     if (!searchable(most)) {
@@ -77,7 +77,7 @@ static float row_scale(qins_reader *r, const qins_encoding *e, size_t row, size_
 
 static float group_scale(float scale, int multiplier) { return scale * ((float)multiplier / 256.0f); }
 
-/* The multiplier 1..256 of a group: the least that covers its largest magnitude, or one or two less. */
+/* The multiplier 1..256 of a group: the smallest that covers its largest magnitude, or up to two less. */
 static int group_multiplier(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
                             double *total)
 {
@@ -151,7 +151,7 @@ static void log8_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* The search for mu tries whole rows, or the beginnings of long ones, spread over the matrix. */
+/* The search for mu uses a sample: rows, or the beginnings of long ones, spread over the matrix. */
 enum { SAMPLE_WEIGHTS = 1 << 17, SAMPLE_COLS = 8192, SAMPLE_ROWS = 1024, SAMPLE_ROWS_MIN = 16 };
 
 typedef struct {
@@ -187,8 +187,8 @@ static void sample_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* mu = 2^(i/8 - 1), i in 0..MU_STEPS: 0.5 to 32. The error has one minimum over log mu, apart from
- * noise that is far below what a step of an eighth of an octave changes. */
+/* mu = 2^(i/8 - 1), i in 0..MU_STEPS: 0.5 to 32. The error has one minimum over log mu, apart from noise
+ * far below the effect of a step of an eighth of an octave. */
 enum { MU_STEPS = 48 };
 
 static float mu_at(int i)
@@ -210,7 +210,7 @@ static double mu_error(sample *s, int i, int threads, qins_log8_tables *t)
     s->c->tables.log8 = t;
     qins_parallel(s->rows, items_per_grain(s->cols), threads, sample_rows, s);
     double total = 0.0;
-    for (size_t row = 0; row < s->rows; row++) { /* one order, whatever the threads did */
+    for (size_t row = 0; row < s->rows; row++) { /* in a fixed order, whatever the threads did */
         total += s->error[row];
     }
     return total;
@@ -225,12 +225,12 @@ static float search_mu(qins_encoding *c, int threads, qins_log8_tables *t)
     s.rows = s.rows < c->w->rows ? s.rows : c->w->rows;
     int best = 16; /* mu = 2 */
     double least = mu_error(&s, best, threads, t);
-    if (least == 0.0) { /* nothing to choose by */
+    if (least == 0.0) { /* no error to minimize */
         return mu_at(best);
     }
     for (int step = 8; step >= 1; step /= 2) {
         for (int direction = -1; direction <= 1; direction += 2) {
-            for (int moved = 1; moved;) { /* walk on while it gets better */
+            for (int moved = 1; moved;) { /* continue while the error falls */
                 int i = best + direction * step;
                 moved = 0;
                 if (i >= 0 && i <= MU_STEPS) {

@@ -24,7 +24,7 @@
 #define QINS_AARCH64 0
 #endif
 
-/* First compilers with intrinsics for AVX512_BF16 whose vectors can be cast. */
+/* The versions are the first whose AVX512_BF16 intrinsics have vectors that can be cast. */
 #if QINS_X86_64 && \
     ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
 #define QINS_AVX512BF16 1
@@ -32,7 +32,8 @@
 #define QINS_AVX512BF16 0
 #endif
 
-/* Tiles need the operating system's permission, requested here in Linux's way. First compilers with intrinsics. */
+/* AMX tiles need the operating system's permission, which is requested here for Linux only. The versions are the first
+ * with AMX intrinsics. */
 #if QINS_X86_64 && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
 #define QINS_AMX 1

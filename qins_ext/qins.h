@@ -60,7 +60,7 @@ typedef struct {
     int constant;                      /* the range is too small: every stored is 128 */
 } qins_golden_tables;
 
-/* The levels of one mu as 16-bit fixed-point numbers (words), for products. Each kernel uses one of these forms:
+/* The levels of one mu for products, as 16-bit fixed-point values (words). Each kernel uses one of these forms:
  *   word[c] = f(c & 127) * QINS_WORD_MAX, rounded so that the low byte is 0 only for 0; negated where c >= 128
  *
  *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
@@ -98,7 +98,7 @@ typedef struct {
  * distance, and prefetches into the first-level cache only compete with these. */
 enum { QINS_AHEAD = 6144 }; /* bytes */
 
-/* The distance for loops that read only `cols` of `row` bytes per row: a multiple of rows. */
+/* The distance for loops that read only `cols` of `row` bytes per row: a whole number of rows. */
 static inline size_t qins_rows_ahead(size_t cols, size_t row)
 {
     return cols < row && cols > 0 ? (QINS_AHEAD + cols - 1) / cols * row : QINS_AHEAD;
@@ -170,7 +170,7 @@ typedef struct {
     size_t item;      /* bytes per activation, and per weight */
     size_t depth;     /* most columns per multiply(); prepared weights have room for these */
     size_t block;     /* rows of weights prepared at a time; a multiple of `rows` and of 16 */
-    /* Called before and after a thread's calls of multiply(); may be NULL. */
+    /* Called before and after a thread's calls to multiply(); may be NULL. */
     void (*begin)(void);
     void (*end)(void);
     /* Packs at most 16 rows of activations, `stride` apart; scale (planes): 16 per `step` columns */
@@ -210,7 +210,7 @@ static inline size_t qins_few_panels(size_t batch) { return (batch + QINS_FEW_RO
 static inline size_t qins_few_lanes(size_t batch) { return batch > 4 ? 16 : batch > 2 ? 8 : 4; }
 
 typedef struct {
-    /* Called before and after a thread's calls of multiply(). */
+    /* Called before and after a thread's calls to multiply(). */
     void (*begin)(int batch);
     void (*end)(void);
     /* Packs columns of all rows of activations, beginning at a multiple of `step`. packed: panels x lanes bytes per
@@ -262,7 +262,7 @@ typedef struct {
      * code's value. The e replace the weights. scale: 16 per group; group: the group of each column. */
     void (*feedback_log8)(float *panel, size_t cols, const float *feedback, const float *scale, const uint32_t *group,
                           const qins_log8_tables *t, uint8_t *codes);
-    /* decodes one row from column k on; group_scale: that row's, or NULL */
+    /* Decodes one row from column k on; group_scale: that row's, or NULL */
     void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
                         size_t group_size, const float *level, float *out);
     /* rational: z = sign/(1 + alpha |w|) and back; any bit pattern of |w| between range's lo and hi */
@@ -293,12 +293,12 @@ typedef struct {
                        const qins_golden_factors *t, const float *x, size_t stride, int batch, float *out);
     /* out[m] = sum of w * x[m] */
     void (*dot_f32)(const float *w, size_t n, const float *x, size_t stride, int batch, float *out);
-    /* Between the products of a decoder layer, see decoder.c. x = e^(x - most), with x <= most; returns the sum. */
+    /* Between the products of a decoder layer, see decoder.c: x = e^(x - most), with x <= most; returns the sum */
     float (*exp_row)(float *x, size_t n, float most);
-    /* out = up * silu(gate), or of gelu's tanh form */
+    /* out = up * silu(gate), or up * gelu(gate) in its tanh form */
     void (*gate_row)(const float *gate, const float *up, size_t n, int gelu, float *out);
-    /* out[m] += sum over rows t of weight[m][t] * rows[t], n elements. Rows are `stride` apart, the weights of one m
-     * and of the next m `next` */
+    /* out[m] += sum over rows t of weight[m][t] * rows[t], n elements. Rows are `stride` apart, and the weights of
+     * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
     const qins_panels *floats, *planes, *halves; /* NULL: floats is the best here */
@@ -333,7 +333,7 @@ unsigned qins_cpu_features(void);
  * end) on each, on this thread and on pool threads. Any number of threads may call it at once. The result of a task
  * must not depend on where the parts begin and end. */
 void qins_parallel(size_t items, size_t grain, int threads, void (*task)(void *, size_t, size_t), void *context);
-/* Uses `parallel` (with the signature of libgomp's GOMP_parallel) instead of the pool; NULL: the pool again. */
+/* Uses `parallel` (with the signature of libgomp's GOMP_parallel) instead of the pool; NULL: back to the pool. */
 typedef void (*qins_fork_join)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
 void qins_set_fork_join(qins_fork_join parallel);
 
@@ -412,7 +412,7 @@ void qins_decoder_init(qins_decoder *d, const qins_kernels *k, const qins_codes 
 /* Decodes columns [k, k + n) of a row; k is a multiple of 8 for log9. */
 void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out);
 
-/* feedback.c: log8's codes by error feedback, with the scales and mu of `e` ---------------------- */
+/* feedback.c: rounding to log8 with error feedback, given the scales and mu of `e` -------------- */
 /* w: dense rows x cols. order[j] is the column rounded j-th, and row j of feedback (cols x cols, dense) belongs to it.
  * Returns 0, or -1 if out of memory. */
 int qins_round_with_feedback(const qins_kernels *k, const float *w, const uint32_t *order, const float *feedback,
@@ -442,7 +442,8 @@ void qins_cache_decode(const qins_kernels *k, const qins_cache *c, size_t start,
  * Returns 0, or -1 if out of memory for `batch` rows of activations. */
 int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype, void *y,
                 int threads);
-/* The product of one x, float32, with up to QINS_SET matrices of the same width; one pass if their codes are alike. */
+/* The products of one x, float32, with up to QINS_SET matrices of the same width; in one pass if codec, group_size and
+ * way are the same. */
 enum { QINS_SET = 3 };
 int qins_linear_set(const qins_kernels *k, const qins_codes *const *e, size_t count, const float *x, size_t batch,
                     float *const *y, int threads);
@@ -464,7 +465,7 @@ typedef struct {
 /* Returns whether the n activations at x have outliers; if so, `rest` (which may be x) is x with zeros in their place.
  */
 int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *rest, qins_outliers *o);
-/* A cache of dequantized weights: some rows of codes, in the columns that were requested last. */
+/* A cache of dequantized weights: some rows of codes, in the most recently requested columns. */
 typedef struct {
     size_t row, rows, decoded; /* decoded: number of columns so far, including replaced ones */
     uint32_t col[QINS_COLUMNS];

@@ -3,7 +3,8 @@
  * Before including this, an isa_<name>.c defines
  *   ISA     its name
  *   FN      function attributes (the target features that the compiler may use in the function)
- * and then the vector words in which codec_*.inc are written. Every word operates on 16 lanes:
+ * and then the vector operations in which the *.inc files are written (the WORD macro refers to these). Each operates
+ * on 16 lanes:
  *   types   vf (float32), vi (int32), vl (a table of 128 float32, loaded)
  *   floats  vf_load vf_store vf_set1 vf_abs vf_add vf_sub vf_mul vf_div vf_bits vf_flip(v, signs)
  *           vf_lookup(const float *table, vi index)  vl_load(const float *)  vf_level(const vl *, vi m)
@@ -18,7 +19,7 @@
  *   golden  if GOLDEN_WORDS: 64 magnitudes with their signs, element 4j + k in byte k of lane j, and their values
  *           vg_load(const qins_golden_factors *)   vs_golden(stored, sign)   vs_log9(stored, sign_bits)
  *           vs_value(const vg *, const vs *, k): values of elements 4j + k in lane j; k is a literal
- *   words   64 weights of log8 as 16-bit fixed point, see qins_log8_words:
+ *   words   64 weights of log8 as 16-bit fixed-point values, called words below; see qins_log8_words:
  *           vt_load(t)  vw_decode(const vt *, const uint8_t *codes)
  *           vw_add(vi sums, const vw *, const int16_t *x): sums + products, four to a lane; lanes 0 to 7
  *           get elements 0 to 31, and x is in X_ORDER: its eight i belongs to eight X_ORDER[i] of the elements
@@ -40,7 +41,7 @@
 #define NAME_(base, isa) NAME__(base, isa)
 #define NAME(base) NAME_(base, ISA)
 
-/* The last, partial block of an array uses a padded copy, so that no word needs a mask. */
+/* The last, partial block of an array uses a padded copy, so that no operation needs a mask. */
 #define TAIL_IN(type, name, src, n) \
     type name[QINS_LANES] = {0};    \
     memcpy(name, (src), (size_t)(n) * sizeof(type))
