@@ -199,7 +199,7 @@ WORD vf vf_of_ints(vi x)
     return r;
 }
 
-/* A permutation takes three bits of each lane: `stored` is cut in three, and the sign goes with the last two bits. */
+/* A permutation uses three bits of each lane: `stored` is split in three, and the sign joins the last two bits. */
 #define GOLDEN_WORDS 1
 typedef struct {
     __m256 factor[3];
@@ -212,7 +212,7 @@ WORD vg vg_load(const qins_golden_factors *t)
     vg r = {{_mm256_loadu_ps(t->eighth[0]), _mm256_loadu_ps(t->eighth[1]), _mm256_loadu_ps(t->eighth[2])}};
     return r;
 }
-/* Bit 2 of each byte of sign: whether it is negative. */
+/* Bit 2 of each byte of sign is set where negative. */
 WORD __m256i top_bits(__m256i stored, __m256i sign)
 {
     return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(stored, 6), _mm256_set1_epi8(3)),
@@ -257,7 +257,7 @@ WORD vf both_halves(__m256 a, __m256 b)
 }
 #define vs_value(t, s, k) both_halves(HALF_VALUE(t, s, 0, k), HALF_VALUE(t, s, 1, k))
 
-/* Products of log8. Byte shuffles look up 16 entries, so f is made of two factors (see qins_log8_words):
+/* Products of log8. Byte shuffles look up 16 entries, so f is computed from two factors (see qins_log8_words):
  * a[code >> 4], with the sign, times b[code & 15], minus the constant c with a's sign. */
 typedef struct {
     __m256i a_low, a_high, b_low, b_high, c;
@@ -330,7 +330,7 @@ WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
     return r;
 }
 
-/* Words of 32 codes are used up before those of the next are made, so that all fit the registers. */
+/* Words of 32 codes are used before the next 32 are decoded, so that all fit in registers. */
 #define DECODE_AND_ADD
 WORD vi vw_decode_and_add(vi sums, const vt *t, const uint8_t *codes, const int16_t *x)
 {

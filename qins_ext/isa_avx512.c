@@ -11,7 +11,7 @@
 
 #include "words_avx512.h"
 
-/* As in isa_avx2.c: byte shuffles look up 16 entries, so f is made of two factors and a constant. */
+/* As in isa_avx2.c: byte shuffles look up 16 entries, so f is computed from two factors and a constant. */
 typedef struct {
     __m512i a_low, a_high, b_low, b_high, c;
 } vt;

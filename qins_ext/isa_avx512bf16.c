@@ -9,7 +9,7 @@
 #define FN QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c")
 #define WORD QINS_ALWAYS_INLINE FN
 
-#define TWO_TABLES 1 /* so far AMD's: Intel's processors that have BF16 and VBMI have AMX, too */
+#define TWO_TABLES 1 /* AMD processors so far: Intel's with BF16 and VBMI also have AMX */
 
 #include "words_avx512vnni.h"
 

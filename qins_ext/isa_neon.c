@@ -55,7 +55,7 @@ WORD vi vi_min_u(vi x, vi y) { EACH(vi, vminq_u32(x.val[i], y.val[i])); }
 WORD vi vi_srl(vi x, int n) { EACH(vi, vshlq_u32(x.val[i], vdupq_n_s32(-n))); }
 WORD vi vi_sra(vi x, int n) { EACH(vi, AS_UINT(vshlq_s32(AS_INT(x.val[i]), vdupq_n_s32(-n)))); }
 WORD vi vi_sll(vi x, int n) { EACH(vi, vshlq_u32(x.val[i], vdupq_n_s32(n))); }
-/* a comparison is -1, as an unsigned all ones, where true */
+/* where true, a comparison is -1, which is all ones when unsigned */
 WORD vi vi_count(vi n, vi x, vi y) { EACH(vi, vsubq_u32(n.val[i], vcgeq_s32(AS_INT(x.val[i]), AS_INT(y.val[i])))); }
 WORD vi vi_lookup(const uint32_t *table, vi at)
 {
@@ -154,7 +154,7 @@ WORD float vf_sum(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[
 WORD vi vi_round(vf x) { EACH(vi, AS_UINT(vcvtnq_s32_f32(x.val[i]))); }
 WORD vf vf_of_ints(vi x) { EACH(vf, vcvtq_f32_s32(AS_INT(x.val[i]))); }
 
-/* Magnitudes only, low bytes and high bytes apart; a table lookup reaches 64 entries. */
+/* Magnitudes, with low and high bytes apart: a table lookup covers 64 entries. */
 typedef struct {
     uint8x16x4_t low[2], high[2];
 } vt;
@@ -178,7 +178,7 @@ WORD vt vt_load(const qins_log8_words *t)
     }
     return r;
 }
-/* Indices of 64 and more leave vqtbx4q's first operand as it is. */
+/* Where an index is 64 or more, vqtbx4q keeps its first operand. */
 WORD uint8x16_t lookup128(const uint8x16x4_t *table, uint8x16_t m)
 {
     return vqtbx4q_u8(vqtbl4q_u8(table[0], m), table[1], vsubq_u8(m, vdupq_n_u8(64)));

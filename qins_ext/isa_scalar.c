@@ -1,4 +1,4 @@
-/* Portable C, one lane after the other: the oracle that every other instruction set must equal. */
+/* Portable C, one lane at a time: the reference that every other instruction set must match. */
 #include "words.h"
 
 #define ISA scalar
@@ -111,7 +111,7 @@ QINS_ALWAYS_INLINE void vf_store_f64(double *p, vf a)
     memcpy(p, d, sizeof d);
 }
 
-/* IEEE binary16 by integers: exponents differ by 112; subnormal halves are multiples of 2^-24. */
+/* IEEE binary16 in integer arithmetic: exponents differ by 112; subnormal halves are multiples of 2^-24. */
 static float half_to_float(uint32_t h)
 {
     uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;

@@ -1,4 +1,4 @@
-/* The vector words of AVX-512, except most of those for log8 products: 16 lanes are one register. */
+/* The vector operations of AVX-512 (see words.h), except most of those for log8 products. 16 lanes are one register. */
 typedef __m512 vf;
 typedef __m512i vi;
 /* 128 levels fit in eight registers: four two-register permutations and three blends cost less than a gather. */
