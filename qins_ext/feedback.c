@@ -10,7 +10,7 @@
 typedef struct {
     const qins_kernels *kernels;
     const float *w, *feedback;
-    const uint32_t *order, *group; /* group: of the j-th column to be rounded */
+    const uint32_t *order, *group; /* group: of the j-th column in order */
     const qins_log8_tables *tables;
     qins_codes *e;
     size_t groups;

@@ -1,4 +1,4 @@
-/* y = x W^T straight from the codes, for a few rows of x: rows of codes shared among threads. */
+/* y = x W^T straight from the codes, for a few rows of x. Rows of codes are split over threads. */
 #include <stdatomic.h>
 #include <string.h>
 
@@ -15,11 +15,11 @@ typedef struct {
     qins_way way;
     size_t batch, blocks, padded; /* padded: floats from one row of x, or of packed ones, to the next */
     const float *x;               /* batch x padded */
-    float *rest;                  /* room for x without outliers, which may be x; NULL: threads take a row's */
-    qins_outliers *outliers;      /* of each row of x, in fixed point */
+    float *rest;                  /* room for x without outliers, may be x; NULL: threads allocate one row */
+    qins_outliers *outliers;      /* of each row of x; only in fixed point */
     atomic_int_least32_t failed;
     char *packed;       /* QINS_WORDS: see qins_fixed; QINS_BYTES, QINS_TILES: see qins_single and qins_few */
-    float *fixed_scale; /* of what is packed */
+    float *fixed_scale; /* scales of `packed` */
     size_t step;        /* columns of activations that share a scale */
     const qins_log8_words *words;
     qins_golden_factors factors;
@@ -39,7 +39,7 @@ static void add_product(const product *p, size_t row, size_t k, size_t n, size_t
         const uint8_t *bits = e->codec == QINS_log9 ? e->sign_bits + row * ceil_div(e->cols, 8) + k / 8 : NULL;
         const float *x = (const float *)(const void *)p->packed + m * p->padded + k;
         p->kernels->dot_golden(e->codes + at, sign, bits, n, ahead, &p->factors, x, p->padded, batch, part);
-    } else { /* codes or a group_size that no kernel takes */
+    } else { /* no kernel multiplies these codes directly, so decode them */
         qins_decode_span(&p->from, row, k, n, window);
         p->kernels->dot_f32(window, n, p->x + m * p->padded + k, p->padded, batch, part);
     }
@@ -48,8 +48,8 @@ static void add_product(const product *p, size_t row, size_t k, size_t n, size_t
     }
 }
 
-/* results[i][b], of rows row + i of codes and m + b of x, to y; in fixed point times the rows' scales, and with the
- * outliers' products. */
+/* Stores results[i][b], of row row + i of codes and row m + b of x, in y. In fixed point, results are first multiplied
+ * by the rows' scales, and the outliers' products are added. */
 static void store_results(const product *p, const float *results, size_t row, size_t rows, size_t m, size_t batch)
 {
     const int fixed = p->outliers != NULL;
@@ -74,7 +74,7 @@ static void product_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
     float results[ROWS_AT_ONCE * QINS_BATCH];
-    /* some columns of all rows of codes at a time, so that activations stay in the first cache */
+    /* some columns of all rows of codes at a time, so that activations stay in the L1 cache */
     const size_t cols = p->e->cols, parts = least(p->batch, QINS_BATCH) * cols * sizeof(float) / NEAR_BYTES + 1;
     const size_t span = least(ceil_div(ceil_div(cols, parts), QINS_BLOCK) * QINS_BLOCK, QINS_WINDOW);
     for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
@@ -99,7 +99,7 @@ static void product_words(void *context, size_t begin, size_t end)
     const qins_codes *e = p->e;
     const size_t steps = ceil_div(e->cols, p->step);
     float few[ROWS_AT_ONCE * QINS_BATCH], *results = few;
-    size_t most = QINS_BATCH; /* rows of x at a time: so many where there is no memory for more */
+    size_t most = QINS_BATCH; /* rows of x at a time; this many if there is no memory for more */
     char *room = NULL;
     if (p->batch > QINS_BATCH) {
         room = qins_scratch_take(QINS_WORD_ROOM + p->batch * ROWS_AT_ONCE * sizeof *results);
@@ -123,7 +123,7 @@ static void product_words(void *context, size_t begin, size_t end)
     }
 }
 
-/* Row m of x without its outliers: x, or where it has some, `rest`. */
+/* Returns row m of x without its outliers: in x if it has none, else in `rest`. */
 static const float *take_outliers(const product *p, size_t m, float *rest)
 {
     const float *x = p->x + m * p->padded;
@@ -151,7 +151,7 @@ static void fix_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* See dot_golden. */
+/* Puts x in the order that dot_golden expects. */
 static void quarter_rows(void *context, size_t begin, size_t end)
 {
     product *p = context;
@@ -168,7 +168,7 @@ static void quarter_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* All rows, so that those without outliers are beside the others. */
+/* Copies all rows, so that those without outliers are beside the others. */
 static void copy_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
@@ -229,24 +229,24 @@ static void product_blocks(void *context, size_t begin, size_t end)
     p->kernels->few->end();
 }
 
-/* -- one x, and one matrix or some ---------------------------------------------------------------- */
+/* -- one x, and one or more matrices -------------------------------------------------------------- */
 
-/* How the rows of x are kept, and what multiplies them. */
+/* The prepared rows of x, and the function that multiplies them. */
 typedef struct {
     char *room;     /* scratch memory, or NULL */
-    size_t at_once; /* rows of codes that a part has a multiple of */
+    size_t at_once; /* a thread's part is a multiple of this many rows of codes */
     void (*multiply)(void *, size_t, size_t);
 } preparation;
 
-/* Makes x, whose way is chosen, what kernels take. Matrices with the same columns, group_size and way can share it.
- * Returns 0, or -1 without memory. */
+/* Converts x to the form that the chosen way needs. Matrices with the same cols, group_size and way can share it.
+ * Returns 0, or -1 if out of memory. */
 static int take_activations(product *p, const void *x, int threads, preparation *plan)
 {
     const qins_codes *e = p->e;
     const size_t batch = p->batch;
     const int fixed = p->way == QINS_WORDS || p->way == QINS_BYTES || p->way == QINS_TILES;
     const int copied = p->dtype != QINS_F32 || p->way == QINS_BYTES || p->way == QINS_TILES;
-    /* bytes, multiples of 64; scales: floats */
+    /* in bytes, multiples of 64; scales: in floats */
     size_t floats = copied ? ceil_div(batch * e->cols * sizeof(float), 64) * 64 : 0;
     size_t outliers = fixed ? ceil_div(batch * sizeof(qins_outliers), 64) * 64 : 0, packed = 0, scales = 0;
     p->step = scale_step(e);
@@ -318,7 +318,7 @@ static int take_activations(product *p, const void *x, int threads, preparation 
     return atomic_load(&p->failed) == 0 ? 0 : -1;
 }
 
-/* Makes the tables of one matrix; `own` is where log8's are if they are not kept. */
+/* Builds the tables of one matrix; `own` has room for log8's in case they are not cached. */
 static void take_matrix(product *p, const qins_codes *e, void *y, qins_log8_words *own)
 {
     p->e = e;

@@ -1,19 +1,19 @@
-/* Tables of log8 for products, kept by mu. */
+/* A cache of log8's tables for products, by mu. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "sizes.h"
 
-/* mu comes from a grid of a few dozen values, so the tables of a model's layers fit a small cache.
- * Entries are made once and never freed; once all are taken, others are built anew by every call. */
+/* mu comes from a grid of a few dozen values, so the tables of a model's layers fit in a small cache.
+ * Entries are built once and never freed. Once the cache is full, every call builds other tables anew. */
 enum { CACHED = 256 };
 static _Atomic(const qins_log8_words *) cache[CACHED];
 
-/* NULL: no memory. */
+/* Returns NULL if out of memory. */
 static const qins_log8_words *make_words(float mu)
 {
-    /* 64 more bytes to align by hand: aligned_alloc is not everywhere */
+    /* 64 extra bytes to align by hand: not every platform has aligned_alloc */
     char *room = malloc(sizeof(qins_log8_words) + 64);
     if (room == NULL) {
         return NULL;

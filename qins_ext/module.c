@@ -1,7 +1,7 @@
-/* The glue: checks every argument once, releases the GIL, calls the core. No arithmetic.
+/* The Python module qins._core: checks every argument once, releases the GIL, calls the core. No arithmetic.
  *
- * Python's side (python/qins/codec/array.py) passes matrices as 2-D arrays. bfloat16 has no type number
- * of NumPy's own, so element types travel as names beside the arrays, and bfloat16 as uint16. */
+ * The Python side (python/qins/codec/array.py) passes matrices as 2-D arrays. NumPy has no type number for bfloat16, so
+ * element types are passed as names beside the arrays, and bfloat16 arrays as uint16. */
 #define PY_SSIZE_T_CLEAN
 #include "args.h"
 
@@ -15,7 +15,7 @@ static _Atomic(const qins_kernels *) active;
 
 const qins_kernels *qins_active(void) { return atomic_load(&active); }
 
-/* log8 in caches has one mu for all: 2 is the best for SmolLM2's values, 8 for its keys, 3 within 0.7 dB of both. */
+/* KV caches in log8 all use one mu: 2 is best for SmolLM2's values, 8 for its keys, and 3 within 0.7 dB of both. */
 #define CACHE_MU 3.0f
 qins_log8_tables qins_cache_tables;
 

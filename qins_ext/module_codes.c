@@ -1,4 +1,4 @@
-/* Glue of what encodes and decodes. */
+/* Python bindings for encoding and decoding. */
 #define PY_SSIZE_T_CLEAN
 #define NO_IMPORT_ARRAY
 #include "args.h"
@@ -131,7 +131,7 @@ PyDoc_STRVAR(decode_doc,
              "decode(codec, arrays, scalars, rows, cols, group_size, out, dtype, row, col, threads, /)\n--\n\n"
              "Decode the block of out's shape that begins at (row, col) of a rows x cols matrix into out.");
 
-/* Rows of adjacent elements, a whole number of elements apart, not overlapping. */
+/* Whether rows are contiguous, a whole number of elements apart, and not overlapping. */
 static int rows_contiguous(PyArrayObject *a)
 {
     npy_intp size = PyArray_ITEMSIZE(a), rows = PyArray_DIM(a, 0), cols = PyArray_DIM(a, 1);

@@ -1,4 +1,4 @@
-/* Glue of decoder layers. */
+/* Python bindings for decoder layers. */
 #define PY_SSIZE_T_CLEAN
 #define NO_IMPORT_ARRAY
 #include "args.h"

@@ -1,4 +1,4 @@
-/* Glue of products and of KV caches. */
+/* Python bindings for products and KV caches. */
 #define PY_SSIZE_T_CLEAN
 #define NO_IMPORT_ARRAY
 #include "args.h"
@@ -28,7 +28,7 @@ static PyObject *read_array(PyObject *module, PyObject *args)
 }
 
 /* linear_at(codec, addresses of the arrays and scalars, ...): for callers that have checked everything.
- * A model calls it hundreds of times a token, so it takes plain numbers by position. */
+ * A model calls it hundreds of times per token, so it takes plain numbers by position. */
 PyDoc_STRVAR(linear_at_doc,
              "linear_at(codec, codes, second, third, first_scalar, second_scalar, rows, cols, group_size, x, batch, "
              "dtype, y, threads, /)\n--\n\n"

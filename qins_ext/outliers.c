@@ -1,14 +1,16 @@
-/* Activations too large for fixed point.
+/* Outliers: activations too large for fixed point.
  *
- * Where a few activations hold much of a row's energy, products are as exact as the weights of these few columns, and
- * those may be small beside their neighbors, with which they share a scale: fixed point then keeps few of their bits.
- * So these activations leave their row before it is rounded, and meet decoded weights in float32. */
+ * If a few activations hold much of a row's energy, products are only as exact as the weights of these few columns.
+ * Those may be small beside their neighbors, with which they share a scale, and then fixed point keeps few of their
+ * bits. So outliers are removed from their row before it is rounded, and multiplied with dequantized weights in
+ * float32. */
 #include <string.h>
 
 #include "sizes.h"
 
-/* An outlier is more than so many times the root mean square of the others of its row. Measured on the activations of
- * SmolLM2-135M: 0.9 a row, and the largest relative error of a row's products falls from 1.1e-3 to 2.2e-4 (AVX2). */
+/* An outlier is more than this many times the root mean square of the rest of its row. Measured on the activations of
+ * SmolLM2-135M: there are 0.9 per row, and the largest relative error of a row's products falls from 1.1e-3 to 2.2e-4
+ * (AVX2). */
 static const float OUTLIER = 10.0f;
 
 int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *rest, qins_outliers *o)
@@ -20,7 +22,7 @@ int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *r
         float most = from_bits32(k->absmax(left, n)), energy;
         k->dot_f32(left, n, left, n, 1, &energy);
         const float limit = share * energy; /* a^2 > OUTLIER^2 (energy - a^2)/n, without the difference */
-        if (!(most * most > limit)) {       /* nor where something is not a number */
+        if (!(most * most > limit)) {       /* also if x has NaN or infinity */
             break;
         }
         if (left != rest) {
@@ -54,12 +56,12 @@ static void decode_column(const qins_codes *e, const qins_log8_words *t, const q
     for (size_t i = 0; i < c->rows; i++) {
         const uint8_t code = e->codes[(c->row + i) * e->cols + col];
         const float unit = plane_unit(e, t, c->row + i, col);
-        const float signs[2] = {unit, -unit}; /* a branch would be mispredicted every other time */
+        const float signs[2] = {unit, -unit}; /* a branch would be mispredicted half the time */
         weight[i] = signs[code >> 7] * t->plane[code & 127];
     }
 }
 
-/* A compiler makes vectors of it. */
+/* Compilers vectorize this loop. */
 static void add_scaled(const float *restrict x, float a, size_t n, float *restrict y)
 {
     for (size_t i = 0; i < n; i++) {

@@ -1,7 +1,7 @@
-/* y = x W^T for many rows of x: a block of weights is decoded once and meets all panels of x.
+/* y = x W^T for many rows of x: each block of weights is decoded once and multiplied with all panels of x.
  *
- * The blocking is that of K. Goto and R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication"
- * (2008), with the decoder in the place where a matrix product packs its left factor. */
+ * The blocking is that of K. Goto and R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with
+ * decoding in place of packing the left factor. */
 #include <stdatomic.h>
 #include <string.h>
 
@@ -9,11 +9,11 @@
 
 enum {
     BATCH_ROWS = 512,        /* of x at a time: bounds the sums of a block */
-    PACKED_BYTES = 32 << 20, /* of x in panels, likewise */
+    PACKED_BYTES = 32 << 20, /* of x in panels: likewise */
     MOST_ROWS = 192,         /* of weights in a block: the largest `block` of any form */
-    FEW_ROWS = 64,           /* up to so many rows of x decoding decides, not multiplying */
+    FEW_ROWS = 64,           /* up to this many rows of x, decoding is the bottleneck */
     FEW_SPAN = 512,          /* columns of weights that are then prepared at a time */
-    GRAIN_ELEMENTS = 16384   /* least work of packing for a thread */
+    GRAIN_ELEMENTS = 16384   /* least packing work for a thread */
 };
 
 typedef struct {
@@ -22,12 +22,12 @@ typedef struct {
     const qins_log8_words *words;
     const qins_codes *e;
     qins_decoder decoder;
-    size_t batch, padded, step, steps; /* padded: columns; steps: of a row */
+    size_t batch, padded, step, steps; /* padded: columns; steps: per row */
     size_t block, span;                /* rows and columns of weights that are prepared at a time */
-    int few;                           /* rows of x, so that decoding decides */
+    int few;                           /* so few rows of x that decoding is the bottleneck */
     const char *x;
     char *packed;
-    const char *panels; /* what is packed, or x itself */
+    const char *panels; /* packed, or x itself */
     float *x_scale;     /* panels x steps x 16 */
     qins_dtype dtype;
     char *y; /* of the first row of this batch */
@@ -36,7 +36,7 @@ typedef struct {
 
 static size_t panel_bytes(const panels *p) { return p->padded * QINS_PANEL * p->form->item; }
 
-/* Room for a block of weights: rows in full sets of `rows` and of 16. */
+/* Rows of a block of weights, rounded up to multiples of `rows` and of 16. */
 static size_t block_room(const panels *p)
 {
     size_t height = (size_t)p->form->rows;
@@ -68,7 +68,7 @@ static void pack_panels(void *context, size_t begin, size_t end)
     }
 }
 
-/* What one step in a word of a row's weights stands for, for each `step` columns from k on. */
+/* The value of 1 in words of a row's weights, for each `step` columns from k on. */
 static void word_factors(const panels *p, size_t row, size_t k, size_t steps, float *factor)
 {
     for (size_t s = 0; s < steps; s++) {
@@ -76,7 +76,7 @@ static void word_factors(const panels *p, size_t row, size_t k, size_t steps, fl
     }
 }
 
-/* One row of weights, columns [k, k + n), n at most `depth`, with the factors that multiply() asks for. */
+/* Prepares columns [k, k + n) of one row of weights, n at most `depth`, and the factors that multiply() needs. */
 static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t n, char *prepared, float *w_scale)
 {
     const qins_panels *form = p->form;
@@ -97,12 +97,12 @@ static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t 
         form->prepare(values, n, NULL, NULL, p->step, i, prepared);
     } else {
         for (size_t j = n; j % QINS_DEPTH != 0; j++) {
-            out[j] = 0.0f; /* meets zeros in x, but must not be infinite */
+            out[j] = 0.0f; /* x is zero here, but weights must be finite */
         }
     }
 }
 
-/* Sums of one block to the rows of y. */
+/* Stores the sums of one block in the rows of y. */
 static void store_block(const panels *p, const float *c, size_t row, size_t rows, size_t padded_rows)
 {
     size_t size = item_size(p->dtype);
@@ -110,7 +110,7 @@ static void store_block(const panels *p, const float *c, size_t row, size_t rows
     for (size_t m = 0; m < p->batch; m += QINS_PANEL) {
         const float *from = c + m * padded_rows;
         size_t next = padded_rows;
-        if (p->form->turn == NULL) { /* 16 lanes a row */
+        if (p->form->turn == NULL) { /* 16 lanes per row */
             for (size_t i = 0; i < rows; i += QINS_PANEL) {
                 p->kernels->transpose(from + i * QINS_PANEL, QINS_PANEL, turned + i, MOST_ROWS);
             }
@@ -124,17 +124,17 @@ static void store_block(const panels *p, const float *c, size_t row, size_t rows
     }
 }
 
-/* The codes to ask for while columns [k, k + n) of this block are multiplied. */
+/* The codes to prefetch while columns [k, k + n) of this block are multiplied. */
 static qins_fetch next_codes(const panels *p, size_t row, size_t rows, size_t k, size_t n)
 {
     uintptr_t block = (uintptr_t)p->e->codes + row * p->e->cols, after = block + rows * p->e->cols;
     uintptr_t signs = p->e->codec == QINS_golden ? (uintptr_t)p->e->sign - (uintptr_t)p->e->codes : 0;
     if (p->few) {
-        /* some of the next block, which follows this one, in memory's order: the processor takes that for a stream
-         * and reads ahead. The order of use, parts of many rows, is none. */
+        /* part of the next block, which follows this one, in memory order: the processor recognizes that as a stream
+         * and reads ahead. The order of use, parts of many rows, is not one. */
         return (qins_fetch){after + k * rows, SIZE_MAX, SIZE_MAX, 0, signs};
     }
-    /* what comes next, since until the next block the panels would push it out of the caches again */
+    /* only what is used next: the panels would evict codes that are used later, in the next block */
     uintptr_t next = k + n < p->e->cols ? block + k + n : after;
     size_t lines = ceil_div(p->span, 64);
     return (qins_fetch){next, lines, lines, p->e->cols - least(lines * 64, p->e->cols), signs};
@@ -226,11 +226,11 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     p.block = form->block;
     p.span = form->depth;
     p.few = batch <= FEW_ROWS && form != kernels->halves;
-    if (p.few) { /* decoding decides, so what is decoded stays in the nearest cache */
+    if (p.few) { /* keep decoded weights in the L1 cache */
         p.span = least(form->depth, FEW_SPAN);
         p.block = ceil_div(16, (size_t)form->rows) * (size_t)form->rows;
     }
-    /* smaller blocks where there are too few rows to share; what is computed does not depend on it */
+    /* smaller blocks if there are too few rows to split over threads; results do not depend on the size */
     size_t share = ceil_div(e->rows, 4 * (size_t)(threads > 0 ? threads : 1));
     const size_t unit = form->rows > 32 ? (size_t)form->rows : 32;
     p.block = p.block > unit ? least(p.block, ceil_div(share, unit) * unit) : p.block;

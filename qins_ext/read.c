@@ -1,4 +1,4 @@
-/* A plain read, which benchmarks compare products with. */
+/* Plain reading of an array, the baseline of benchmarks. */
 #include <stdatomic.h>
 
 #include "qins.h"
@@ -20,6 +20,6 @@ void qins_read(const qins_kernels *kernels, const void *data, size_t bytes, int 
 {
     reading r = {.kernels = kernels, .data = data};
     atomic_init(&r.seen, 0);
-    enum { CHUNKS = 32 }; /* least for a thread: a few microseconds */
+    enum { CHUNKS = 32 }; /* least for a thread: a few microseconds of work */
     qins_parallel(bytes / 1024, CHUNKS, threads, read_part, &r);
 }

@@ -1,4 +1,4 @@
-/* Reading any matrix, of any dtype and strides, as float32 in windows. */
+/* Reading matrices of any dtype and strides as float32, a window at a time. */
 #include <string.h>
 
 #include "reader.h"
@@ -32,7 +32,6 @@ static void fill_window(qins_reader *r, size_t row, size_t k)
     r->end = k + n;
 }
 
-/* Elements [k, k + *n) of a row; *n is cut to QINS_WINDOW. Float32 rows are not copied. */
 const float *qins_read_row(qins_reader *r, size_t row, size_t k, size_t *n)
 {
     const qins_matrix *w = r->w;

@@ -1,7 +1,7 @@
-/* Working memory that outlives a call: fresh pages would cost more than many a product.
+/* Scratch memory that is reused across calls: fresh pages would cost more than many products do.
  *
- * Blocks come in powers of two, and each size keeps a few, so that a call finds what the last one left. Of a
- * larger block only what is used is ever backed by memory. */
+ * Block sizes are powers of two. A few free blocks of each size are kept, so that a call can reuse those of the last
+ * one. Only the pages of a block that are used are ever backed by memory. */
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -10,10 +10,10 @@
 enum { SIZES = 9, KEPT = 8, ALIGNMENT = 64 };
 #define SMALLEST ((size_t)1 << 16) /* bytes; the largest that is kept is 2^(SIZES - 1) times this, 16 MiB */
 
-/* In front of the aligned memory that a caller sees. */
+/* Precedes the aligned memory that a caller gets. */
 typedef struct {
     void *room; /* as malloc returned it */
-    int size;   /* which of the sizes; SIZES: too large to keep */
+    int size;   /* index of the size; SIZES: too large to keep */
 } header;
 
 static _Atomic(header *) kept[SIZES][KEPT];

@@ -1,7 +1,7 @@
-/* Logarithms, levels and thresholds: everything about a format that is computed once a tensor.
+/* Logarithms, levels and thresholds: everything that a format computes once per tensor.
  *
- * Only +, -, *, / and integer operations on doubles, so the results have the same bits on every
- * platform; libm's log and exp may differ in the last bit and are not used. */
+ * Uses only +, -, *, / and integer operations on doubles, so that results have the same bits on every platform. libm's
+ * log and exp are not used because they may differ in the last bit. */
 #include <string.h>
 
 #include "sizes.h"
@@ -67,7 +67,7 @@ double qins_exp(double x)
 
 static double exp_minus_1(double x) { return x < 0.5 ? expm1_small(x) : qins_exp(x) - 1.0; }
 
-/* Kahan's way to ln(1 + x) without losing small x. */
+/* ln(1 + x) without losing small x, by Kahan's method. */
 static double log_1_plus(double x)
 {
     double u = 1.0 + x;
@@ -76,8 +76,8 @@ static double log_1_plus(double x)
 
 /* -- lookup of thresholds --------------------------------------------------------------------- */
 
-/* Writes the cells for cells of 2^shift patterns; 0 when one would need two thresholds, or there
- * are too many. Cell 0 and the last one lie outside all thresholds, so clamping into them is right. */
+/* Writes cells of 2^shift patterns each. Returns 0 if a cell would need two thresholds or there are too many cells.
+ * Cell 0 and the last one are outside all thresholds, so clamping to them is correct. */
 static int try_shift(qins_lut *lut, const int32_t *threshold, int count, int shift)
 {
     int32_t size = (int32_t)1 << shift;
@@ -94,7 +94,7 @@ static int try_shift(qins_lut *lut, const int32_t *threshold, int count, int shi
         while (done < count && threshold[done] == start) {
             done++;
         }
-        uint32_t low = 0xffffff; /* no pattern's low bits reach it */
+        uint32_t low = 0xffffff; /* above any pattern's low bits */
         if (done < count && threshold[done] < start + size) {
             low = (uint32_t)(threshold[done] - start);
         }
@@ -111,9 +111,9 @@ static int try_shift(qins_lut *lut, const int32_t *threshold, int count, int shi
 
 void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count)
 {
-    /* Cells of one pattern always separate thresholds; coarser cells are tried first because few
-     * cells stay in the L1 cache. Thresholds that are spaced evenly in value or in logarithm, as
-     * all of ours are, fit long before QINS_LUT_CELLS run out. */
+    /* Cells of one pattern always separate thresholds. Coarser cells are tried first because fewer cells stay in the
+     * L1 cache. Thresholds spaced evenly in value or in logarithm, as all of ours are, need far fewer than
+     * QINS_LUT_CELLS. */
     int shift = 22;
     while (shift > 0 && !try_shift(lut, threshold, count, shift)) {
         shift--;
@@ -126,7 +126,7 @@ void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count)
 uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern)
 {
     int32_t d = pattern - lut->base;
-    int32_t i = d >> lut->shift; /* arithmetic on every compiler qins builds with; tests check it */
+    int32_t i = d >> lut->shift; /* arithmetic with every compiler that builds qins; tests check it */
     i = i < 0 ? 0 : i > lut->last ? lut->last : i;
     uint32_t c = lut->cell[i];
     return (c >> 24) + ((uint32_t)(d & lut->mask) >= (c & 0xffffff));
@@ -159,7 +159,7 @@ void qins_log8_tables_build(qins_log8_tables *t, float mu)
 
 /* -- rational --------------------------------------------------------------------------------- */
 
-/* What lies at `part` of the way from z_max to z_min; exact at both ends, whose sizes may be far apart. */
+/* The magnitude at `part` of the way from z_max to z_min; exact at both ends, however far apart they are. */
 static double rational_value(double part, float alpha, float z_min, float z_max)
 {
     double z = (1.0 - part) * (double)z_max + part * (double)z_min;
@@ -196,12 +196,12 @@ void qins_golden_values(float log_min, float log_max, float value[256])
     double range = (double)log_max - (double)log_min;
     for (int stored = 1; stored < 256; stored++) {
         double v = qins_exp((double)log_min + (255 - stored) / 254.0 * range);
-        value[stored] = v < (double)FLT_MAX ? (float)v : FLT_MAX; /* log_max, a float32, may round upwards */
+        value[stored] = v < (double)FLT_MAX ? (float)v : FLT_MAX; /* log_max may have been rounded up to float32 */
     }
     value[0] = value[1];
 }
 
-/* Is stored(w) <= s, where stored = round_half_even(255 - 254 (ln w - log_min)/range)? */
+/* Whether stored(w) <= s, where stored(w) = round_half_even(255 - 254 (ln w - log_min)/range). */
 static int reaches(int32_t pattern, double log_min, double range, int s)
 {
     double y = 255.0 - 254.0 * ((qins_log((double)from_bits32(pattern)) - log_min) / range);
@@ -210,7 +210,7 @@ static int reaches(int32_t pattern, double log_min, double range, int s)
 
 void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
 {
-    if (r.lo > r.hi) { /* nothing above 1e-8: the seed's fallback range */
+    if (r.lo > r.hi) { /* nothing above 1e-8: the original implementation's range */
         t->log_min = -10.0f;
         t->log_max = 0.0f;
         t->constant = 1;
@@ -229,7 +229,7 @@ void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
     double low = t->log_min, range = (double)t->log_max - low;
     int32_t threshold[254];
     for (int s = 254; s >= 1; s--) {
-        /* exp() gives the boundary to a rounding error; then the smallest float that truly reaches s */
+        /* exp() gives the boundary up to a rounding error; from there, find the smallest float that reaches s */
         int32_t p = bits32((float)qins_exp(low + (254.5 - s) / 254.0 * range));
         while (reaches(p - 1, low, range, s)) {
             p--;
@@ -246,15 +246,15 @@ void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
 
 static int16_t fixed_point(double x, double one) { return (int16_t)(x * one + (x < 0.0 ? -0.5 : 0.5)); }
 
-/* Factors of f in 16 bits: (1 + mu)^(m/127) is a[m / 16] * b[m % 16], and 1 is c. How well so few bits do depends on
- * what 1 stands for, by luck of rounding: of many choices, the best is taken. It halves the error of a product. */
+/* Factors of f in 16 bits: (1 + mu)^(m/127) is a[m / 16] * b[m % 16], and 1 is c. Their precision depends on the unit,
+ * by luck of rounding, so many units are tried and the best is used. That halves the error of a product. */
 static void build_factors(qins_log8_words *t, const float *level)
 {
     enum { CHOICES = 128 };
     double mu = (double)t->mu, step = log_1_plus(mu) / (QINS_LEVELS - 1), power[8], smallest = DBL_MAX;
-    double most = QINS_WORD_MAX * (1.0 + mu); /* where words of f are at most QINS_WORD_MAX, times mu */
+    double most = QINS_WORD_MAX * (1.0 + mu); /* mu times the `one` at which the word of f(127) is QINS_WORD_MAX */
     most = mu > 0.0 && most < 32767.0 * mu ? most / mu : 32767.0;
-    memset(t->a, 0, sizeof t->a); /* all stays 0 for mu = 0 */
+    memset(t->a, 0, sizeof t->a); /* all remain 0 for mu = 0 */
     t->c = 0;
     t->factor_unit = 0.0f;
     for (int i = 0; i < 16; i++) {
@@ -301,7 +301,7 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
     t->mu = mu;
     for (int code = 0; code < 256; code++) {
         int16_t w = fixed_point((double)level[code & 127], QINS_WORD_MAX);
-        w = (int16_t)(w + ((w & 255) == 0 && (code & 127) > 0)); /* see vw_decode of AVX-512 */
+        w = (int16_t)(w + ((w & 255) == 0 && (code & 127) > 0)); /* see vw_decode in words_avx512vnni.h */
         w = (int16_t)(code < 128 ? w : -w);
         t->word[code] = w;
         t->word_low[code] = (uint8_t)(uint16_t)w;
@@ -324,11 +324,11 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max)
 {
     double step = ((double)log_max - (double)log_min) / 254.0;
-    for (int i = 0; i < 16; i++) { /* split at l = 8, so that no factor leaves float32 where the product is inside */
+    for (int i = 0; i < 16; i++) { /* split at l = 8, so that factors are in float32's range if their product is */
         t->high[i] = (float)qins_exp((double)log_min + (247 - 16 * i) * step);
         t->low[i] = (float)qins_exp((8 - i) * step);
     }
-    for (int i = 0; i < 8; i++) { /* as well in the middle */
+    for (int i = 0; i < 8; i++) { /* likewise split in the middle */
         t->eighth[0][i] = (float)qins_exp((4 - i) * step);
         t->eighth[1][i] = (float)qins_exp((32 - 8 * i) * step);
         float top = (float)qins_exp((double)log_min + (219 - 64 * (i & 3)) * step);

@@ -1,11 +1,11 @@
 /* Splitting work over threads.
  *
- * A call posts one job and takes part in it; pool threads that are awake in time help. Parts are
- * taken one by one, so a thread that the system delays costs at most one part, and a caller that
- * finds the pool busy with another caller's job simply does all parts itself.
+ * A call posts one job and works on it; pool threads that wake in time help. Parts are taken one by one, so a thread
+ * that the system delays costs at most one part. A caller that finds the pool busy with another caller's job does all
+ * parts itself.
  *
- * Threads of another runtime that spin while they wait (OpenMP's, under torch) would fight the pool
- * for the cores. When such a runtime is present its own fork-join is used instead of the pool. */
+ * Threads of another runtime that spin while they wait (OpenMP's, under torch) would compete with the pool for cores.
+ * If there is such a runtime, its own fork-join is used instead of the pool. */
 #include <stdatomic.h>
 #include <stddef.h>
 
@@ -150,7 +150,7 @@ static void run_on_pool(job *j, int threads)
     run_parts(j);
 
     lock(&state);
-    current = NULL; /* who has not joined by now stays out */
+    current = NULL; /* workers that have not joined by now stay out */
     while (helping > 0) {
         wait_for(&left, &state);
     }

@@ -1,4 +1,4 @@
-/* Which way a product goes. To change a crossover: edit RULES; to measure it: benchmarks/crossovers.py. */
+/* Dispatch of products to ways. To change a crossover, edit RULES; to measure it, run benchmarks/crossovers.py. */
 #include "ways.h"
 
 #include <stdatomic.h>
@@ -9,13 +9,13 @@ const char *const qins_way_names[QINS_WAY_COUNT] = {
 #undef X
 };
 
-/* Which codes; bits of a set. */
+/* Kinds of codes; bits of a set. */
 enum {
-    DECODED = 1,     /* rational, and log8 whose groups fit no words, or that words would not hold exactly enough */
+    DECODED = 1,     /* rational, and log8 whose groups do not fit words, or for which words are not exact enough */
     FACTORED = 2,    /* golden, log9 */
-    WORDED = 4,      /* log8 with one scale a row, or groups of 32 or a multiple of 64 */
-    WORD_BLOCKS = 8, /* likewise, in groups that words meet in blocks of 64 columns, not in their longest step */
-    PLANED = 16,     /* log8 with one scale a row, or groups of a multiple of 64 */
+    WORDED = 4,      /* log8 with per-row scales, or groups of 32 or a multiple of 64 */
+    WORD_BLOCKS = 8, /* likewise, in groups that need steps of 64 columns instead of the longest */
+    PLANED = 16,     /* log8 with per-row scales, or groups of a multiple of 64 */
     PLANED_128 = 32, /* likewise, of a multiple of 128 */
     ANY_CODES = DECODED | FACTORED | WORDED
 };
@@ -39,17 +39,17 @@ typedef struct {
     unsigned dtypes;
     unsigned isas;
     qins_way way;
-    size_t from, to; /* rows of activations: from how many on it is the fastest, and how many it can take */
+    size_t from, to; /* rows of activations: fastest from `from` on; `to` is the most that the way supports */
 } rule;
 
 #define ANY (~0u)
 #define BF16 (1u << QINS_BF16)
 #define ISA(name) (1u << QINS_ISA_##name)
 #define VNNI (ISA(avx512vnni) | ISA(avx512bf16) | ISA(amx))
-#define NEVER SIZE_MAX /* only where it is forced */
+#define NEVER SIZE_MAX /* only if forced */
 #define ALL SIZE_MAX
 
-/* The last row that applies counts. Ways that an instruction set does not have (see available) are passed over. */
+/* The last row that applies wins. Ways that an instruction set does not have (see available) are skipped. */
 /* clang-format off */
 static const rule RULES[] = {
     /* codes       dtypes  isas           way                 from      to         measured on */
@@ -67,7 +67,7 @@ static const rule RULES[] = {
 
     {WORDED,       ANY,    ANY,           QINS_WORDS,         1,        ALL},
     {WORDED,       ANY,    ISA(scalar),   QINS_FLOAT_PANELS,  9,        ALL},   /* Zen 5 */
-    {WORDED,       ANY,    ISA(neon),     QINS_FLOAT_PANELS,  33,       ALL},   /* not measured: qemu alone */
+    {WORDED,       ANY,    ISA(neon),     QINS_FLOAT_PANELS,  33,       ALL},   /* not measured, only run in qemu */
     {WORD_BLOCKS,  ANY,    VNNI,          QINS_FLOAT_PANELS,  49,       ALL},   /* Zen 5 */
     {WORDED,       BF16,   ANY,           QINS_HALF_PANELS,   16,       ALL},   /* Zen 5 */
 
@@ -133,5 +133,5 @@ qins_way qins_choose_way(const qins_kernels *k, const qins_codes *e, size_t batc
             }
         }
     }
-    return (qins_way)fastest; /* FLOATS take any product */
+    return (qins_way)fastest; /* FLOATS supports every product */
 }

@@ -16,7 +16,7 @@ extern const char *const qins_way_names[QINS_WAY_COUNT];
 qins_way qins_choose_way(const qins_kernels *k, const qins_codes *e, size_t batch, qins_dtype dtype);
 /* The panels that a way uses, or NULL. */
 const qins_panels *qins_panels_of(const qins_kernels *k, qins_way way);
-/* For tests and benchmarks: forces this way on every product that supports it; QINS_WAY_COUNT: the fastest again. */
+/* For tests and benchmarks: forces this way on every product that supports it; QINS_WAY_COUNT: back to the fastest. */
 void qins_force_way(qins_way way);
 
 #endif
