@@ -1,6 +1,6 @@
-/* AMX's tiles in C, for processors that have everything else that isa_amx.c needs: compile all files with
- * -include software_tiles.h. What the instructions do is in Intel's Architecture Instruction Set Extensions reference.
- */
+/* AMX tiles emulated in C, for processors that have everything else that isa_amx.c needs: compile all files with
+ * -include software_tiles.h. The instructions are specified in Intel's Architecture Instruction Set Extensions
+ * reference. */
 #ifndef SOFTWARE_TILES_H
 #define SOFTWARE_TILES_H
 
@@ -14,7 +14,7 @@
 
 #if QINS_AMX
 
-/* -- the processor says that it has tiles, and the kernel grants them ------------------------------- */
+/* -- CPUID reports tiles, and the kernel grants them ------------------------------------------------ */
 
 static inline void software_cpuid(unsigned leaf, unsigned sub, unsigned r[4])
 {
@@ -48,7 +48,7 @@ typedef struct {
 
 static _Thread_local software_tiles tiles_;
 
-/* Like the instructions, which fault on shapes that do not fit, or without any. */
+/* Traps like the instructions, which fault if shapes do not fit or are not configured. */
 static inline void tiles_demand(int fits)
 {
     if (!fits) {
@@ -75,7 +75,7 @@ static inline void tile_move(int t, char *memory, size_t stride, int store)
     }
 }
 
-/* Elements of a and b in a 32-bit lane: 4 bytes, or 2 bfloat16. */
+/* c += a * b; a 32-bit lane of a and b has 4 bytes, or 2 bfloat16. */
 static inline void tile_multiply(int c, int a, int b, int bytes)
 {
     const tile_shapes *s = &tiles_.shape;

@@ -1,5 +1,5 @@
-/* Every instruction set that runs here against the scalar one, on buffers flush against unmapped
- * pages; tables against slow statements; matrices against committed digests.
+/* Tests of the core: every instruction set that runs here against the scalar one, on buffers that border unmapped
+ * pages; tables against slow formulas; matrices against committed digests.
  *
  *   test_core DIGESTS           check
  *   test_core DIGESTS --write   write the digests of the scalar core
@@ -39,7 +39,7 @@ static uint64_t next(void)
 
 static double uniform(void) { return (double)(next() >> 11) * 0x1p-53; }
 
-/* Bell-shaped, from arithmetic alone, so that it has the same bits everywhere. */
+/* Roughly normal, from arithmetic alone, so that its bits are the same everywhere. */
 static float normal(void)
 {
     double s = 0.0;
@@ -90,7 +90,7 @@ static guarded guard(size_t bytes)
 enum { MOST = 4200 };
 static guarded in_f, in_u, in_v, out_a, out_b, out_c, out_d;
 
-/* Copies of the same data at either end of a guarded buffer. */
+/* Copies data to either end of a guarded buffer. */
 static void *place(guarded g, const void *data, size_t bytes, int at_end)
 {
     void *p = at_end ? g.high - bytes : g.low;
@@ -248,7 +248,7 @@ static void feedback_at(const qins_kernels *k, size_t cols, int at_end)
 
 /* -- products -------------------------------------------------------------------------------------- */
 
-enum { MANY = 5 * QINS_BATCH + 3 }; /* more rows of activations than are multiplied without decoding once for all */
+enum { MANY = 5 * QINS_BATCH + 3 }; /* enough rows of activations that codes are decoded once for all */
 
 /* Rows of activations, batch x n, as words; step: columns that share a scale. */
 static qins_fixed fixed_rows(const qins_kernels *k, const float *x, size_t n, int batch, size_t step, int at_end)
@@ -265,7 +265,7 @@ static qins_fixed fixed_rows(const qins_kernels *k, const float *x, size_t n, in
     return (qins_fixed){fixed, scale, steps, batch};
 }
 
-/* What fixed point may cost: half a step of the activations and 1e-4 of the largest level, a product. */
+/* The error allowed to fixed point, per product: half a step of the activations and 1e-4 of the largest level. */
 static void check_dots(const qins_kernels *k, const float *x, const uint8_t *u, size_t rows, size_t n, int batch,
                        size_t group_size, const uint8_t *group, int at_end, int decoded_once)
 {
@@ -311,7 +311,7 @@ static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_siz
     }
 }
 
-/* Every product as large as it can be, and all of one sign. */
+/* Every product is as large as possible, and all have one sign. */
 static void largest_dots(const qins_kernels *k, int batch, size_t group_size)
 {
     enum { N = 320 };
@@ -336,7 +336,7 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
     for (size_t i = 0; i < n * (size_t)batch; i++) {
         x[i] = normal();
     }
-    /* of each 64 elements 0, 4, 8 and so on, then 1, 5, 9, then 2, then 3 */
+    /* of each 64: elements 0, 4, 8, ..., then 1, 5, 9, ..., then 2, ..., then 3, ... */
     static float quarters[QINS_BATCH * (MOST + QINS_BLOCK)];
     const size_t stride = (n + QINS_BLOCK - 1) / QINS_BLOCK * QINS_BLOCK;
     for (size_t i = 0; i < stride * (size_t)batch; i++) {
@@ -371,7 +371,7 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
     }
 }
 
-/* What a decoder layer does between its products. */
+/* The steps between a decoder layer's products. */
 static void between_products_at(const qins_kernels *k, size_t n, int batch, int at_end)
 {
     static float values[MOST], others[MOST], factors[QINS_BATCH * 70];
@@ -395,7 +395,7 @@ static void between_products_at(const qins_kernels *k, size_t n, int batch, int 
         for (size_t i = 0; i < n; i++) {
             const double g = (double)others[i], z = gelu ? 1.5957691216057308 * (g + 0.044715 * g * g * g) : g;
             const double want = g / (1.0 + exp(-z)) * (double)values[i];
-            /* far below zero what is left is nothing beside 1, and its relative error that of z */
+            /* far below zero the sigmoid is about e^z, whose relative error grows with that of z */
             check(fabs((double)out[i] - want) <=
                       (2e-6 + 2e-7 * fabs(z)) * fabs(want) + 2e-37 * fabs(g * (double)values[i]),
                   gelu ? "gate_row, gelu" : "gate_row", k->name, n, i);
@@ -467,7 +467,7 @@ static void dots(const qins_kernels *k)
             float_dots_at(k, LENGTH[i], batch, 1);
         }
     }
-    /* tiny and huge activations keep their precision; NaN and infinity make their row NaN, and no other */
+    /* tiny and huge activations keep their precision; NaN and infinity make only their own row NaN */
     static const float SCALES[] = {1e-36f, 1e-30f, 1.0f, 1e30f};
     for (int s = 0; s < 4; s++) {
         float x[QINS_BLOCK], scale;
@@ -511,7 +511,7 @@ static double exact_product(const float *w, const float *x, size_t n)
     return sum;
 }
 
-/* Codes of every kind with some scales; the arrays end where their pages end. */
+/* Codes of any codec, with random scales; the arrays end where their pages end. */
 static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t group_size, float mu)
 {
     static float scale[MOST];
@@ -564,17 +564,17 @@ static void product_at(const qins_kernels *k, const qins_codes *e, size_t batch,
     check(qins_linear(k, e, xs, batch, dtype, again, 3) == 0, "product, 3 threads", k->name, n, batch);
     check(memcmp(ys, again, batch * e->rows * size) == 0, "threads do not matter", k->name, n, batch);
     qins_kernels_scalar.widen[dtype](ys, batch * e->rows, y);
-    /* twice what is promised: with so few sums, chance counts (tests/test_linear.py has the promise) */
+    /* twice the promised error, as so few sums vary by chance (tests/nn/test_linear.py checks the promise) */
     double limit = dtype == QINS_F32 ? 4e-4 : 1e-2, mean_square = 0.0;
     if (k->single != NULL && batch == 1 && dtype == QINS_F32 && e->codec == QINS_log8 && n > 20000 &&
         e->group_size % QINS_DEPTH == 0) {
-        limit = 8e-5; /* weights and activations of 15 bits, and exact products */
+        limit = 8e-5; /* weights and activations have 15 bits, and products are exact */
     }
     for (size_t i = 0; i < n; i++) {
         mean_square += (double)w[i] * (double)w[i] / (double)n;
     }
     for (size_t m = 0; m < batch; m++) {
-        /* against what weights of this size make of this row: a single sum may happen to be small */
+        /* relative to the sum expected of weights of this size: a single sum may happen to be small */
         double error = 0.0, size_of = 0.0, rounding = 0.0;
         for (size_t j = 0; j < e->cols; j++) {
             double v = (double)x[m * e->cols + j];
@@ -591,7 +591,7 @@ static void product_at(const qins_kernels *k, const qins_codes *e, size_t batch,
     free(w), free(x), free(y), free(xs), free(ys), free(again);
 }
 
-/* Around every change of method, and every size that a block, panel, tile or chunk of columns ends at. */
+/* Batches around every crossover between ways, and sizes around the ends of blocks, panels, tiles and column chunks. */
 static void products(const qins_kernels *k, int emulated)
 {
     static const size_t BATCH[] = {1, 2, 3, 5, 8, 9, 16, 17, 33, 65, 128, 129};
@@ -628,7 +628,7 @@ static void take_outliers(const qins_kernels *k)
     }
     const float *there = place(in_f, x, sizeof x, 1);
     check(!qins_take_outliers(k, there, N, rest, &o) && o.count == 0, "none", k->name, N, 0);
-    /* one that hides the others, at both ends of blocks, and the last, partial one */
+    /* at both ends of blocks, and in the last, partial one; one of them dwarfs the others */
     static const uint32_t AT[] = {0, 63, 64, 2000, N - 1};
     enum { COUNT = sizeof AT / sizeof *AT };
     float expected[N];
@@ -667,7 +667,7 @@ static void take_outliers(const qins_kernels *k)
     }
 }
 
-/* Activations that decide a row, where weights are small beside their neighbors. */
+/* Activations that dominate a row, where weights are small beside their neighbors. */
 static void outliers_at(const qins_kernels *k, size_t batch, size_t group_size, qins_dtype dtype)
 {
     enum { ROWS = 67, COLS = 320, COLUMNS = QINS_COLUMNS + 5, MOST_BATCH = 70 };
@@ -686,7 +686,7 @@ static void outliers_at(const qins_kernels *k, size_t batch, size_t group_size, 
     for (size_t i = 0; i < batch * COLS; i++) {
         x[i] = normal();
     }
-    for (size_t m = 0; m < batch; m++) { /* more columns than stay decoded, three to a row; every fifth row has none */
+    for (size_t m = 0; m < batch; m++) { /* more columns than stay decoded, three per row; every fifth row has none */
         for (size_t j = 0; j < (m % 5 == 4 ? 0u : 3u); j++) {
             x[m * COLS + (2 + 13 * ((m + 7 * j) % COLUMNS)) % COLS] = (j % 2 ? -3e3f : 3e3f) + 1e3f * normal();
         }
@@ -724,7 +724,7 @@ static void outliers(const qins_kernels *k)
     }
 }
 
-/* The start of the buffers at every offset from an aligned address. */
+/* Buffers at every offset from an aligned address. */
 static void kernels_misaligned(const qins_kernels *k)
 {
     const qins_kernels *s = &qins_kernels_scalar;
@@ -857,7 +857,7 @@ typedef struct {
     qins_codec codec;
     qins_dtype dtype;
     size_t rows, cols, group_size;
-    float mu, spread; /* mu < 0: searched; spread: rows differ by powers of it */
+    float mu, spread; /* mu < 0: search; spread: rows differ by powers of it */
     int special;
 } matrix_case;
 
@@ -961,7 +961,7 @@ static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int thread
         qins_decode(k, &e, 0, c->rows, 0, c->cols, threads, (qins_dtype)t, narrow_out, c->cols);
         h = fnv(h, narrow_out, n * SIZE[t]);
     }
-    if (c->rows > 2 && c->cols > 9) { /* a block inside */
+    if (c->rows > 2 && c->cols > 9) { /* an inner block */
         size_t rows = c->rows - 2, cols = c->cols - 7;
         qins_decode(k, &e, 1, rows, 5, cols, threads, QINS_F32, decoded2, cols);
         int same = 1;

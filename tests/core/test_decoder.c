@@ -1,4 +1,4 @@
-/* A decoder layer against one in double precision that is made of plain loops, with every instruction set. */
+/* Tests of decoder layers on every instruction set, against plain loops in double precision. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +23,7 @@ static void fill(float *x, size_t n, float middle, float width)
     }
 }
 
-/* Codes of a random matrix, and the matrix that they stand for. */
+/* Codes of a random matrix, and its dequantized values. */
 typedef struct {
     qins_codes e;
     double *values;
@@ -93,7 +93,7 @@ typedef struct {
     qins_decoder_layer layer;
 } setup;
 
-/* One row through the layer; keys and values of all its tokens so far are in the caches, its own to come. */
+/* Runs one row through the layer. The caches have keys and values of all earlier tokens; this adds the row's own. */
 static void slow_row(const setup *s, const qins_decoder_call *call, size_t sequence, size_t token, float *keys,
                      float *values, double *x)
 {
@@ -235,7 +235,7 @@ static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activa
     fill(s->of_heads, DIM, 1.0f, 0.3f);
     fill(s->sinks, HEADS, 1.0f, 4.0f);
     l->q = (qins_decoder_product){s->qkv.e, s->bias};
-    if (!fused) { /* parts of the same matrix, as products of their own */
+    if (!fused) { /* parts of the same matrix, as separate products */
         const size_t groups = group_size ? (HIDDEN + group_size - 1) / group_size : 0, of_q = HEADS * DIM;
         l->q.codes.rows = of_q;
         l->k = l->v = l->q;

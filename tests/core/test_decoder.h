@@ -1,3 +1,4 @@
+/* Tests of decoder layers, which test_core.c runs. */
 #ifndef QINS_TEST_DECODER_H
 #define QINS_TEST_DECODER_H
 
