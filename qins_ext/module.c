@@ -165,7 +165,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "qins._core",
-    .m_doc = "Codecs and kernels in C; qins is its user.",
+    .m_doc = "Codecs and kernels in C, for use by qins.",
     .m_methods = methods,
     .m_slots = slots,
 };

@@ -13,10 +13,11 @@ static PyObject *nonfinite_error(PyArrayObject *weights, qins_nonfinite bad)
     return NULL;
 }
 
-PyDoc_STRVAR(encode_doc, "encode(codec, weights, dtype, arrays, group_size, parameter, importance, threads, /)\n--\n\n"
-                         "Fill the arrays; return the scalars as a tuple of floats. The parameter is log8's mu "
-                         "(negative: search it) or rational's alpha. importance: None, or for log8 a float32 for each "
-                         "column that weighs its squared errors.");
+PyDoc_STRVAR(encode_doc,
+             "encode(codec, weights, dtype, arrays, group_size, parameter, importance, threads, /)\n--\n\n"
+             "Fill the arrays; return the scalars as a tuple of floats. The parameter is log8's mu "
+             "(negative: search for it) or rational's alpha. importance: None, or for log8 a float32 weight "
+             "for each column's squared errors.");
 
 static PyObject *encode(PyObject *module, PyObject *args)
 {
@@ -81,8 +82,8 @@ static PyObject *encode(PyObject *module, PyObject *args)
 }
 
 PyDoc_STRVAR(feedback_doc, "feedback(weights, order, feedback, arrays, mu, group_size, threads, /)\n--\n\n"
-                           "Round weights to log8 with error feedback under the scales that the arrays have, into "
-                           "their codes. weights: float32, C-contiguous, (rows, cols); order: uint32, a permutation "
+                           "Round weights to log8 with error feedback: fill the codes, given the scales in the "
+                           "arrays. weights: float32, C-contiguous, (rows, cols); order: uint32, a permutation "
                            "of the columns; feedback: float32, (cols, cols), row j for the j-th column in order.");
 
 static PyObject *feedback(PyObject *module, PyObject *args)
@@ -184,8 +185,9 @@ static PyObject *decode(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(levels_doc, "levels(codec, scalars, /)\n--\n\n"
-                         "Float32 bytes: the 128 magnitudes of log8 or rational, or golden's 256 by stored.");
+PyDoc_STRVAR(levels_doc,
+             "levels(codec, scalars, /)\n--\n\n"
+             "Return, as float32 bytes, the 128 magnitudes of log8 or rational, or golden's 256 by stored.");
 
 static PyObject *levels(PyObject *module, PyObject *args)
 {
@@ -203,8 +205,9 @@ static PyObject *levels(PyObject *module, PyObject *args)
     return PyBytes_FromStringAndSize((const char *)d.table, (by_level ? QINS_LEVELS : 256) * sizeof *d.table);
 }
 
-PyDoc_STRVAR(rational_doc, "rational(source, alpha, back, out, threads, /)\n--\n\n"
-                           "z of weights, or weights of z: C-contiguous float32 arrays of one size.");
+PyDoc_STRVAR(rational_doc,
+             "rational(source, alpha, back, out, threads, /)\n--\n\n"
+             "Compute z of weights, or (back) weights of z; C-contiguous float32 arrays of the same size.");
 
 static PyObject *rational(PyObject *module, PyObject *args)
 {

@@ -95,7 +95,7 @@ static PyObject *linear(PyObject *module, PyObject *args)
 }
 
 PyDoc_STRVAR(way_doc, "way(codec, mu, group_size, batch, dtype, /)\n--\n\n"
-                      "Name of the way in which a product with `batch` rows of activations is made here.");
+                      "Name of the way (one of WAYS) that multiplies `batch` rows of activations here.");
 
 static PyObject *way(PyObject *module, PyObject *args)
 {
@@ -113,9 +113,10 @@ static PyObject *way(PyObject *module, PyObject *args)
     return PyUnicode_FromString(qins_way_names[qins_choose_way(qins_active(), &e, (size_t)batch, dtype)]);
 }
 
-PyDoc_STRVAR(force_way_doc, "force_way(name, /)\n--\n\n"
-                            "From now on make products in this way where it can be had; None: in the fastest again. "
-                            "For tests and benchmarks.");
+PyDoc_STRVAR(force_way_doc,
+             "force_way(name, /)\n--\n\n"
+             "Force this way on every product that supports it; None: back to the fastest. For tests and "
+             "benchmarks.");
 
 static PyObject *force_way(PyObject *module, PyObject *arg)
 {
