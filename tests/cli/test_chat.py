@@ -78,7 +78,7 @@ def test_chat(model, tmp_path):
 
 
 def test_without_a_template(model):
-    with pytest.raises(ValueError, match="has no chat template; qins generate continues a text"):
+    with pytest.raises(ValueError, match="has no chat template; use qins generate to continue a text"):
         Conversation(Speaker(str(model), 5, 0.0))
 
 
@@ -130,7 +130,7 @@ def test_sampling_options(model):
     for option in (["--top-k", 1], ["--top-p", 0.0], ["--min-p", 1.0]):  # each leaves the most likely token only
         assert run(*drawn, *option) == greedy
     assert run(*drawn[:-2], "--repetition-penalty", 100.0) != greedy
-    with pytest.raises(ValueError, match="top-p: expected a --temperature above 0 beside it"):
+    with pytest.raises(ValueError, match="top-p: expected --temperature above 0 with it"):
         run(*drawn[:-2], "--top-p", 0.5)
     wrong = testing.CliRunner().invoke(app, [str(a) for a in [*drawn, "--top-p", 2]])
     assert wrong.exit_code == 2
@@ -150,7 +150,7 @@ def test_stop(model, tmp_path):
 
 
 def test_stop_with_a_tokenizer_that_cannot(model):
-    with pytest.raises(ValueError, match="stop: expected a tokenizer that transformers finds strings in"):
+    with pytest.raises(ValueError, match="stop: expected a tokenizer that transformers can match stop strings with"):
         Speaker(str(model), 4, 0.0, stop_strings=["w7 w8"])
 
 

@@ -25,7 +25,7 @@ def test_command_line(tmp_path):
     bits = ["--target-bits", "8.65"]
     run = subprocess.run([*command, *bits], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "expected --calibrate TEXT beside them" in run.stderr
+    assert "expected --calibrate TEXT with them" in run.stderr
     run = subprocess.run([*command, *bits, "--calibrate", str(tmp_path / "text.txt")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "bits per weight, estimated mean KL divergence" in run.stdout

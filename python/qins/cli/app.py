@@ -42,20 +42,20 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show what is installed, and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Results and errors only, also after the command.")
+        bool, typer.Option("--quiet", "-q", help="Print results and errors only; also accepted after the command.")
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="What is done, how long it took, and what libraries say of it."),
+        typer.Option("--verbose", "-v", help="Print what is done, the total time, and library messages."),
     ] = False,
 ) -> None:
-    """8-bit logarithmic codes for the weights of language models."""
+    """8-bit logarithmic quantization for the weights of language models."""
 
 
-# in the order of the help
+# the help lists commands in this order
 app.command()(demo)
 app.command()(bench)
 app.command()(inspect)
@@ -66,7 +66,7 @@ app.command()(chat)
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line on stderr and exit code 1, not a traceback."""
+    """Run the command line; a user error is one line on stderr and exit code 1, not a traceback."""
     quiet, verbose, arguments = split_arguments(sys.argv[1:])
     try:
         with naming_extras(), noise(quiet, verbose):

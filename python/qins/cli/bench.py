@@ -1,4 +1,4 @@
-"""Timing side by side: what `qins bench` prints, and what the scripts in benchmarks/ share."""
+"""Side-by-side timing, for `qins bench` and the scripts in benchmarks/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Contestants = dict[str, Callable[[int], object]]
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the largest cache that the first processor reports; 32 MiB if it reports none."""
+    """Return the size of the largest cache that CPU 0 reports, but at least 32 MiB."""
     best = 32 << 20
     for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = size.read_text().strip()
@@ -25,15 +25,15 @@ def last_level_cache_bytes() -> int:
 
 
 def rotation_bytes() -> int:
-    """Return how much memory weights rotate through, so that no cache holds what comes next.
+    """Return the size of the set of weights to rotate through, so that the next weights are never in cache.
 
-    At least 256 MB: twice a cache of 32 MB is two layers, of which a cache that replaces at random keeps a part.
+    It is at least 256 MB: twice a 32 MB cache is only two layers, and random replacement keeps part of them cached.
     """
     return max(2 * last_level_cache_bytes(), 256 << 20)
 
 
 def machine() -> dict[str, object]:
-    """Name the processor and what of it is used, for the head of a table."""
+    """Describe the CPU, and the instruction sets and threads in use, for the heading of a table."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -44,9 +44,9 @@ def machine() -> dict[str, object]:
 
 
 def race(contestants: Contestants, seconds: float = 1.0, rounds: int = 3) -> dict[str, float]:
-    """Best time in seconds of each contestant, called in turn with 0, 1, 2, ... for `seconds` each.
+    """Return the best time in seconds of each contestant; they are called in turn with 0, 1, 2, ... for `seconds` each.
 
-    Taking turns spreads the noise of a shared machine evenly, and the best of many is what the machine can do.
+    Taking turns spreads the noise of a shared machine evenly. The best of many runs is what the machine can do.
     """
     best = dict.fromkeys(contestants, float("inf"))
     spent = dict.fromkeys(contestants, 0.0)
@@ -67,7 +67,7 @@ def race(contestants: Contestants, seconds: float = 1.0, rounds: int = 3) -> dic
 def _contestants(
     shape: tuple[int, int], rotation: int, group_size: int | str | None
 ) -> dict[str, Callable[[Any], Callable[[int], object]]]:
-    """Return a maker of each contestant, which takes the activations; weights rotate through `rotation` bytes."""
+    """Return a factory per contestant, from activations to a callable; weights rotate through `rotation` bytes."""
     import torch
     from torch import nn
 
@@ -106,10 +106,10 @@ def _contestants(
 def run(
     shape: tuple[int, int], rows: Iterable[int], seconds: float, group_size: int | str | None = "default"
 ) -> dict[str, Any]:
-    """Time x @ W.T of one layer, (out_features, in_features), for each number of rows of x.
+    """Time x @ W.T for one layer of shape (out_features, in_features), for each number of rows of x.
 
     Returns:
-        the machine, the shape, the group size, and milliseconds by rows and contestant.
+        the machine, the shape, the group size, and milliseconds by number of rows and contestant.
 
     """
     import torch

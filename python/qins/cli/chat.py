@@ -1,4 +1,4 @@
-"""`qins generate` and `qins chat`: a model that talks in a terminal."""
+"""Text generation in a terminal, for `qins generate` and `qins chat`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..hf import load_tokenizer, require_causal_lm, require_transformers
 
 
 class _Timed:
-    """A streamer that notes when the first token came, and shows what comes unless it is to be silent."""
+    """A streamer that records the time of the first token and passes tokens on to `shown`, if it is not None."""
 
     def __init__(self, shown: Any) -> None:
         self.shown = shown
@@ -20,7 +20,7 @@ class _Timed:
 
     def put(self, value: Any) -> None:
         self.puts += 1
-        if self.puts == 2:  # the first is the prompt
+        if self.puts == 2:  # the first put is the prompt
             self.first = time.perf_counter()
         if self.shown is not None:
             self.shown.put(value)
@@ -31,15 +31,15 @@ class _Timed:
 
 
 class Speaker:
-    """A causal language model that prints tokens as they come.
+    """A causal language model that prints tokens as it generates them.
 
     Args:
         model: directory or hub name, quantized by qins or not.
-        tokens: how many it says at most.
-        temperature: 0 takes the most likely token.
+        tokens: maximum number of new tokens.
+        temperature: 0 decodes greedily.
         silent: print nothing.
-        seed: of the random numbers; None takes others each time.
-        sampling: further arguments of transformers' `generate`, such as top_p; those that are None are left out.
+        seed: seed of the sampling; None samples differently each time.
+        sampling: further arguments of transformers' `generate`, such as top_p; None values are omitted.
 
     Attributes:
         last: of the latest `say`: prompt, text, prompt_tokens, tokens, prompt_seconds, seconds, tokens_per_second.
@@ -70,10 +70,10 @@ class Speaker:
             given["tokenizer"] = self.tokenizer
             try:
                 transformers.StopStringCriteria(self.tokenizer, given["stop_strings"])
-            except Exception as e:  # whatever it stumbles over: it knows some kinds of tokenizers
+            except Exception as e:  # it supports only some kinds of tokenizers, and may raise anything for others
                 raise ValueError(
-                    f"stop: expected a tokenizer that transformers finds strings in, such as a byte-level one, got "
-                    f"{model}'s {type(self.tokenizer).__name__}: {e}"
+                    f"stop: expected a tokenizer that transformers can match stop strings with, such as a byte-level "
+                    f"one, got {model}'s {type(self.tokenizer).__name__}: {e}"
                 ) from e
         self.options: dict[str, Any] = {"max_new_tokens": tokens, **chosen, **given}
         if seed is not None:
@@ -81,7 +81,7 @@ class Speaker:
 
     @torch.inference_mode()
     def say(self, prompt: str, *, special_tokens: bool = True) -> str:
-        """Print what follows the prompt, and return it."""
+        """Generate a continuation of the prompt, print it, and return it."""
         inputs = self.tokenizer(
             prompt, return_tensors="pt", add_special_tokens=special_tokens, return_token_type_ids=False
         )
@@ -104,13 +104,13 @@ class Speaker:
             "tokens": made,
             "prompt_seconds": streamer.first - begun,
             "seconds": decoding,
-            "tokens_per_second": (made - 1) / decoding if made > 1 else None,  # the first comes with the prompt
+            "tokens_per_second": (made - 1) / decoding if made > 1 else None,  # the first token belongs to the prefill
         }
         return text
 
 
 class Conversation:
-    """Questions and answers in the format that a model was trained on.
+    """A conversation in the chat format that a model was trained on.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -119,14 +119,14 @@ class Conversation:
 
     def __init__(self, speaker: Speaker, system: str | None = None) -> None:
         if not getattr(speaker.tokenizer, "chat_template", None):
-            raise ValueError(f"{speaker.name}: has no chat template; qins generate continues a text")
+            raise ValueError(f"{speaker.name}: has no chat template; use qins generate to continue a text")
         self.speaker = speaker
         self.messages = [] if system is None else [{"role": "system", "content": system}]
 
     def answer(self, question: str) -> str:
-        """Print and return the answer to a question, with all that was said before in view."""
+        """Print and return the answer to a question, given the conversation so far."""
         self.messages.append({"role": "user", "content": question})
         prompt = self.speaker.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-        text = self.speaker.say(prompt, special_tokens=False)  # the template has written them
+        text = self.speaker.say(prompt, special_tokens=False)  # the template has added them
         self.messages.append({"role": "assistant", "content": text})
         return text

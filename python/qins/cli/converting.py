@@ -19,22 +19,22 @@ def quantize(
         int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for per-row scales.")
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantize; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave; may be repeated.")] = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding, too.")] = False,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize the input embedding, too.")] = False,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to skip; may be repeated.")] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also quantize the input embedding.")] = False,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Text like what the model will read: log8's codes are chosen with it in view.")
+        Path | None, typer.Option(help="Text file to calibrate log8 on; it should resemble what the model will read.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=256, help="Of it, at most.")] = 8192,
+    calibration_tokens: Annotated[int, typer.Option(min=256, help="Maximum number of tokens of that text.")] = 8192,
     target_bits: Annotated[
-        float | None, typer.Option(help="Bits a weight to spend where they matter most, by choosing group sizes.")
+        float | None, typer.Option(help="Bits per weight to spend where they matter most, by choosing group sizes.")
     ] = None,
     target_kld: Annotated[
-        float | None, typer.Option(help="Instead: as few bits as this estimated mean KL divergence allows.")
+        float | None, typer.Option(help="Instead, spend as few bits as this estimated mean KL divergence allows.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Convert a checkpoint to codes on disk, a tensor at a time: any size, without making the model."""
+    """Quantize a checkpoint on disk, one tensor at a time: checkpoints of any size, without building the model."""
     from ..files import read_text
     from ..hf import require_transformers
 
@@ -49,7 +49,7 @@ def quantize(
     if calibrate is not None:
         calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)
     elif target_bits is not None or target_kld is not None:
-        raise ValueError("target-bits, target-kld: expected --calibrate TEXT beside them, got none")
+        raise ValueError("target-bits, target-kld: expected --calibrate TEXT with them, got none")
     result = quantize_checkpoint(model, out, config, calibration=calibration)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
@@ -65,12 +65,12 @@ def quantize(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A safetensors, torch or GGUF file, or a directory with one model.")],
     against: Annotated[
-        Path | None, typer.Option(help="Another checkpoint of the model: prints the error of every layer.")
+        Path | None, typer.Option(help="Another checkpoint of the model; prints the error of every layer against it.")
     ] = None,
-    histogram: Annotated[bool, typer.Option("--histogram", help="Draw how often each layer uses its codes.")] = False,
+    histogram: Annotated[bool, typer.Option("--histogram", help="Draw a histogram of each layer's codes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what a saved model holds: codecs, dtypes, bytes by kind, compression. Exits with 1 if something is wrong."""
+    """Show codecs, dtypes, bytes by kind and compression of a saved model. Exits with 1 if something is wrong."""
     from ..files import inspect as look
 
     report = look(path, against, histograms=histogram)

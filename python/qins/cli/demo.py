@@ -1,4 +1,4 @@
-"""`qins demo`: quantize a real language model and show what changed."""
+"""`qins demo`: quantize a real language model and show what changes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def run(
     picture: Path = Path("qins-demo.png"),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model, compare it with the float original, print the comparison and draw it.
+    """Quantize a model, compare it with the float original, and print and plot the comparison.
 
     Args:
         model_name: directory or hub name; None for SmolLM2-135M-Instruct from its package.
-        codec: what to quantize to.
+        codec: codec of the weights.
         group_size: as in `convert`.
-        tokens: tokens of the shipped text to compare on.
+        tokens: number of tokens of the bundled text to compare on.
         picture: where the PNG is written.
         console: where to print.
 
     Returns:
-        every printed figure, for JSON.
+        every printed figure, as a dictionary for JSON.
 
     """
     console = console or Console()
@@ -101,7 +101,7 @@ def _prompt_ids(tokenizer: Any) -> torch.Tensor:
 
 
 def _race(models: dict[str, Any], prompt: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Let the models answer the prompt in turn, several times; the best speed of each counts."""
+    """Let the models answer the prompt in turn, several times; keep the best speed of each."""
     answers, speeds = {}, dict.fromkeys(models, 0.0)
     for _ in range(_ROUNDS):
         for name, model in models.items():
@@ -111,7 +111,7 @@ def _race(models: dict[str, Any], prompt: torch.Tensor) -> tuple[dict[str, torch
 
 
 def _pooled_snr(report: ConversionReport) -> float:
-    """SNR of all converted weights together, from each layer's SNR weighted by its size."""
+    """Return the SNR in dB of all converted weights together: each layer's noise weighted by its size."""
     noise = sum(10 ** (-m.snr_db / 10) * m.bytes_before for m in report.converted)
     total = sum(m.bytes_before for m in report.converted)
     return float(10 * torch.tensor(total / noise).log10())

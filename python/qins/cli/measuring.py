@@ -22,7 +22,7 @@ def demo(
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for per-row scales.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of English text to compare on.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of English text to compare on.")] = 2048,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("qins-demo.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -39,13 +39,13 @@ def demo(
 def bench(
     shape: Annotated[str, typer.Option(help="out_features x in_features of the layer.")] = "8192x3072",
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; may be repeated.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="For each figure.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds of timing per figure.")] = 0.4,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: default 128; 0 for per-row scales.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Time one layer on this machine: codes beside torch's float32 and bfloat16, and beside a plain read."""
+    """Time one layer on this machine: quantized, in torch's float32 and bfloat16, and a plain read of the codes."""
     from .bench import run
 
     sizes = shape.lower().split("x")
@@ -73,35 +73,35 @@ def bench(
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="Directory or hub name; without --against, the float original of all others.")
+        str | None, typer.Argument(help="Directory or hub name; without --against, the float original.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="The float original that MODEL is measured against.")] = None,
     codec: Annotated[
-        list[str] | None, typer.Option(help="What to make of the original and measure; may be repeated. See below.")
+        list[str] | None, typer.Option(help="Variant of the original to make and measure; may be repeated. See below.")
     ] = None,
-    peers: Annotated[bool, typer.Option(help="Measure other formats of about 8 bits, too.")] = True,
-    text: Annotated[Path | None, typer.Option(help="Text to compare on; without it English that is shipped.")] = None,
-    tokens: Annotated[int, typer.Option(min=32, help="Of it, at most.")] = 2048,
+    peers: Annotated[bool, typer.Option(help="Also measure other formats of about 8 bits.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; without it, the bundled English text.")] = None,
+    tokens: Annotated[int, typer.Option(min=32, help="Maximum number of tokens of that text.")] = 2048,
     window: Annotated[int, typer.Option(min=16, help="Tokens that the models see at a time.")] = 512,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Text for 'calibrated'; without it what of the text is not compared on.")
+        Path | None, typer.Option(help="Text for 'calibrated'; without it, the part of the text not compared on.")
     ] = None,
     max_kld: Annotated[
         float | None, typer.Option(help="Exit with 1 if a measured model's mean KL divergence is above this.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="HTML file to write, with PNG pictures beside it.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write, with PNG pictures next to it.")] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Directory for the original's answers, to go on from and to use again.")
+        Path | None, typer.Option(help="Directory for the original's outputs, to resume from and to reuse.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Task of lm-eval; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure how far a model's answers are from its float original's.
+    """Measure how far a model's outputs are from those of its float original.
 
-    Models of text: decoders, encoder-decoders (a piece of text is read, the next one predicted), masked language
-    models (one token in seven is predicted) and encoders (cosines of hidden states).
+    It measures text models: decoders, encoder-decoders (given a piece of text, they predict the next one), masked
+    language models (they predict one token in seven) and encoders (compared by cosines of hidden states).
 
-    With --against, MODEL is measured as it is. Without, everything is made of MODEL and measured in one run: log8,
+    With --against, it measures MODEL as it is. Without, it makes and measures all variants of MODEL in one run: log8,
     calibrated, 'calibrated to N bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
     'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'.
     """

@@ -1,4 +1,4 @@
-"""How much the command line says beside its results: on stderr, and less or more on request."""
+"""What the command line prints on stderr in addition to its results, and how --quiet and --verbose change that."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rich.markup import escape
 from ..system import allow_bars
 
 _QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
-# Commands with a --verbose of their own, which says how fast tokens came.
+# Commands with a --verbose of their own, which prints tokens per second.
 _OWN_VERBOSE = ("generate", "chat")
 
 
 def split_arguments(arguments: list[str]) -> tuple[bool, bool, list[str]]:
-    """Whether to be quiet, whether to be verbose, and the other arguments.
+    """Return whether to be quiet, whether to be verbose, and the other arguments.
 
-    Both options may stand before or after the command. Behind `--` they are arguments like any other.
+    Both options may be before or after the command. After `--` they are ordinary arguments.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     command = next((i for i, a in enumerate(arguments[:end]) if not a.startswith("-")), end)
@@ -38,19 +38,19 @@ def split_arguments(arguments: list[str]) -> tuple[bool, bool, list[str]]:
 
 
 def show_warning(message: Warning | str, *args: Any) -> None:
-    """Print a warning as one line, as errors are."""
+    """Print a warning on one line, as errors are printed."""
     Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 
 @contextmanager
 def noise(quiet: bool, verbose: bool) -> Iterator[None]:
-    """Keep libraries' warnings, and their bars out of logs, unless this is verbose; if quiet, our own as well."""
+    """Hide libraries' warnings, unless verbose, and bars outside a terminal; if quiet, hide all bars and warnings."""
     bars = sys.stderr.isatty() and not quiet
     told = {} if verbose else {"TRANSFORMERS_VERBOSITY": "error"}
     if not bars:
         told |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     new = {k: v for k, v in told.items() if k not in os.environ}
-    os.environ.update(new)  # which they read when they are imported
+    os.environ.update(new)  # libraries read these when they are imported
     allow_bars(bars)
     shown, handler = warnings.showwarning, logging.StreamHandler()
     warnings.showwarning = (lambda *a, **k: None) if quiet else show_warning  # type: ignore[assignment]

@@ -11,21 +11,25 @@ from typing import Annotated, Any
 
 import typer
 
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
-TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample of the likeliest that add up to this.")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Sample of this many of the likeliest.")]
-MinP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Leave what is less likely, times the likeliest.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of the random numbers, to get the same again.")]
-Penalty = Annotated[float | None, typer.Option(min=0.01, help="Above 1 makes what was said before less likely.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text to end at; may be repeated.")]
-System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")]
+TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens, up to this total probability.")
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.")]
+MinP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Drop tokens less likely than this times the likeliest one.")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling, to reproduce a result.")]
+Penalty = Annotated[float | None, typer.Option(min=0.01, help="Above 1 makes earlier tokens less likely.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text to stop at; may be repeated.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tokens per second, on stderr.")]
 
 
 def _speaker(model: str, tokens: int, temperature: float, **options: Any) -> Any:
     for name in ("top_p", "top_k", "min_p"):
         if options[name] is not None and temperature == 0:
-            raise ValueError(f"{name.replace('_', '-')}: expected a --temperature above 0 beside it")
+            raise ValueError(f"{name.replace('_', '-')}: expected --temperature above 0 with it")
     from .chat import Speaker
 
     return Speaker(model, tokens, temperature, **options)
@@ -37,12 +41,12 @@ def _said(last: dict[str, Any], as_json: bool, verbose: bool) -> None:
     if verbose:
         speed = last["tokens_per_second"]
         prompt = f"prompt of {last['prompt_tokens']} tokens in {last['prompt_seconds']:.2f} s"
-        typer.echo(f"{prompt}, {last['tokens']} tokens" + (f" at {speed:.1f} a second" if speed else ""), err=True)
+        typer.echo(f"{prompt}, {last['tokens']} tokens" + (f" at {speed:.1f} per second" if speed else ""), err=True)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """At Ctrl-C, which ends the command with code 130, put the shell's prompt on a line of its own."""
+    """On Ctrl-C, which ends the command with code 130, print a newline, so that the shell prompt starts a line."""
     try:
         yield
     except KeyboardInterrupt:
@@ -67,12 +71,12 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 def generate(
     model: Annotated[str, typer.Argument(help="Directory or hub name, quantized by qins or not.")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to go on from; - or none of it reads stdin.")
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads stdin, as does omitting it.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="File to go on from.")] = None,
-    as_chat: Annotated[bool, typer.Option("--chat", help="Take the prompt as a question (chat template).")] = False,
+    file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     system: System = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -83,7 +87,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, counts, seconds.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Continue a prompt, printing tokens as they come."""
+    """Continue a prompt, printing tokens as they are generated."""
     with _interruptible():
         text = _prompt(prompt, file)
         speaker = _speaker(
@@ -104,7 +108,7 @@ def generate(
 def chat(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a model with a chat template.")],
     system: System = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -112,10 +116,10 @@ def chat(
     seed: Seed = None,
     repetition_penalty: Penalty = None,
     stop: Stop = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a turn.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per turn.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Talk with a model, a line at a time; an empty line or the end of the input ends it."""
+    """Chat with a model, one line at a time; an empty line or the end of input exits."""
     from .chat import Conversation
 
     with _interruptible():
