@@ -181,7 +181,7 @@ def test_never_silent(tiny, caplog):
         load(path / "float", quantization_config=qins.QinsConfig(min_quantized=0.9))
     with caplog.at_level(logging.INFO, logger="qins"):
         load(path / "float", quantization_config=qins.QinsConfig(include=["*.q_proj"]))
-    assert "% of the parameters are codes, in 2 layers" in caplog.text
+    assert "% of the parameters are quantized, in 2 layers" in caplog.text
     with pytest.raises(ValueError, match="device_map"):
         load(path / "float", quantization_config=qins.QinsConfig(), device_map={"": "cuda:0"})
     state = load_file(path / "float" / "model.safetensors")

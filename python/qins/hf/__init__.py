@@ -1,6 +1,6 @@
-"""transformers and PEFT: models are quantized while they load, saved, and loaded again.
+"""transformers and PEFT: quantizing models while they load, saving them, and loading them again.
 
-Importing this room registers quant_method "qins".
+Importing this package registers quant_method "qins".
 """
 
 from __future__ import annotations

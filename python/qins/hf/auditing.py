@@ -1,4 +1,4 @@
-"""What of a model has become codes."""
+"""The report of which parts of a model are quantized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ logger = logging.getLogger("qins")
 
 
 def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> ConversionReport:
-    """List what is quantized and what is not; raise if it is less than min_quantized asks for."""
+    """List what is quantized and what is not, in the report and in `config.modules`.
+
+    Raises:
+        RuntimeError: less is quantized than `min_quantized` requires.
+
+    """
     report = ConversionReport(skipped=list(skipped), source_format=config.source_format)
     config.modules = {}
     coded = floats = 0
@@ -54,8 +59,8 @@ def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> Conve
                 if about not in report.skipped:
                     report.skipped.append(about)
     share = coded / max(coded + floats, 1)
-    text = f"qins: {100 * share:.1f} % of the parameters are codes, in {len(report.converted)} layers"
-    text += f", of weights in {config.source_format}" if config.source_format else ""
+    text = f"qins: {100 * share:.1f} % of the parameters are quantized, in {len(report.converted)} layers"
+    text += f", from weights in {config.source_format}" if config.source_format else ""
     left = sorted({f"{s.name} ({s.reason})" for s in report.skipped})
     level = logging.WARNING if share < 0.5 else logging.INFO
     logger.log(level, "%s%s", text, f"; left: {some(left)}" if left else "")

@@ -1,4 +1,4 @@
-"""QINSCache: transformers' Cache on codes."""
+"""QINSCache: a quantized KV cache for transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class QINSLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer as codes."""
+    """The quantized keys and values of one layer."""
 
     is_sliding = False
     is_croppable = True
@@ -29,42 +29,42 @@ class QINSLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.tokens = GrowingTokens(k_codec, v_codec)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        """Take note of the dtype and device; memory is taken by the first update."""
+        """Record the dtype and device; the first update allocates memory."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states, (batch, heads, tokens, head_dim); return all of them, decoded."""
+        """Append states of shape (batch, heads, tokens, head_dim); return all cached ones, dequantized."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.tokens.append(key_states, value_states)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Length and offset of what the mask covers; transformers 4 gives the positions of the query instead."""
+        """Return length and offset of what the mask covers; transformers 4 passes the positions of the queries."""
         queries = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.tokens.length + queries, 0
 
     def get_seq_length(self) -> int:
-        """Tokens in the cache."""
+        """Return the number of tokens in the cache."""
         return self.tokens.length
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1, for no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """No limit, by transformers 4's name."""
+        """Return -1, for no limit; transformers 4 uses this name."""
         return -1
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.tokens.clear()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget -n tokens, or (transformers 4) those from n on."""
+        """Remove the last -n tokens or, for a positive n (transformers 4), those from n on."""
         n = tokens_to_remove
         self.tokens.crop(n if n > 0 else max(0, self.tokens.length + n))
 
@@ -77,29 +77,29 @@ class QINSLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.tokens.select(torch.arange(self.tokens.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences; indices or a mask."""
+        """Keep these sequences, given by indices or a boolean mask."""
         self.tokens.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def offload(self) -> None:
-        """Nothing to do: codes are on the CPU."""
+        """Do nothing: codes are on the CPU already."""
 
     def prefetch(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class QINSCache(Cache):
-    """A transformers cache whose values (and keys, if asked) are codes.
+    """A transformers KV cache with quantized values and, on request, quantized keys.
 
-    `model.generate(..., past_key_values=qins.QINSCache(model.config))` uses it.
+    Use it as `model.generate(..., past_key_values=qins.QINSCache(model.config))`.
 
     Args:
-        config: the model's config; None where every layer has ordinary attention. Layers with a sliding window keep
-            all their tokens.
-        v_codec: of values: "log8" (1 byte an element), "golden" (2), or "float16".
-        k_codec: of keys, likewise. Keys decide where attention looks and tolerate less than values.
+        config: the model's config; None if every layer has ordinary attention. Sliding-window layers keep all their
+            tokens.
+        v_codec: codec of the values: "log8" (1 byte per element), "golden" (2) or "float16".
+        k_codec: codec of the keys, likewise. Keys determine the attention weights and tolerate less than values.
 
     Raises:
-        ValueError: an unknown codec, or a model with layers that are not attention.
+        ValueError: the codec is unknown, or the model has layers other than attention.
 
     """
 
@@ -113,10 +113,10 @@ class QINSCache(Cache):
         super().__init__(layer_class_to_replicate=partial(QINSLayer, self.k_codec, self.v_codec))  # type: ignore[arg-type]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit, also before the first update."""
+        """Return -1, for no limit, even before the first update."""
         return -1
 
     def memory_savings(self) -> dict[str, float]:
-        """Return what the tokens so far take, and would take in float16 and float32, in bytes, and the ratios."""
+        """Return the bytes of the cached tokens, the bytes in float16 and in float32, and the ratios."""
         parts = [layer.tokens.savings() for layer in self.layers if isinstance(layer, QINSLayer)]
         return savings(sum(p[0] for p in parts), sum(p[1] for p in parts), sum(p[2] for p in parts))

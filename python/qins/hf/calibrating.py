@@ -1,4 +1,4 @@
-"""Calibrating what transformers loads: models in memory, and checkpoints on their way to the disk."""
+"""Calibration of transformers' models, in memory and while a checkpoint is quantized on disk."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .released import load_floats
 
 
 def tokenized(source: str | Path, text: str, tokens: int) -> Text:
-    """Cut a text into calibration data with the tokenizer of a model.
+    """Tokenize a text with a model's tokenizer and cut it into calibration data.
 
     Raises:
-        ValueError: it is too short or too uniform.
+        ValueError: the text is too short or too uniform.
 
     """
     ids: torch.Tensor = load_tokenizer(str(source))(text, return_tensors="pt", verbose=False).input_ids
@@ -39,8 +39,9 @@ class Calibration:
     """How to calibrate a checkpoint.
 
     Attributes:
-        text: what the model is to read; tokens: of it, at most.
-        target_bits, target_kld: what `qins.plan` is to reach; at most one of them.
+        text: sample of what the model will read.
+        tokens: maximum number of tokens of it to use.
+        target_bits, target_kld: target of `qins.plan`; at most one of them.
 
     """
 
@@ -50,17 +51,17 @@ class Calibration:
     target_kld: float | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is done."""
+        """Raise a ValueError if both targets are given."""
         if self.target_bits is not None and self.target_kld is not None:
             raise ValueError("calibration: expected at most one of target_bits and target_kld, got both")
 
     @property
     def has_target(self) -> bool:
-        """Whether group sizes are to be planned."""
+        """Whether to plan group sizes."""
         return self.target_bits is not None or self.target_kld is not None
 
     def record(self, text: Text) -> dict[str, Any]:
-        """What a checkpoint says of its calibration."""
+        """Return the record of the calibration that a checkpoint stores."""
         tokens, held_out = text.tokens
         digest = hashlib.sha256(self.text.encode()).hexdigest()
         targets = {"target_bits": self.target_bits, "target_kld": self.target_kld} if self.has_target else {}
@@ -68,13 +69,13 @@ class Calibration:
 
 
 def calibrate_loaded(model: Any, config: QinsConfig, report: ConversionReport) -> None:
-    """Replace the modules of a float model that has just been loaded by calibrated ones."""
+    """Replace modules of a freshly loaded float model with calibrated ones."""
     assert isinstance(config.calibration, str)
     source = read_text(config.calibration)
     text = tokenized(model.config._name_or_path, source, config.calibration_tokens)
     layers: dict[str, Layer] = {}
     chosen = chosen_layers(model, config, report)
-    # text reaches an expert too rarely for statistics, so experts get the nearest codes
+    # too few tokens reach each expert for statistics, so experts get the nearest codes
     experts = {n: m for n, m in chosen.items() if projections(m)}
     for name, module in chosen.items():
         if name not in experts:
@@ -92,7 +93,7 @@ def calibrate_loaded(model: Any, config: QinsConfig, report: ConversionReport) -
 
 
 def coded(layer: Layer, choice: Choice) -> QINSLinear:
-    """Return the QINSLinear that takes a layer's place; its buffers count as loaded."""
+    """Return the QINSLinear that replaces a layer; its buffers are marked as loaded."""
     out_features, in_features = layer.weight.shape
     new = QINSLinear(
         in_features, out_features, bias=False, codec=layer.codec, group_size=layer.group_size, device="meta",
@@ -105,16 +106,17 @@ def coded(layer: Layer, choice: Choice) -> QINSLinear:
 
 
 class CheckpointCalibration:
-    """Puts the codes of a checkpoint's modules into a store.
+    """Calibration of a checkpoint's modules; their codes go to a store.
 
-    Its floats stay mapped files; those decoded of a checkpoint in 8 or 4 bits take memory, in the model's dtype.
+    The float weights stay memory-mapped. Those of an 8-bit or 4-bit checkpoint are decoded into memory, in the model's
+    dtype.
 
     Args:
         source: directory of the checkpoint.
         architecture: transformers' class of the model.
-        text: what to calibrate on.
-        store: where the codes go; those that are there already are not made again.
-        show_progress: None shows a bar on a terminal.
+        text: calibration data.
+        store: where the codes go; codes already there are not computed again.
+        show_progress: whether to show a progress bar; None shows it on a terminal.
 
     """
 
@@ -130,7 +132,7 @@ class CheckpointCalibration:
     def plan(
         self, modules: Mapping[str, tuple[str, int | None, bool]], calibration: Calibration, config: QinsConfig
     ) -> str:
-        """Choose group sizes, once; they become overrides of the config. Returns the plan in words."""
+        """Choose group sizes, or read the store's plan; make them overrides of the config. Return the plan as text."""
         path = self.store.directory / "plan.json"
         if not path.exists():
             layers = {n: layer for n, layer in self._layers(modules).items() if layer.codec == "log8"}
@@ -152,7 +154,7 @@ class CheckpointCalibration:
         return words
 
     def encode(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> None:
-        """Choose the codes of these modules: name to (codec, group_size, transposed)."""
+        """Choose the codes of these modules, given as name to (codec, group_size, transposed)."""
         layers = self._layers(modules)
         total = sum(layer.weight.numel() for layer in layers.values())
         with progress("calibrating", total, self.show_progress) as advance:

@@ -1,4 +1,4 @@
-"""The model card, README.md, of a model in codes."""
+"""The model card (README.md) of a quantized model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("qins")
 
 CARD = "README.md"
 _OURS = "<!-- Written by qins, which replaces it as long as this line is here. -->"
-# of transformers' own card, which says nothing
+# marks transformers' own card, which has no information
 _EMPTY = "This model card has been automatically generated"
 _ORIGINAL = "## The original's card\n"
 _CARRIED = ("license", "license_name", "license_link", "language", "tags", "pipeline_tag")
@@ -28,7 +28,7 @@ _TEXT = """\
 # {title}
 
 **This needs `pip install "qins[hf]"`.** Without it transformers warns of an "Unknown quantization type, got qins" and
-stops at an empty tensor whose size does not match; told to ignore that, it gives nonsense.
+stops at an empty tensor whose size does not match. Made to ignore that, it outputs nonsense.
 
 ```python
 import qins
@@ -38,8 +38,8 @@ name = "..."  # this directory, or its name on the hub
 model, tokenizer = qins.load(name), AutoTokenizer.from_pretrained(name)
 ```
 
-It runs on CPUs, straight from the codes. `qins generate` and `qins chat` take it on the command line; `qins inspect`
-compares its checksums.
+It runs on CPUs, straight from the codes. On the command line, `qins generate` and `qins chat` run it, and `qins
+inspect` checks its checksums.
 
 | | |
 |---|---|
@@ -51,14 +51,14 @@ compares its checksums.
 
 
 def write_card(directory: Path, base: str | None, source: Path | None, fidelity: str | None = None) -> None:
-    """Write the card of a converted model, unless it has one that a person wrote.
+    """Write the card of a converted model, unless it has a hand-written one.
 
     Args:
-        directory: the model's, complete.
-        base: the float model's name on the hub, if it has one.
-        source: the float model's directory, or that of the codes which the model was loaded from; license, language and
-            tags are those of its card.
-        fidelity: what was measured, in words.
+        directory: the complete model's directory.
+        base: the float model's hub name, if it has one.
+        source: directory of the float model, or of the codes that the model was loaded from; license, language and tags
+            come from its card.
+        fidelity: the measured fidelity, as text.
 
     """
     there = _read(directory / CARD)
@@ -71,7 +71,7 @@ def write_card(directory: Path, base: str | None, source: Path | None, fidelity:
 
 
 def hub_name(name: Any) -> str | None:
-    """A model's name on the hub, or None if it is not one."""
+    """Return the name if it can be a hub name, else None."""
     told = str(name or "")
     return told if re.fullmatch(r"[\w.-]+/[\w.-]+", told) and not Path(told).exists() else None
 
@@ -123,7 +123,7 @@ def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity:
 
 
 def _parts(original: str) -> tuple[dict[str, Any], str]:
-    """What a card says in its head, and its text; of a card of ours the text that was the original's."""
+    """Return a card's metadata and text; of a card written by qins, the text is the original's that it quotes."""
     from huggingface_hub import ModelCard
 
     if not original.startswith("---"):
@@ -131,8 +131,8 @@ def _parts(original: str) -> tuple[dict[str, Any], str]:
     try:
         card = ModelCard(original, ignore_metadata_errors=True)
         head, text = card.data.to_dict(), str(card.text)  # type: ignore[no-untyped-call]
-    except Exception as e:  # what YAML's and the library's own checks raise
-        logger.warning("qins: the original's %s has a head that is not readable, so nothing of it is kept: %s", CARD, e)
+    except Exception as e:  # YAML and the library's checks raise various types
+        logger.warning("qins: the metadata of the original's %s cannot be read, so none of it is kept: %s", CARD, e)
         return {}, original
     return head, (text.partition(_ORIGINAL)[2] if _OURS in text else text).strip()
 
@@ -142,17 +142,17 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _codecs(config: dict[str, Any]) -> list[str]:
-    """Codecs and group sizes, the most frequent first."""
+    """Return codecs and group sizes as text, the most frequent first."""
     modules = config["quantization_config"]["modules"].values()
     found = Counter((about[0], about[1]) for about in modules if len(about) < 3)
     return [f"{c}, {f'groups of {g} inputs' if g else 'per-row scales'}" for (c, g), _ in found.most_common()]
 
 
 class UploadWithCard:
-    """A loaded model's `_upload_modified_files`: the card that `push_to_hub` puts beside codes says how to read them.
+    """A loaded model's `_upload_modified_files`, which adds a card to codes that `push_to_hub` uploads.
 
     Attributes:
-        source: what the model was loaded from.
+        source: directory or hub name that the model was loaded from.
 
     """
 

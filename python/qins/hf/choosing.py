@@ -1,4 +1,4 @@
-"""Which layers of transformers' models become codes."""
+"""Selection of the layers of transformers' models to quantize."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from .modules import (
     conv1d,
 )
 
-# Routers of experts are small and decide where every token goes; transformers 4 has them as linear layers.
+# Routers of experts are small and decide where every token goes; in transformers 4 they are linear layers.
 _ROUTERS = ("*.gate", "*.router", "*.shared_expert_gate")
 
 
 def chosen_layers(model: Any, config: QinsConfig, report: ConversionReport) -> dict[str, nn.Module]:
-    """Return the linear layers and experts to quantize, by name; the report is told of the others.
+    """Return the linear layers and experts to quantize, by name; the others go to the report.
 
-    Embeddings, and an output embedding that is tied to one, have their turn when everything is loaded.
+    Embeddings, and an output embedding tied to one, are quantized later, once everything is loaded.
+
+    Raises:
+        ValueError: there is no layer to quantize.
+
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     later = tied_output(model) if config.lm_head else None
@@ -42,7 +46,7 @@ def chosen_layers(model: Any, config: QinsConfig, report: ConversionReport) -> d
         else:
             report.skipped.append(SkippedModule(name, type(module).__name__, reason))
     if not found:
-        raise ValueError(f"QinsConfig: no linear layer of {type(model).__name__} is to be quantized")
+        raise ValueError(f"QinsConfig: no linear layer of {type(model).__name__} is selected for quantization")
     return found
 
 

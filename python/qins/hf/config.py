@@ -1,4 +1,4 @@
-"""QinsConfig: how transformers is told to quantize a model."""
+"""QinsConfig: the quantization config for transformers."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ class QinsConfig(QuantizationConfigMixin):
 
     Args:
         codec: "log8", "log9", "golden" or "rational".
-        group_size: inputs that share a group scale (log8); "default" for what `qins.default_group_size` says of each
-            layer, None for per-row scales.
+        group_size: inputs per group scale (log8); "default" for `qins.default_group_size` of each layer, None for
+            per-row scales.
         include: fnmatch patterns of module names to quantize; None for all linear layers.
-        exclude: patterns of module names to leave alone, besides the output embedding and routers of experts.
-        modules_to_not_convert: names or endings of names, as in other quantization configs; added to `exclude`.
-        overrides: pattern to a dict with "codec" and "group_size"; the first pattern that matches a module counts.
-        calibration: text file that log8's codes are chosen with in view (see `qins.calibrate`), when a float model is
-            loaded; in a saved checkpoint a dict that says what was used.
-        calibration_tokens: of that text, at most.
-        lm_head: quantize the output embedding, too. Where it is tied to the input's, it gets codes of its own, unless
-            `embeddings` lets both share one set.
-        embeddings: quantize the input embedding, too.
-        min_quantized: least share of the bytes of all parameters, 0 to 1, that must become codes; less is an error.
-        format_version: of a saved checkpoint.
-        checksums: of a saved checkpoint: CRC-32 of each tensor's bytes, in hexadecimal; `qins inspect` compares them.
-        source: of a saved checkpoint: what `qins.files.fingerprint` says of the files it was made of.
-        source_format: of a saved checkpoint: the format of these files' weights if they were in 8 or 4 bits.
-        modules: of a saved checkpoint: name of each quantized module, or stack of experts, to its codec and
-            group_size, and to the module whose codes it shares if it does.
-        verify: while a checkpoint that has codes is loaded, compare its tensors with the checksums, which reads all
-            of its files; QINS_VERIFY=1 in the environment does so, too. It is not saved.
-        decode_step: let decoder layers that the core knows take a few tokens at a time in one call of it. It is not
-            saved; QINS_DECODE_STEP=0 in the environment switches it off for all models.
+        exclude: patterns of module names to skip, in addition to the output embedding and routers of experts.
+        modules_to_not_convert: names or name suffixes, as in other quantization configs; added to `exclude`.
+        overrides: pattern to a dict with "codec" and "group_size"; the first pattern that matches a module applies.
+        calibration: text file to calibrate log8 on when a float model is loaded (see `qins.calibrate`); in a saved
+            checkpoint, a dict that records the calibration.
+        calibration_tokens: maximum number of tokens of that text.
+        lm_head: also quantize the output embedding. If it is tied to the input embedding, it gets codes of its own,
+            unless `embeddings` makes both share one set.
+        embeddings: also quantize the input embedding.
+        min_quantized: minimum quantized share of all parameters, 0 to 1; less is an error.
+        format_version: format version of a saved checkpoint.
+        checksums: of a saved checkpoint: CRC-32 of each tensor's bytes, in hexadecimal; `qins inspect` checks them.
+        source: of a saved checkpoint: `qins.files.fingerprint` of the files it was made from.
+        source_format: of a saved checkpoint: the format of these files' weights, if they were in 8 or 4 bits.
+        modules: of a saved checkpoint: name of each quantized module, or stack of experts, to its codec, its group_size
+            and, if it shares another module's codes, that module's name.
+        verify: check the tensors of a quantized checkpoint against its checksums while loading, which reads all of its
+            files. The environment variable QINS_VERIFY=1 does the same. It is not saved.
+        decode_step: run decoder layers that the core supports in one call of the core each when decoding a few tokens.
+            The environment variable QINS_DECODE_STEP=0 disables it for all models. It is not saved.
 
     Raises:
         ValueError, TypeError: an argument is unknown or out of range.
 
     """
 
-    quant_method: Any  # transformers has an enumeration of its own methods
-    released: dict[str, Any] | None  # while it loads: the quantization_config of a checkpoint in 8 or 4 bits
+    quant_method: Any  # Any: transformers' enum has only its own methods
+    released: dict[str, Any] | None  # during loading: quantization_config of an 8-bit or 4-bit checkpoint
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class QinsConfig(QuantizationConfigMixin):
         _expect("source_format", source_format, str, type(None))
         _expect("calibration_tokens", calibration_tokens, int)
         _expect("min_quantized", min_quantized, float, int)
-        if modules is None:  # of a saved checkpoint it is too late
+        if modules is None:  # for a saved checkpoint, the warning comes too late
             warn_if_slow(codec, group_size)
         for pattern, values in (overrides or {}).items():
             _expect(f"overrides[{pattern!r}]", values, dict)
@@ -123,25 +123,25 @@ class QinsConfig(QuantizationConfigMixin):
                 raise type(e)(f"modules[{name!r}]: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: everything but how this process loads."""
+        """Return what is saved: everything except the loading attributes."""
         saved: dict[str, Any] = super().to_dict()
         for name in self.get_loading_attributes():
             del saved[name]
         saved.pop("released")
-        if self.source_format is None:  # which earlier versions do not know
+        if self.source_format is None:  # earlier versions do not know the key
             del saved["source_format"]
         return saved
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What counts of a config that is given for a checkpoint with a config of its own."""
+        """Return what still applies of a config that is passed for a checkpoint with a config of its own."""
         return {"verify": self.verify, "decode_step": self.decode_step}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Everything: transformers 4 asks for it and has no default."""
+        """Return everything: transformers 4 calls this and has no default implementation."""
         return self.to_dict()
 
     def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
-        """Codec and group size of a module."""
+        """Return codec and group size of a module."""
         for pattern, values in self.overrides.items():
             if fnmatchcase(name, pattern):
                 codec = values.get("codec", self.codec)
@@ -156,10 +156,10 @@ def _expect(name: str, value: Any, *kinds: type) -> None:
 
 
 def _check_entry(about: Any) -> None:
-    """Check what a saved checkpoint says of a module: codec, group size, and perhaps whose codes it shares."""
+    """Check a saved module entry: codec, group size, and optionally the module whose codes it shares."""
     _expect("codes", about, list, tuple)
     if len(about) not in (2, 3):
-        raise ValueError(f"expected codec and group_size, and perhaps a module's name, got {about!r}")
+        raise ValueError(f"expected codec and group_size, and optionally a module's name, got {about!r}")
     _expect("codec", about[0], str)
     check_codec(about[0])
     check_group_size(about[0], about[1])

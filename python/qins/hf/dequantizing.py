@@ -1,4 +1,4 @@
-"""Codes back to floats."""
+"""Dequantization of whole models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..nn import (
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Replace codes by the floats that they stand for."""
-    if isinstance(dtype, str):  # a copied config has the name
+    """Replace quantized modules with float ones, in place; return the model."""
+    if isinstance(dtype, str):  # a copied config has the dtype's name
         dtype = getattr(torch, dtype)
     for name, module in list(model.named_modules()):
         new: nn.Module

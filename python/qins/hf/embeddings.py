@@ -1,4 +1,4 @@
-"""Quantizing a model's embeddings, and an output embedding that shares their weight, once everything is loaded."""
+"""Quantizing a model's embeddings, and an output embedding tied to them, once everything is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VERSION = int(transformers.__version__.partition(".")[0])
 
 
 def tied_output(model: Any) -> str | None:
-    """The name of the output embedding, if its weight is the input embedding's."""
+    """Return the name of the output embedding if it is tied to the input embedding, else None."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         return None
@@ -31,7 +31,7 @@ def tied_output(model: Any) -> str | None:
 
 
 def tied_to(model: Any, source: str) -> list[str]:
-    """Modules whose weight is that of `source`."""
+    """Return the names of the modules whose weight is tied to that of `source`."""
     output = tied_output(model)
     if _VERSION < 5:
         return [output] if output else []
@@ -39,18 +39,18 @@ def tied_to(model: Any, source: str) -> list[str]:
 
 
 def input_embedding(model: Any, config: QinsConfig) -> tuple[str, nn.Embedding, str, int | None]:
-    """Name and module of the input embedding, and the codec and group size that it gets, and what is tied to it."""
+    """Return name and module of the input embedding, and codec and group size for it and for what is tied to it."""
     source: nn.Embedding = model.get_input_embeddings()
     name = name_of(model, source)
     return name, source, *config.layer(name, source.embedding_dim)
 
 
 def expect_embeddings(model: Any, config: QinsConfig) -> None:
-    """Raise for what cannot be done with embeddings, before anything is loaded.
+    """Check that the embeddings can be quantized as configured, before anything is loaded.
 
     Raises:
-        ValueError: the embeddings are to be quantized, but compute something else than rows times a factor plus a bias,
-            or the output tied to them is not to be quantized; or transformers 4 would tie codes.
+        ValueError: embeddings to quantize compute something other than rows times a factor plus a bias, or the output
+            tied to them stays float; or transformers 4 would tie codes.
 
     """
     if config.embeddings:
@@ -67,15 +67,15 @@ def expect_embeddings(model: Any, config: QinsConfig) -> None:
         return
     if config.embeddings and not config.lm_head:
         raise ValueError(
-            f"embeddings: {output} of {type(model).__name__} is tied to them, and would keep the floats; give "
-            "lm_head=True, too"
+            f"embeddings: {output} of {type(model).__name__} is tied to them, and would keep the floats; pass "
+            "lm_head=True too"
         )
     if _VERSION < 5 and model.config.is_encoder_decoder:
-        raise ValueError("lm_head: of an encoder-decoder model whose embeddings are tied it needs transformers 5")
+        raise ValueError("lm_head: needs transformers 5 for an encoder-decoder model with tied embeddings")
 
 
 def encode_embeddings(model: Any, config: QinsConfig) -> None:
-    """Replace the input embedding, and what is tied to it, by codes of the weight that has been loaded."""
+    """Quantize the loaded input embedding and what is tied to it, as configured."""
     output = tied_output(model) if config.lm_head else None
     if not config.embeddings and output is None:
         return
@@ -102,25 +102,28 @@ def encode_embeddings(model: Any, config: QinsConfig) -> None:
 
 
 def _sharing(codes: CodedWeight, module: AnyCoded) -> AnyCoded:
-    """Let a module have another one's codes, which are saved once."""
+    """Make a module share another one's codes, which are then saved only once."""
     module._buffers.update(codes._buffers)
     module._non_persistent_buffers_set.update(module._names)
     return module
 
 
 def loaded(module: AnyCoded) -> AnyCoded:
-    """Mark a module's codes as transformers 5 marks what came from a checkpoint."""
+    """Mark a module's codes as loaded, as transformers 5 marks tensors from a checkpoint."""
     for name in module._names:
         module.get_buffer(name).__dict__["_is_hf_initialized"] = True
     return module
 
 
 def share_codes(model: Any, shared: dict[str, str]) -> dict[str, str]:
-    """Let modules expect no codes of their own, since they will share another one's; return the two's names.
+    """Mark modules as sharing another module's codes, so that they expect none of their own.
 
     Args:
         model: with all modules in place.
-        shared: name of each such module to that of the other in the checkpoint's model, which may have a prefix.
+        shared: name of each such module to the name of the other one in the checkpoint, with or without prefix.
+
+    Returns:
+        name of each such module to the name of the other one in this model.
 
     """
     modules = dict(model.named_modules())
@@ -133,7 +136,7 @@ def share_codes(model: Any, shared: dict[str, str]) -> dict[str, str]:
 
 
 def untie(model: Any, names: set[str]) -> None:
-    """Keep transformers from tying the weights of these modules, which are codes now."""
+    """Keep transformers from tying the weights of these modules, which are now quantized."""
     if _VERSION < 5:
         output = tied_output(model)
         if output in names:

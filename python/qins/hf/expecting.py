@@ -1,4 +1,4 @@
-"""Preparing a model for what its checkpoint holds: floats to encode, or codes."""
+"""Preparing a model for its checkpoint, which holds floats to quantize, or codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .saving import guard_of
 
 
 def expect_floats(model: Any, config: QinsConfig, report: ConversionReport) -> None:
-    """Replace the modules that are to be quantized while their weights arrive."""
+    """Replace the modules to quantize with pending ones, which encode their weights as they are loaded."""
     for name, module in chosen_layers(model, config, report).items():
         if projections(module):
             put(model, name, module, PendingExperts(module, *experts_codec(config, name, module)))
@@ -52,10 +52,10 @@ def expect_floats(model: Any, config: QinsConfig, report: ConversionReport) -> N
 
 
 def expect_codes(model: Any, config: QinsConfig) -> dict[str, str]:
-    """Replace the modules that the checkpoint has codes for.
+    """Replace the modules for which the checkpoint has codes.
 
     Returns:
-        the modules that share another one's codes, and that one's name.
+        name of each module that shares another one's codes, to the name of that one.
 
     Raises:
         ValueError: the checkpoint's list of modules does not fit the model.
@@ -66,7 +66,7 @@ def expect_codes(model: Any, config: QinsConfig) -> dict[str, str]:
         raise ValueError("quantization_config: expected the list of quantized modules of a saved checkpoint")
     fields = {name.rpartition(".")[2] for name in config.checksums or ()}
     if not modules and fields & set(FIELD_ROLES):
-        raise ValueError("modules: expected the modules whose codes the checkpoint has, got none")
+        raise ValueError("modules: expected the modules for which the checkpoint has codes, got none")
     left = set(modules)
     shared: dict[str, str] = {}
 
@@ -95,30 +95,30 @@ def expect_codes(model: Any, config: QinsConfig) -> dict[str, str]:
     experts = sorted(n for n in left if ".experts." in n)
     if experts:
         raise ValueError(
-            f"the checkpoint has codes of {some(experts)}, which {type(model).__name__} has not in transformers "
+            f"the checkpoint has codes of {some(experts)}, which {type(model).__name__} lacks in transformers "
             f"{transformers.__version__}: versions 4 and 5 keep experts in different modules; quantize the float "
             "model again with this version"
         )
     sharing = share_codes(model, shared)
     if guarded := guard_of(model):
         ignored = [re.escape(n) + "$" for n in with_and_without_prefix(model, guarded)]
-        known = model._keys_to_ignore_on_load_unexpected  # versions of transformers differ in what this is
+        known = model._keys_to_ignore_on_load_unexpected  # its type depends on the version of transformers
         ignored += known or ()
         model._keys_to_ignore_on_load_unexpected = set(ignored) if isinstance(known, set) else ignored
     found = len(modules) - len(left)
-    # What the model keeps in float32, transformers 5.0 casts whole: of these modules the codes, too.
+    # transformers 5.0 casts every tensor of the modules that a model keeps in float32, their codes included.
     coded = {part for n, _ in coded_modules(model) for part in n.split(".")}
     plan = getattr(model, "dtype_plan", None)
     if plan:
         model.dtype_plan = {k: v for k, v in plan.items() if k not in coded}
     if modules and not found:
         first = next(iter(modules))
-        raise ValueError(f"no module of {type(model).__name__} is among those of the checkpoint, such as {first}")
+        raise ValueError(f"{type(model).__name__} has none of the checkpoint's quantized modules, such as {first}")
     return sharing
 
 
 def verify_files(config: QinsConfig, files: Iterable[str | Path] | None) -> None:
-    """Raise unless the files' tensors have the checksums of config.json."""
+    """Raise a ValueError unless the files' tensors match the checksums in config.json."""
     checksums = config.checksums
     if not checksums:
         raise ValueError("verify: expected checksums in config.json, got none; an early qins wrote it")
@@ -132,7 +132,7 @@ def verify_files(config: QinsConfig, files: Iterable[str | Path] | None) -> None
 
 
 def environment_asks_to_verify() -> bool:
-    """Whether QINS_VERIFY is 1."""
+    """Return whether QINS_VERIFY is 1; raise a ValueError if it is anything but empty, 0 or 1."""
     told = os.environ.get("QINS_VERIFY", "")
     if told not in ("", "0", "1"):
         raise ValueError(f"environment variable QINS_VERIFY: expected 0 or 1, got {told!r}")
