@@ -93,7 +93,7 @@ def test_only_causal_models_talk(run, models, kind, architecture, command):
 def test_no_such_model(run, tmp_path, command):
     quantize = run("quantize", "/nope", tmp_path / "out")
     assert quantize[0] == 1
-    assert "error: /nope: neither a directory nor a model that the hub gives: " in quantize[2]
+    assert "error: /nope: neither a directory nor an available model on the hub: " in quantize[2]
     code, out, err = run(*command)
     assert code == 1
     assert quantize[2] in (err or " ".join(out.split()))

@@ -1,9 +1,9 @@
-"""Decoder layers in one call of the core each, for the few tokens at a time that generation adds.
+"""Decode steps: decoder layers that run in one call of the core each, for the few tokens per call of decoding.
 
-Most language models have the same layers but for a few choices: which norms there are, whether projections are fused,
+The layers of most language models differ in a few choices only: which norms there are, whether projections are fused,
 how activations are gated. `describe` reads these choices off a layer's modules. A layer with anything else keeps its
-own forward, and so does every call that is not decoding on the CPU. Before a step is trusted, it runs beside the
-layer's own forward, once for each kind of call, and is dropped if the two differ.
+own forward, and so does every call that is not decoding on the CPU. A step is verified against the layer's own forward,
+once for each kind of call, and is dropped if the two differ.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ logger = logging.getLogger("qins")
 
 Tensor = torch.Tensor
 
-# Tokens of one call, over all sequences; more go through the modules.
+# Maximum number of tokens of a step, over all sequences; larger calls run the modules.
 MOST_ROWS = 16
-# How far a step may be from the modules, which round to the dtype after each operation.
+# Relative error allowed between a step and the modules, which round to the dtype after each operation.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# What a call may say besides what is looked at; anything else that says something goes to the modules.
+# Arguments that a step accepts; a call with any other truthy argument runs the modules.
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"}
 
 
 class LayerStep:
-    """A decoder layer in one call of the core, described when it is first needed. A copied or pickled one is empty."""
+    """Runs a decoder layer in one call of the core; describes the layer on first use. Copies and pickles are empty."""
 
     def __init__(self) -> None:
         self._layer: Any = None
@@ -51,7 +51,7 @@ class LayerStep:
         return type(self), ()
 
     def run(self, layer: Any, own: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
-        """Return what the layer returns, or None where its own forward is to be called.
+        """Return what the layer returns, or None if the caller must run the layer's own forward.
 
         Raises:
             UnfitError: the core cannot compute this layer at all.
@@ -72,7 +72,7 @@ class LayerStep:
                 return None
         about = self._about
         if about is None or self._layer is not layer or not about.is_current():
-            if x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS:  # a prompt: it may not be needed at all
+            if x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS:  # a prefill: the step may never be needed
                 return None
             self._proved.clear()
             self._layer, self._about = layer, (about := describe(layer))
@@ -90,13 +90,13 @@ class LayerStep:
         return (y,) if self._in_tuple else y
 
     def _finish(self, about: LayerDescription, x: Tensor) -> Tensor:
-        """Run what of the layer the core does not know, after attention."""
+        """Run the part of the layer after attention that the core does not support, if there is one."""
         if about.rest is None:
             return x
         modules = self._layer._modules
         before, after = (modules[n] if n else None for n in about.rest)
         y = modules[about.mlp](x if before is None else before(x))
-        y = y[0] if isinstance(y, tuple) else y  # beside what a router chose
+        y = y[0] if isinstance(y, tuple) else y  # drop the router's output
         y = y if after is None else after(y)
         result: Tensor = x + (y if about.residual == 1.0 else y * about.residual)
         return result
@@ -104,7 +104,7 @@ class LayerStep:
     def _prove(
         self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any], kept: Any, kind: Any
     ) -> Any:
-        """Run the layer's own forward beside the step; from then on the step is trusted with such calls."""
+        """Verify the step against the layer's own forward, once per kind of call; return a result that is right."""
         beside, other = copy.copy(given["past_key_values"]), copy.copy(kept)
         beside.layers = [*beside.layers]
         beside.layers[about.index] = other
@@ -113,7 +113,7 @@ class LayerStep:
         want = result[0] if isinstance(result, tuple) else result
         if isinstance(result, tuple) and len(result) != 1:
             raise UnfitError("it returns more than hidden states")
-        if not bool(torch.isfinite(want).all()):  # which nothing can be compared with
+        if not bool(torch.isfinite(want).all()):  # NaN or infinity cannot be compared
             kept.__dict__.update(other.__dict__)
             return result
         mask, rotation = given.get("attention_mask"), given.get("position_embeddings")
@@ -123,7 +123,7 @@ class LayerStep:
         for a, b in pairs:
             if a.shape != b.shape or not (a - b).float().norm() <= tolerance * b.float().norm():
                 kept.__dict__.update(other.__dict__)
-                _give_up(self._layer, "its results are others")
+                _give_up(self._layer, "its results differ")
                 return result
         self._proved.add(kind)
         return result
@@ -152,7 +152,7 @@ class LayerStep:
 
 
 def _is_observed(modules: list[nn.Module]) -> bool:
-    """Whether somebody is told of what runs."""
+    """Return whether a forward hook is registered, globally or on one of these modules."""
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks:
             return True
@@ -160,7 +160,7 @@ def _is_observed(modules: list[nn.Module]) -> bool:
 
 
 def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: Any) -> tuple[Any, ...] | None:
-    """The kind of call, each of which is proved once; None where the layer's own forward is to be called."""
+    """Return the kind of call, each of which is verified once, or None if the layer's own forward must run."""
     if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(kept, "record_past", False):
         return None
     if x.dim() != 3 or x.dtype not in _TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
@@ -185,14 +185,15 @@ _last_rotation: tuple[Any, ...] = (None, None, None)
 def _rotation(
     rotation: tuple[Tensor, Tensor], dtype: torch.dtype, halves: bool
 ) -> tuple[tuple[int, int, int, int], Any]:
-    """Cosines and sines for all layers once.
+    """Prepare cosines and sines once for all layers.
 
     Returns:
-        their addresses, their number a token, and from a sequence to the next; and what keeps the memory.
+        addresses of cosines and of sines, their number per token, and the stride between sequences; and the tensors
+        that own the memory.
 
     """
     global _last_rotation
-    given, of_dtype, found = _last_rotation  # of another thread's call, perhaps
+    given, of_dtype, found = _last_rotation  # one read: another thread may replace it
     if given is not rotation or of_dtype is not dtype:
         cos, sin = ((torch.cat((t, t), -1) if halves else t).to(dtype).contiguous() for t in rotation)
         next_sequence = cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
@@ -203,7 +204,7 @@ def _rotation(
 
 
 def _rotates(rotation: Any, x: Tensor, head_dim: int) -> bool:
-    """Whether there are cosines and sines for each token, or for each of each sequence."""
+    """Return whether there are cosines and sines for each token, shared by all sequences or separate for each."""
     if not isinstance(rotation, tuple) or len(rotation) != 2 or not all(isinstance(t, Tensor) for t in rotation):
         return False
     cos, sin = rotation
@@ -212,7 +213,7 @@ def _rotates(rotation: Any, x: Tensor, head_dim: int) -> bool:
 
 
 def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:
-    """Whether a mask is one for sequences, queries and keys; without one there must be one query each."""
+    """Return whether a mask fits sequences, queries and keys; without a mask, each sequence must have one query."""
     if mask is None:
         return x.shape[1] == 1
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype not in (torch.bool, x.dtype):
@@ -226,7 +227,7 @@ def _give_up(layer: Any, why: object) -> None:
 
 
 def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A decoder layer's forward that takes the step where it can."""
+    """Wrap a decoder layer's forward, so that it uses the step where possible."""
 
     @functools.wraps(forward)
     def wrapped(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -246,10 +247,10 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decode_in_steps(model: nn.Module) -> None:
-    """Let the decoder layers of a model take a few tokens at a time in one call of the core.
+    """Enable decode steps in a model's decoder layers, unless the environment variable QINS_DECODE_STEP is 0.
 
     Raises:
-        ValueError: QINS_DECODE_STEP, which switches it off where it is 0, is something else than 0 or 1.
+        ValueError: QINS_DECODE_STEP is neither 0 nor 1.
 
     """
     told = os.environ.get("QINS_DECODE_STEP", "")

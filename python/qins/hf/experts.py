@@ -1,4 +1,4 @@
-"""Encoding experts one by one while transformers 5 loads a checkpoint that has each in tensors of its own."""
+"""Encoding experts one by one while transformers 5 loads a checkpoint with separate tensors per expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 from ..system import give_back_freed_memory, page_out
 from .modules import PendingExperts
 
-# Bytes of a matrix above which it is given back to the system at once: that takes a small part of encoding it.
+# Matrices of at least this many bytes are returned to the system at once: that costs little next to encoding them.
 _WORTH_GIVING_BACK = 4 << 20
 
 
@@ -27,16 +27,16 @@ def one_by_one(
     load: Callable[[Any], torch.Tensor],
     patterns: dict[str, Any],
 ) -> Iterator[torch.Tensor] | None:
-    """Run operations that stack experts' tensors and join or turn the stacks on one expert at a time.
+    """Run operations that stack experts' tensors and concatenate or transpose the stacks, one expert at a time.
 
     Args:
-        operations: a converter's.
-        parts: by pattern what stands for each expert's tensor.
-        load: gives the tensor, whose pages are let go afterwards.
-        patterns: what the operations want to know.
+        operations: operations of a transformers weight converter.
+        parts: pattern to one handle per expert, which `load` turns into a tensor.
+        load: returns the tensor of a handle; its pages are released after use.
+        patterns: keyword arguments of the operations.
 
     Returns:
-        the matrix that each expert gets; None if the operations are not of this kind.
+        each expert's matrix in turn; None if the operations are of another kind.
 
     """
     counts = {len(p) for p in parts.values()}
@@ -45,7 +45,7 @@ def one_by_one(
         return None
 
     def of_one(merged: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The rest of the operations, on stacks of one; merging these would only copy them."""
+        """Run the remaining operations on stacks of one; merging these would only copy them."""
         (stack,) = _run(operations[1:], merged, patterns).values()
         matrix: torch.Tensor = (stack[0] if isinstance(stack, list) else stack)[0]
         return matrix
@@ -57,24 +57,24 @@ def one_by_one(
             for t in tensors.values():
                 page_out(t)
             if sum(t.nbytes for t in tensors.values()) >= _WORTH_GIVING_BACK:
-                give_back_freed_memory()  # the matrix, which may lie between codes that stay
+                give_back_freed_memory()  # the matrix may be between codes that stay in memory
 
     return matrices()
 
 
 class EncodeExperts(ConversionOps):
-    """Takes the place of operations that stack experts' tensors and join or turn the stacks.
+    """Replacement for operations that stack experts' tensors and concatenate or transpose the stacks.
 
-    They are run on one expert at a time, and its matrix is encoded before the next one's turn; a module whose experts
-    stay floats gets them run as they are.
+    It runs them on one expert at a time and encodes its matrix before the next one. If a module's experts stay float,
+    it runs the operations unchanged.
     """
 
     def __init__(self, operations: list[ConversionOps]) -> None:
-        """Keep the operations."""
+        """Store the operations to replace."""
         self.operations = operations
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the codes by full name, or what the operations return."""
+        """Return the codes by full name, or the operations' result if the experts stay float."""
         name, model = kwargs["full_layer_name"], kwargs["model"]
         path, _, stack = name.rpartition(".")
         module = model.get_submodule(path)

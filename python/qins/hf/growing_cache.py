@@ -1,4 +1,4 @@
-"""Memory in which the layers of a DynamicCache grow: transformers' own are copied for every token."""
+"""Spare memory for the layers of a DynamicCache: transformers itself copies them for every token."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 Tensor = torch.Tensor
 
-_ROOM = 64  # tokens that there is room for at least after growing
+_ROOM = 64  # minimum number of spare tokens after growing
 
 
 class Room:
-    """Memory that a cache's layer grows in, and how the last step left it.
+    """Memory in which a cache layer grows, and its state after the last step.
 
     Attributes:
         keys, values: (sequences, heads, size, head_dim).
-        begin, end: the tokens of the last step's cache. Who appends must have a view that ends there, since others may
-            share the memory.
+        begin, end: range of tokens in the cache after the last step. Only a cache whose view ends at `end` may append,
+            since copies of the cache may share the memory.
 
     """
 
@@ -29,14 +29,14 @@ class Room:
         self._left: tuple[Any, ...] = ()
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copied cache has its own memory, and none of ours
+        return type(None), ()  # a deep copy of a cache has tensors of its own, and no Room
 
     def has(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether these are what the last step left."""
+        """Return whether these are the tensors that the last step left in the cache."""
         return bool(self._left) and self._left[0] is keys and self._left[1] is values
 
     def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
-        """Let a cache's layer have the tokens that are there now, x's among them."""
+        """Update a cache layer's views to include the tokens of x; a sliding window drops the oldest ones."""
         self.end = self.begin + past + x.shape[1]
         if isinstance(kept, DynamicSlidingWindowLayer):
             self.begin = max(self.begin, self.end - kept.sliding_window + 1)
@@ -46,7 +46,7 @@ class Room:
         self._left = kept.keys, kept.values, step, x.shape, x.dtype
 
     def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
-        """Whether a call is one more like the last, of whose kind of call nothing needs to be looked at again."""
+        """Return whether a call continues the last one with the same kind, so that no check needs to be repeated."""
         if mask is not None or not self._left or x.shape[1] != 1:
             return False
         _, _, last, shape, dtype = self._left
@@ -55,7 +55,7 @@ class Room:
 
 
 def room_for(kept: Any, tokens: int) -> tuple[Room, int]:
-    """Memory with room for so many more tokens behind those of a cache's layer, and how many these are."""
+    """Return memory with room for this many tokens after a cache layer's own, and the number of its own."""
     keys, values = kept.keys, kept.values
     past = keys.shape[2]
     room: Room | None = getattr(kept, "_qins_room", None)

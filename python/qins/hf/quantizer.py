@@ -1,4 +1,4 @@
-"""What transformers calls while it loads and saves a model with a QinsConfig."""
+"""The quantizer that transformers calls while it loads and saves a model with a QinsConfig."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _VERSION = int(transformers.__version__.partition(".")[0])
 
 
 class QinsHfQuantizer(HfQuantizer):
-    """What transformers calls while it loads a model with a QinsConfig."""
+    """The quantizer that transformers calls while it loads and saves a model with a QinsConfig."""
 
     quantization_config: QinsConfig
     requires_calibration = False
@@ -48,10 +48,10 @@ class QinsHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QinsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.floats: Checkpoint | None = None  # of a checkpoint released in 8 or 4 bits, while it loads
+        self.floats: Checkpoint | None = None  # while an 8-bit or 4-bit checkpoint loads
         self._released, quantization_config.released = quantization_config.released, None
         if self._released:
-            self.pre_quantized = False  # by qins
+            self.pre_quantized = False  # not by qins
         self.report = ConversionReport()
         self._dtype: torch.dtype | None = None
         self._missing_biases: list[str] = []
@@ -59,45 +59,45 @@ class QinsHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients flow through the codes, so adapters can be trained."""
+        """True: gradients flow through quantized layers, so adapters can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """The operators have fake kernels."""
+        """True: the operators have fake kernels."""
         return True
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """Codes are ordinary buffers."""
+        """Return True: codes are ordinary buffers."""
         return True
 
     def update_dtype(self, dtype: Any) -> Any:
-        """What the model computes in, which a checkpoint in 8 or 4 bits may not say."""
+        """Return the model's dtype; bfloat16 for an 8-bit or 4-bit checkpoint that gives a one-byte dtype."""
         in_bytes = isinstance(dtype, torch.dtype) and dtype.itemsize == 1
         return torch.bfloat16 if self._released and in_bytes else dtype
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Codes are made and multiplied on the CPU.
+        """Return a device map for the CPU, where qins encodes and multiplies.
 
         Raises:
-            ValueError: the map names anything else.
+            ValueError: the map has any other device.
 
         """
         if device_map is None:
-            return None  # which is the CPU, and does not need accelerate
+            return None  # means the CPU, without accelerate
         if device_map in ("auto", "cpu") or device_map == torch.device("cpu"):
             return {"": "cpu"}
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if all(str(d) == "cpu" for d in devices):
             return device_map
-        raise ValueError(f"device_map: qins runs on the CPU, got {device_map!r}; leave device_map out or give 'cpu'")
+        raise ValueError(f"device_map: qins runs on the CPU, got {device_map!r}; omit device_map or pass 'cpu'")
 
     # -- before the weights -----------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
-        if _VERSION < 5 and files is None and model.config._name_or_path:  # it does not say which
-            with suppress(OSError, ValueError):  # a hub's name, or files that open_checkpoint does not choose among
+        if _VERSION < 5 and files is None and model.config._name_or_path:  # transformers 4 does not pass them
+            with suppress(OSError, ValueError):  # a hub name, or files that open_checkpoint finds ambiguous
                 files = open_checkpoint(model.config._name_or_path).files
         if self.pre_quantized:
             if self.quantization_config.verify or environment_asks_to_verify():
@@ -108,12 +108,12 @@ class QinsHfQuantizer(HfQuantizer):
         self._read_released(model, files)
         expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
-            read_text(self.quantization_config.calibration)  # a file that cannot be read is better known now
+            read_text(self.quantization_config.calibration)  # fail on an unreadable file before loading
         else:
             expect_floats(model, self.quantization_config, self.report)
 
     def _read_released(self, model: Any, files: Any) -> None:
-        """Open a checkpoint whose weights are in 8 or 4 bits, so that they arrive as floats."""
+        """Open a checkpoint whose weights are in 8 or 4 bits, so that they are loaded as floats."""
         self.quantization_config.source_format = None
         if self._released:
             floats = open_scaled(open_files(files, {"quantization_config": self._released}))
@@ -121,10 +121,10 @@ class QinsHfQuantizer(HfQuantizer):
             self.floats, self.quantization_config.source_format = floats, floats.source_format
             drop_quantization(model.config)
 
-    # -- while they arrive ------------------------------------------------------------------------
+    # -- while they load --------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a key of the checkpoint is a weight that is to be encoded."""
+        """Return whether a checkpoint key is a weight to encode."""
         path, _, tensor = param_name.rpartition(".")
         module = submodule(model, path)
         if isinstance(module, PendingExperts):
@@ -132,7 +132,7 @@ class QinsHfQuantizer(HfQuantizer):
         return tensor == "weight" and isinstance(module, PendingLinear)
 
     def get_quantize_ops(self) -> Any:
-        """The operation that transformers 5 runs on such a weight."""
+        """Return the operation that transformers 5 runs on weights to encode."""
         from transformers.core_model_loading import ConversionOps
 
         quantizer = self
@@ -141,7 +141,7 @@ class QinsHfQuantizer(HfQuantizer):
             def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> Any:
                 missing = kwargs.get("missing_keys")
                 result: dict[str, Any] = {}
-                for name in list(input_dict):  # several where one stored weight is split into more
+                for name in list(input_dict):  # several if one stored weight is split
                     value = input_dict.pop(name)
                     value = value[0] if isinstance(value, list) else value
                     if not quantizer.param_needs_quantization(model, name):
@@ -155,7 +155,7 @@ class QinsHfQuantizer(HfQuantizer):
         return QinsQuantize()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Let transformers 5 encode experts one by one, instead of putting their floats together first."""
+        """Make transformers 5 encode experts one by one, instead of stacking their floats first."""
         from transformers.core_model_loading import MergeModulelist, WeightConverter
 
         from .experts import EncodeExperts
@@ -169,14 +169,14 @@ class QinsHfQuantizer(HfQuantizer):
         return conversions
 
     def create_quantized_param(self, model: Any, param_value: torch.Tensor, param_name: str, *args: Any) -> None:
-        """Encode a weight: what transformers 4 calls."""
+        """Encode a weight and set the buffers; transformers 4 calls this."""
         for name, value in self.encode_weight(model, param_name, param_value).items():
             path, _, field = name.rpartition(".")
             model.get_submodule(path)._buffers[field] = value
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """Raise for missing weights and codes before transformers 4 makes them up."""
-        # It would also cast scales to the model's dtype; so nothing is cast, and what is not codes is afterwards.
+        """Raise a RuntimeError for missing weights and codes, before transformers 4 initializes them at random."""
+        # It would also cast scales to the model's dtype. So disable its cast, and cast all but codes after loading.
         self._dtype, model.config._pre_quantization_dtype = model.config._pre_quantization_dtype, None
         kept, lost = [], []
         for key in missing_keys:
@@ -195,7 +195,7 @@ class QinsHfQuantizer(HfQuantizer):
         return kept
 
     def encode_weight(self, model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode the weight of this key; return buffers by key."""
+        """Encode the weight with this key; return the buffers by key."""
         path, _, tensor = name.rpartition(".")
         module: PendingLinear | PendingExperts = model.get_submodule(path)
         try:
@@ -205,12 +205,12 @@ class QinsHfQuantizer(HfQuantizer):
             raise ValueError(f"{path}: {e}") from None
         return {f"{path}.{n}": t for n, t in codes.items()}
 
-    # -- after them -------------------------------------------------------------------------------
+    # -- after the weights ------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.floats = None
         if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
-            from .calibrating import calibrate_loaded  # a room that loading codes does without
+            from .calibrating import calibrate_loaded  # only on use: loading codes does not need it
 
             calibrate_loaded(model, self.quantization_config, self.report)
         pending = [*pending_layers(model), *(f"{n}.{s}" for n, m in pending_experts(model).items() for s in m.waiting)]
@@ -241,29 +241,29 @@ class QinsHfQuantizer(HfQuantizer):
         return model
 
     def audit(self, model: Any) -> ConversionReport:
-        """List what is quantized and what is not; raise if it is less than min_quantized asks for."""
+        """List what is quantized and what is not; raise a RuntimeError if it is less than `min_quantized`."""
         self.report = audit(model, self.quantization_config, self.report.skipped)
         return self.report
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[Any, dict[str, str]]:
-        """What transformers calls first when it saves: the checksums are of what is saved."""
+        """Return the state to save, and record its checksums in the config; transformers calls this first on saving."""
         saved = state_to_save(model, self.quantization_config)
         return None if getattr(model, "_hf_peft_config_loaded", False) else saved, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace codes by the floats that they stand for."""
+        """Dequantize the model in place and return it."""
         return dequantize(model, dtype)
 
 
 def _is_loaded(tensor: torch.Tensor | None) -> bool:
-    """Whether a buffer or a parameter came from the checkpoint: transformers 5 marks these."""
+    """Return whether a buffer or a parameter came from the checkpoint; transformers 5 marks these."""
     if tensor is None or tensor.is_meta:
         return False
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast what a checkpoint holds; frequencies of rotations and the like stay as their modules made them."""
+    """Cast what a checkpoint stores; non-persistent buffers, such as RoPE frequencies, keep their dtype."""
     kept = [
         (m, n, m._buffers[n])
         for m in model.modules()

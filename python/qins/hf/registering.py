@@ -1,4 +1,4 @@
-"""Making transformers know quant_method "qins", and loading what was saved with it."""
+"""Registering quant_method "qins" with transformers, and loading models saved with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .saving import prepare_saving
 
 
 def attach(model: nn.Module) -> None:
-    """Give a model that `qins.convert` changed the config and quantizer with which it saves and loads."""
+    """Attach the config and quantizer to a model that `qins.convert` changed, so that it can be saved and loaded."""
     if isinstance(model, transformers.PreTrainedModel):
         _attach(model)
 
@@ -44,15 +44,15 @@ def _attach(model: Any) -> None:
 
 
 def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
-    """Load a model that was saved with codes, as its own class.
+    """Load a quantized model as an instance of its own class.
 
     Args:
         path: directory or hub name.
-        verify: compare every tensor with its checksum first, which reads all of the files.
-        **kwargs: for `from_pretrained`.
+        verify: first check every tensor against its checksum, which reads all of the files.
+        **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: it was not saved by qins, or is not what was saved.
+        ValueError: it was not saved by qins, or differs from what was saved.
 
     """
     if verify:
@@ -72,7 +72,7 @@ def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
 
 
 def register() -> None:
-    """Make transformers know quant_method "qins"; doing it twice is harmless."""
+    """Register quant_method "qins" with transformers; repeated calls are harmless."""
     if "qins" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config("qins")(QinsConfig)
     after_conversion["transformers"] = attach
@@ -82,9 +82,9 @@ def register() -> None:
 
 
 def _merge_loading_attributes() -> None:
-    """Let a QinsConfig say how to load codes, and quantize what was released in 8 or 4 bits.
+    """Make transformers accept a QinsConfig for codes, to set how they load, and for 8-bit or 4-bit checkpoints.
 
-    transformers does the former for a closed list of its own classes.
+    transformers does the former only for a closed list of its own classes.
     """
     merge = AutoHfQuantizer.merge_quantization_configs
 
@@ -95,9 +95,9 @@ def _merge_loading_attributes() -> None:
         stated = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         if released := source_quantization({"quantization_config": stated}):
             require_encodable(released)
-            given.released = released  # for the quantizer
+            given.released = released  # the quantizer reads it
             return given
-        # which warns that the rest of it is ignored
+        # warns that the other attributes of `given` are ignored
         result = merge(quantization_config, given if given.to_dict() != QinsConfig().to_dict() else None)
         if isinstance(result, QinsConfig):
             vars(result).update(given.get_loading_attributes())

@@ -1,4 +1,4 @@
-"""Checkpoints released in 8 or 4 bits while transformers loads them: their weights arrive as floats."""
+"""Loading checkpoints released in 8 or 4 bits with transformers, with their weights dequantized."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERSION = int(transformers.__version__.partition(".")[0])
 
 
 class DecodedWhenRead:
-    """Stands for a tensor of a file, as safetensors' slices do, which transformers 5 reads one by one."""
+    """A tensor that is decoded when read. It replaces safetensors' slices, which transformers 5 reads one by one."""
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self._checkpoint, self._name = checkpoint, name
@@ -28,12 +28,12 @@ class DecodedWhenRead:
         return self._checkpoint.load(self._name)[index]
 
     def get_shape(self) -> list[int]:
-        """The shape of the floats."""
+        """Return the shape of the decoded tensor."""
         return list(self._checkpoint.tensors[self._name].shape)
 
 
 def decoded_state(checkpoint: Checkpoint) -> dict[str, DecodedWhenRead]:
-    """A state dict whose tensors are decoded when transformers 5 reads them."""
+    """Return a state dict whose tensors are decoded when transformers 5 reads them."""
     return {name: DecodedWhenRead(checkpoint, name) for name in checkpoint.tensors}
 
 
@@ -41,22 +41,22 @@ def require_encodable(told: Mapping[str, Any]) -> None:
     """Raise unless a checkpoint with this quantization can be encoded while transformers loads it.
 
     Raises:
-        ValueError: its format is not decoded, or this transformers reads no state dict tensor by tensor.
+        ValueError: qins does not decode its format, or this transformers cannot read a state dict tensor by tensor.
 
     """
     require_decodable(told)
     if _VERSION < 5:
         raise ValueError(
-            f"expected float weights, got quant_method {told['quant_method']!r}, which transformers "
-            f"{transformers.__version__} does not let qins decode tensor by tensor; convert the checkpoint with "
-            "`qins quantize` and load what that writes, or use transformers 5"
+            f"expected float weights, got quant_method {told['quant_method']!r}, which qins cannot decode tensor by "
+            f"tensor in transformers {transformers.__version__}; convert the checkpoint with "
+            "`qins quantize` and load its output, or use transformers 5"
         )
     _let_quantizers_read()
 
 
 @functools.cache
 def _let_quantizers_read() -> None:
-    """Let a quantizer give the state dict of the files: transformers does so for the one of GGUF files alone."""
+    """Let a quantizer provide the state dict of the files; transformers allows this only for GGUF files."""
     name = "_load_pretrained_model"
     original = inspect.getattr_static(transformers.PreTrainedModel, name)  # a static or a class method
     signature = inspect.signature(original.__func__)
@@ -73,7 +73,7 @@ def _let_quantizers_read() -> None:
 
 
 def find_source(name: str | Path) -> Path:
-    """Return the directory of a checkpoint, downloading what a hub name stands for.
+    """Return the directory of a checkpoint; download it if it is a hub name.
 
     Raises:
         FileNotFoundError: there is no such directory, and the hub does not have it either.
@@ -91,15 +91,15 @@ def find_source(name: str | Path) -> Path:
 
 
 def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> Any:
-    """Load a checkpoint with `from_pretrained`; what was released in 8 or 4 bits as floats.
+    """Load a checkpoint with `from_pretrained`; weights released in 8 or 4 bits become floats.
 
     Args:
         architecture: transformers' class of the model.
         source: directory or hub name.
-        **kwargs: for `from_pretrained`.
+        **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: its weights are in a format that is not decoded.
+        ValueError: qins does not decode the format of its weights.
 
     """
     told = source_quantization(transformers.PretrainedConfig.get_config_dict(source)[0])
@@ -113,7 +113,7 @@ def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> A
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.bfloat16
     state: Mapping[str, Any] = decoded_state(checkpoint)
-    if _VERSION < 5:  # which wants all of it
+    if _VERSION < 5:  # it needs the whole state dict
         loaded = ((name, checkpoint.load(name)) for name in checkpoint.tensors)
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded}
     config._name_or_path = str(source)
@@ -121,6 +121,6 @@ def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> A
 
 
 def drop_quantization(config: Any) -> None:
-    """Remove what a config of transformers says of a quantization, of a text model in it, too."""
+    """Remove the quantization_config from a transformers config, and from the text config in it."""
     for part in (config, config.get_text_config(decoder=True)):
         vars(part).pop("quantization_config", None)

@@ -1,4 +1,4 @@
-"""Saving codes as transformers saves weights: names, checksums, the model card."""
+"""Saving codes through transformers: names, checksums, the model card."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ _VERSION = int(transformers.__version__.partition(".")[0])
 
 
 def guard_of(model: Any) -> str | None:
-    """What `guard` says of a model with codes."""
+    """Return the `guard` of a model with codes."""
     layers = ((n, m) for n, m in coded_modules(model) if not m._non_persistent_buffers_set)
     return guard((part, isinstance(m, QINSExperts)) for n, m in layers for part, *_ in m.matrices(n))
 
 
 def _keep_names_on_saving(model: Any) -> None:
-    """Drop conversions that would take codes for the weights that they split or join."""
+    """Drop conversions that would mistake codes for the weights that they split or merge."""
     if _VERSION < 5:
         return
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # a model that was not loaded is saved by the names of its class
+    if conversions is None:  # a model that was not loaded is saved with the conversions of its class
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
     model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
 
 
 def prepare_saving(model: Any) -> None:
-    """Have codes saved under names that are theirs, and uploaded with a card that says how to read them."""
+    """Make the model save codes under their own names and upload them with a card that says how to load them."""
     model._upload_modified_files = UploadWithCard(str(model.config._name_or_path or ""))
     _keep_names_on_saving(model)
 
 
 def state_to_save(model: Any, config: QinsConfig) -> dict[str, torch.Tensor]:
-    """Return what is to be saved, the guard beside the codes; its checksums go into the config."""
+    """Return the state to save, the codes and the guard; record its checksums in the config."""
     state: dict[tuple[int, Any], tuple[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = model.state_dict()
     if guarded := guard_of(model):
         saved[guarded] = torch.empty(0, dtype=torch.uint8)
-    for name, tensor in saved.items():  # of those that share memory the first is saved
+    for name, tensor in saved.items():  # of tensors that share memory, only the first is saved
         key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor), name)
         state.setdefault(key, (name, tensor))
     names = saved_names(model, (name for name, _ in state.values()))
