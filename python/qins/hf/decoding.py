@@ -104,7 +104,7 @@ class LayerStep:
     def _prove(
         self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any], kept: Any, kind: Any
     ) -> Any:
-        """Verify the step against the layer's own forward, once per kind of call; return a result that is right."""
+        """Return the layer's own result; if the step's agrees, trust the step with this kind of call from then on."""
         beside, other = copy.copy(given["past_key_values"]), copy.copy(kept)
         beside.layers = [*beside.layers]
         beside.layers[about.index] = other
@@ -193,7 +193,7 @@ def _rotation(
 
     """
     global _last_rotation
-    given, of_dtype, found = _last_rotation  # one read: another thread may replace it
+    given, of_dtype, found = _last_rotation  # read once: another thread may replace it
     if given is not rotation or of_dtype is not dtype:
         cos, sin = ((torch.cat((t, t), -1) if halves else t).to(dtype).contiguous() for t in rotation)
         next_sequence = cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0

@@ -21,7 +21,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_directory() -> Path:
-    """Return the directory for models: QINS_CACHE, or qins in the user's cache directory."""
+    """Return the directory for models, outside any checkout: QINS_CACHE, or qins in the user's cache directory."""
     if "QINS_CACHE" in os.environ:
         return Path(os.environ["QINS_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qins"

@@ -48,7 +48,7 @@ class QinsHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QinsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.floats: Checkpoint | None = None  # while an 8-bit or 4-bit checkpoint loads
+        self.floats: Checkpoint | None = None  # an 8-bit or 4-bit checkpoint, while it loads
         self._released, quantization_config.released = quantization_config.released, None
         if self._released:
             self.pre_quantized = False  # not by qins
