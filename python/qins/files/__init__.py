@@ -1,4 +1,4 @@
-"""What lies on the disk: reading what may be damaged or hostile, writing it safely, and saying what is in it."""
+"""Checkpoints on disk: reading files that may be damaged or hostile, inspecting them, and writing shards."""
 
 from .ahead import ReadAhead
 from .gguf import GgufCheckpoint, open_gguf

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors before they are needed."""
+"""Read-ahead of a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..system import is_resident, page_in
 from .direct import KNOWN, aligned_memory, blocks_around, read_directly
 from .reading import Checkpoint
 
-# Bytes of a tensor that is worth it, and of one of which three may be in memory; others are mapped.
+# Tensors of these sizes in bytes are read directly, others are mapped: smaller ones are not worth it, and three of the
+# largest may be in memory at once.
 _LEAST, _MOST = 1 << 20, 1 << 28
 
 
 class ReadAhead:
-    """Loads tensors of a checkpoint; those that were announced are read by another thread, in that order.
+    """Loads tensors of a checkpoint; another thread reads announced tensors in the order of their announcement.
 
-    Nobody needs floats again whose codes are made. So they go from the disk straight into memory that is used over and
-    over, unless the page cache has them.
+    Floats are not needed again once they are encoded. So they bypass the page cache, unless it already holds them, and
+    are read from disk into buffers that are reused.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -32,7 +33,7 @@ class ReadAhead:
         self._pool = ThreadPoolExecutor(1)
         self._coming: dict[str, Future[torch.Tensor]] = {}
         self._places: dict[Path, dict[str, int]] = {}
-        self._rooms: list[mmap.mmap] = []  # which no tensor uses
+        self._rooms: list[mmap.mmap] = []  # buffers that no tensor uses
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -42,7 +43,7 @@ class ReadAhead:
         self._coming.clear()
 
     def announce(self, name: str) -> None:
-        """Begin to read a tensor that will be loaded once."""
+        """Start reading a tensor that will be loaded once."""
         self._coming[name] = self._pool.submit(self._read, name)
 
     def load(self, name: str) -> torch.Tensor:
@@ -54,7 +55,7 @@ class ReadAhead:
         tensor = self.checkpoint.load(name)
         suits = self.checkpoint.format == "safetensors" and _LEAST <= tensor.nbytes <= _MOST
         if KNOWN and suits and not is_resident(tensor):
-            with suppress(OSError):  # mapping needs nothing special of a file system
+            with suppress(OSError):  # then map the tensor, which works on every file system
                 return self._read_directly(name, tensor)
         page_in(tensor)
         return tensor
@@ -75,12 +76,12 @@ class ReadAhead:
         for i, room in enumerate(self._rooms):
             if len(room) >= size:
                 return self._rooms.pop(i)
-        self._rooms.clear()  # rooms for the largest tensors are enough
+        self._rooms.clear()  # all are too small; buffers for the largest tensors are enough
         return aligned_memory(size)
 
 
 def _places(path: Path) -> dict[str, int]:
-    """Offset of each tensor in a safetensors file, which the library has read and found well-formed."""
+    """Return the offset of each tensor in a safetensors file that the library has already validated."""
     with path.open("rb") as f:
         header = f.read(int.from_bytes(f.read(8), "little"))
         start = f.tell()

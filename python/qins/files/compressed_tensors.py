@@ -1,4 +1,4 @@
-"""The format of compressed-tensors, which llm-compressor writes and vLLM reads: FP8, int8, and packed integers."""
+"""The compressed-tensors format, which llm-compressor writes and vLLM reads: FP8, int8 and packed integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .reading import Checkpoint, StoredTensor
 from .scaled import ScaledWeight, check_scales, is_block, matrix_shape
 
-# of a module; the scales of activations and caches are left out
+# A module's tensors beside its weight. They are no weights of the model; scales of activations and caches are ignored.
 _PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale", "input_zero_point",
           "output_scale", "output_zero_point")  # fmt: skip
 _CACHE = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
@@ -18,10 +18,10 @@ _DTYPES = {("float", 8): "float8_e4m3fn", ("int", 8): "int8"}
 
 
 def read(checkpoint: Checkpoint, told: Mapping[str, Any]) -> tuple[dict[str, ScaledWeight], set[str], str]:
-    """Say how each weight is stored, which keys are no weights of the model, and what to call the format.
+    """Return how each weight is stored, the keys that are no weights of the model, and the format's name for reports.
 
     Raises:
-        ValueError: a weight is in a format that is not decoded, or its scales are missing or have another shape.
+        ValueError: a weight is in an unsupported format, or its scales are missing or of the wrong shape.
 
     """
     groups = _groups(told)
@@ -72,7 +72,7 @@ def read(checkpoint: Checkpoint, told: Mapping[str, Any]) -> tuple[dict[str, Sca
 
 
 def _groups(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups of modules that have weights in few bits, those that name modules before those that name a class."""
+    """Return the config groups with quantized weights; targets that name modules precede targets that name a class."""
     for part in ("transform_config", "sparsity_config"):
         if not isinstance(told.get(part) or {}, dict):
             raise ValueError(f"{part}: expected an object, got {told[part]!r}")
@@ -137,20 +137,20 @@ def _packed_shape(t: StoredTensor, stored: Any, bits: int) -> tuple[int, int]:
     shape = [int(n) for n in stored.reshape(-1)[:3]] if not stored.is_floating_point() else []
     if t.dtype != "int32" or len(shape) != 2 or shape[0] != rows or shape[1] < 1 or -(-shape[1] * bits // 32) != words:
         raise ValueError(
-            f"{t.name}: expected int32 of {bits} bits a weight and the shape that {where} says, got {t.dtype} of shape "
+            f"{t.name}: expected int32 of {bits} bits per weight and the shape in {where}, got {t.dtype} of shape "
             f"{t.shape} for {shape or stored}"
         )
     return rows, shape[1]
 
 
 def _strategy(args: Mapping[str, Any]) -> Any:
-    """What shares a scale, inferred as the library does where it is not said."""
+    """Return what shares a scale; where the config omits the strategy, infer it as the library does."""
     size = args.get("group_size")
     return args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
 
 
 def _block(args: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
+    """Return the rows and columns that share a scale."""
     rows, columns = shape
     strategy, size = _strategy(args), args.get("group_size")
     if strategy == "block":
@@ -168,7 +168,7 @@ def _block(args: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def _name(kind: tuple[str, int], args: Mapping[str, Any]) -> str:
-    """What a report calls a group."""
+    """Return the name of a group for reports; config.json keeps it, so the wording stays."""
     shared = {"tensor": "a scale a tensor", "channel": "a scale a row", "block": "scales of blocks",
               "group": f"groups of {args.get('group_size')}"}[_strategy(args)]  # fmt: skip
     return f"{_KINDS[kind]} ({shared}{'' if args.get('symmetric', True) else ', with zero points'})"

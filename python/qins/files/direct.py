@@ -1,6 +1,6 @@
-"""Reading and writing large parts of files past the page cache, where the system and the file allow it.
+"""Direct I/O: large reads and writes that bypass the page cache, where the system and the file allow it.
 
-Filling the page cache takes more of the processors than encoding what was read, and pushes out what others keep there.
+Filling the page cache costs more CPU time than encoding what was read, and evicts the pages of other programs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# What offsets, lengths and addresses must be multiples of. A file that asks for more gives an OSError.
+# Offsets, lengths and addresses must be multiples of this. A file that needs larger multiples raises an OSError.
 BLOCK = 4096
-_REQUEST = 1 << 22  # bytes: short, so that reading and writing take turns at the disk
+_REQUEST = 1 << 22  # bytes per request: few, so that reads and writes take turns at the disk
 KNOWN = all(hasattr(os, name) for name in ("O_DIRECT", "preadv"))
 _FLAG = os.O_DIRECT if KNOWN else 0
 
 
 def aligned_memory(size: int) -> mmap.mmap:
-    """Return memory that direct reading and writing take."""
+    """Return memory aligned for direct reading and writing."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -28,16 +28,16 @@ def aligned_memory(size: int) -> mmap.mmap:
 
 
 def blocks_around(begin: int, size: int) -> tuple[int, int]:
-    """Begin and size of the blocks that a part of a file lies in."""
+    """Return the offset and size of the blocks that contain a part of a file."""
     first = begin // BLOCK * BLOCK
     return first, -(-(begin + size - first) // BLOCK) * BLOCK
 
 
 def read_directly(path: Path, begin: int, size: int, memory: memoryview) -> None:
-    """Fill memory with the blocks around a part of a file, where KNOWN.
+    """Fill memory with the blocks around a part of a file; available where KNOWN.
 
     Raises:
-        OSError: the file system does not know direct reading, or the file ends before the part does.
+        OSError: the file system does not support direct reading, or the file ends before the part does.
 
     """
     first, length = blocks_around(begin, size)
@@ -51,25 +51,25 @@ def read_directly(path: Path, begin: int, size: int, memory: memoryview) -> None
 
 
 class DirectWriter:
-    """Writes parts of one file, whole blocks past the page cache."""
+    """Writes parts of one file; whole blocks bypass the page cache."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self._direct = -1
         if KNOWN:
-            with suppress(OSError):  # as on a file system in memory
+            with suppress(OSError):  # as an in-memory file system raises
                 self._direct = os.open(path, os.O_WRONLY | _FLAG)
         self._memory: mmap.mmap | None = None
 
     def truncate(self, size: int) -> None:
-        """Give the file its size."""
+        """Set the file's size."""
         self._file.truncate(size)
 
     def write(self, data: memoryview, at: int) -> None:
-        """Write bytes at a place.
+        """Write bytes at offset `at`.
 
         Raises:
-            OSError: as from any file; the place's content is then undefined.
+            OSError: as from any file; the bytes there are then undefined.
 
         """
         head = min(-at % BLOCK, len(data))
@@ -79,7 +79,7 @@ class DirectWriter:
         self._write_buffered(data[head + written :], at + head + written)
 
     def _write_blocks(self, data: memoryview, at: int) -> int:
-        """Write whole blocks; return how many bytes, fewer where the file refuses direct writing."""
+        """Write whole blocks; return the number of bytes written, fewer where the file refuses direct writing."""
         done = 0
         while done < len(data):
             if self._memory is None:
@@ -90,7 +90,7 @@ class DirectWriter:
             try:
                 done += os.pwrite(self._direct, view, at + done)
             except OSError as e:
-                if e.errno != errno.EINVAL:  # larger blocks than ours
+                if e.errno != errno.EINVAL:  # EINVAL: the file needs larger blocks
                     raise
                 break
             if done % BLOCK:
@@ -103,7 +103,7 @@ class DirectWriter:
             data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        """Close the file; again does nothing."""
+        """Close the file; closing it again does nothing."""
         direct, self._direct = self._direct, -1
         try:
             if direct >= 0:

@@ -1,6 +1,6 @@
-"""GGUF files as a source of float weights, by the names, shapes and order of heads that transformers has.
+"""GGUF files as a source of float weights, with the names, shapes and head order of transformers.
 
-transformers' own tables map names and undo what llama.cpp's conversion rearranged; here one tensor at a time.
+transformers' own tables map the names and undo the rearrangements of llama.cpp's conversion, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reading import Checkpoint, StoredTensor
 
 @dataclass
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file, each tensor of which is dequantized to float32 when it is loaded.
+    """A GGUF file; each tensor is dequantized to float32 when it is loaded.
 
     Attributes:
         transformers_config: the model's configuration, from the file's metadata.
@@ -38,7 +38,7 @@ class GgufCheckpoint(Checkpoint):
         """Return one tensor in float32.
 
         Raises:
-            ValueError: it has not the elements that the model expects.
+            ValueError: it does not have the shape that the model expects.
 
         """
         from gguf import dequantize
@@ -53,17 +53,18 @@ class GgufCheckpoint(Checkpoint):
         return torch.from_numpy(np.array(weights, np.float32))
 
     def save_tokenizer(self, out: Path) -> None:
-        """Write the tokenizer that the file has, if it has one."""
+        """Write the file's tokenizer, if it has one."""
         if self.metadata.get("tokenizer"):
             file = next(iter(self.files))
             transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 
 
 def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
-    """Take a GGUF file as a model of transformers; nothing but its header is read.
+    """Open a GGUF file as a transformers model; only its header is read.
 
     Raises:
-        ValueError: transformers does not know the architecture, or it has experts, or there are several files.
+        ValueError: transformers does not support the architecture, the model has experts, or it is split into several
+            files.
 
     """
     import gguf
@@ -104,10 +105,10 @@ def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
     state = model.state_dict()
     for i, t in enumerate(reader.tensors):
         if "_exps" in t.name:
-            raise ValueError(f"{file}: {t.name}: experts in GGUF files are not taken; quantize the original model")
+            raise ValueError(f"{file}: {t.name}: experts in GGUF files are not supported; quantize the original model")
         name = names.get(t.name)
         if name not in state:
-            continue  # as transformers: tables that it computes itself
+            continue  # transformers skips these too: tables that it computes itself
         shape = tuple(state[name].shape)
         result.tensors[name] = StoredTensor(name, "float32", shape, 4 * math.prod(shape), (str(file), i))
         result._where[name], result._tensors[name] = file, t

@@ -1,4 +1,4 @@
-"""What a saved model holds: codecs, dtypes, bytes by kind, and (against another one) the error of every layer."""
+"""Inspection of a saved model: codecs, dtypes, bytes by kind, and the error of every layer against another model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _HISTOGRAM_CODES = 1 << 20
 
 def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
     codes = checkpoint.load(layer.fields[ARRAYS[layer.codec][0]]).numpy().reshape(-1)
-    step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that it goes through all columns
-    # one bit of sign and seven of magnitude, or eight of magnitude, of which 255 is the smallest
+    step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that the samples come from all columns
+    # a sign bit and seven bits of magnitude, or eight bits of magnitude, where 255 is the smallest
     signed = layer.codec in ("log8", "rational")
     levels = codes[::step] & 0x7F if signed else (255 - codes[::step]) >> 1
     counts: list[int] = np.bincount(levels >> 2, minlength=32).tolist()
@@ -30,15 +30,19 @@ def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
 
 
 def inspect(path: str | Path, against: str | Path | None = None, *, histograms: bool = False) -> InspectionReport:
-    """Say what a saved model holds.
+    """Report the contents of a saved model.
 
     Args:
         path: a safetensors, torch or GGUF file, or a directory with one model.
-        against: another checkpoint; each layer of both is then compared, codes or floats on either side.
-        histograms: count how often each level is used.
+        against: another checkpoint; layers in both, as codes or floats on either side, are compared.
+        histograms: count the use of the codec's levels in each layer.
+
+    Returns:
+        a report that prints as tables.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, damaged, hostile, or `against` has no layer in common.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or hostile, or `against` has no layer in common.
 
     """
     checkpoint = open_checkpoint(path)
@@ -83,7 +87,7 @@ def _check_layer(checkpoint: Checkpoint, layer: EncodedLayer, problems: list[str
 
 
 def _verify(checkpoint: Checkpoint, problems: list[str]) -> int:
-    """Compare tensors with the checksums that the checkpoint has; return how many are right."""
+    """Compare tensors with the checkpoint's checksums; return how many match."""
     quantization = checkpoint.config.get("quantization_config")
     known = quantization.get("checksums") if isinstance(quantization, dict) else None
     right, wrong = verify(checkpoint, known) if isinstance(known, dict) else (0, [])
@@ -92,7 +96,7 @@ def _verify(checkpoint: Checkpoint, problems: list[str]) -> int:
 
 
 class _Weights:
-    """The weights of a checkpoint by layer, whether codes or floats."""
+    """The weights of a checkpoint by layer, as codes or floats."""
 
     def __init__(self, checkpoint: Checkpoint, layers: list[EncodedLayer]) -> None:
         self.checkpoint = checkpoint
@@ -112,7 +116,7 @@ class _Weights:
         return self.layers[name].shape if name in self.layers else self.checkpoint.tensors[self.floats[name]].shape
 
     def matrices(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
-        """The weight, or those of a stack one by one."""
+        """Yield the float weight, or the matrices of a stack one by one."""
         if name in self.layers:
             yield from (e.decode() for e in load_layer(self.checkpoint, self.layers[name]))
         elif len(self.shape(name)) == 3 and is_stack(name):
@@ -127,8 +131,8 @@ def _compare(checkpoint: Checkpoint, layers: list[EncodedLayer], other: Checkpoi
     if not common:
         raise ValueError(f"{other.path}: expected layers of {checkpoint.path}, got none of the same name")
     shapes = {n: (mine.shape(n), theirs.shape(n)) for n in common}
-    # codes are (out_features, in_features); transformers' Conv1D, as in GPT-2, and some experts have their floats the
-    # other way round
+    # codes are (out_features, in_features); the floats of transformers' Conv1D, as in GPT-2, and of some experts are
+    # transposed
     turned = any(a != b and _turned(a) == b for a, b in shapes.values())
     errors = []
     for name, (shape, other_shape) in shapes.items():

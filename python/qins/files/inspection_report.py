@@ -1,4 +1,4 @@
-"""What `inspect` found, as tables and as JSON."""
+"""The report of `inspect`, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .layers import EncodedLayer
 
 @dataclass(frozen=True)
 class LayerError:
-    """How a layer differs from the same one elsewhere: its values minus theirs."""
+    """The error of a layer: its weights minus those of the same layer in another checkpoint."""
 
     name: str
     snr_db: float
@@ -22,20 +22,21 @@ class LayerError:
 
 @dataclass
 class InspectionReport:
-    """What is in a checkpoint; printing it gives tables.
+    """The contents of a checkpoint; prints as tables.
 
     Attributes:
-        path, format, files: the checkpoint.
-        layers: those held as codes.
+        path, format, files: of the checkpoint; files are names to sizes in bytes.
+        tensors: number of tensors.
+        layers: the encoded layers.
         bytes_by_kind: "stored" (codes), "sign", "range" (scales and ranges) and "other" tensors.
-        bytes_by_dtype: of all tensors.
-        tensor_bytes: of all tensors, shared ones once.
-        float32_bytes: of the same model with all its weights in float32.
+        bytes_by_dtype: bytes of all tensors by dtype.
+        tensor_bytes: bytes of all tensors, shared ones counted once.
+        float32_bytes: bytes of the same model with all weights in float32.
         problems: sentences on what is wrong.
         notes: sentences on what could be better.
-        errors: of each layer, against another checkpoint.
-        verified: how many tensors have the checksum that the checkpoint says.
-        histograms: of each layer, if asked for: at most a million weights by magnitude, in 32 equal ranges of its codes
+        errors: error of each layer against another checkpoint.
+        verified: number of tensors that match their checksums.
+        histograms: of each layer, on request: at most a million weights by magnitude, in 32 equal ranges of the codes,
             from zero up.
 
     """
@@ -62,27 +63,27 @@ class InspectionReport:
 
     @property
     def overhead_bytes(self) -> int:
-        """What the files take beyond their tensors: headers, padding, pickles."""
+        """Bytes of the files beyond their tensors: headers, padding, pickles."""
         return self.file_bytes - self.tensor_bytes
 
     @property
     def compression_in_memory(self) -> float:
-        """float32_bytes over the tensors' bytes."""
+        """Ratio of float32_bytes to the tensors' bytes."""
         return self.float32_bytes / self.tensor_bytes if self.tensor_bytes else 1.0
 
     @property
     def compression_on_disk(self) -> float:
-        """float32_bytes over the files' bytes."""
+        """Ratio of float32_bytes to the files' bytes."""
         return self.float32_bytes / self.file_bytes if self.file_bytes else 1.0
 
     @property
     def compression_of_layers(self) -> float:
-        """float32 bytes of the encoded layers' weights over the bytes of their codes."""
+        """Ratio of the encoded layers' bytes in float32 to the bytes of their codes."""
         codes = sum(layer.bytes for layer in self.layers)
         return 4 * sum(math.prod(layer.shape) for layer in self.layers) / codes if codes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a dictionary for JSON."""
         return {
             "path": self.path,
             "format": self.format,
@@ -106,7 +107,7 @@ class InspectionReport:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
@@ -144,13 +145,13 @@ class InspectionReport:
                 f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times less than float32"
             )
         if self.verified:
-            lines.append(f"checksums  of {self.verified} tensors are right")
+            lines.append(f"checksums  of {self.verified} tensors match")
         lines += [f"note       {n}" for n in self.notes]
         lines += [f"PROBLEM: {p}" for p in self.problems]
         return "\n".join(line.rstrip() for line in lines)
 
 
 def _bars(counts: list[int]) -> str:
-    """A histogram as a line of bars."""
+    """Return a histogram as a line of bars."""
     most = max(counts, default=0)
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * n // most)] for n in counts) if most else ""

@@ -12,7 +12,7 @@ import numpy as np
 from ..codec import ARRAYS, EXPERT_STACKS, FIELD_ROLES, SCALARS, EncodedArray, default_group_size, split_field
 from .reading import Checkpoint, StoredTensor
 
-# What the bytes of a field are counted as: the seed calls codes "stored".
+# The kind that a field's bytes count as. As in the seed, codes are "stored".
 KINDS = {name: "stored" if role == "codes" else role for name, role in FIELD_ROLES.items()}
 
 
@@ -21,12 +21,12 @@ class EncodedLayer:
     """The codes of one layer in a file.
 
     Attributes:
-        name: of the layer; its fields are `<name>.<field>`.
+        name: name of the layer; its fields are `<name>.<field>`.
         codec: "log8", "log9", "golden" or "rational".
-        shape: of the weight.
-        group_size: inputs that share a scale, or None.
+        shape: shape of the weight.
+        group_size: inputs per group scale, or None.
         fields: field name to key in the file.
-        bytes: of all fields.
+        bytes: bytes of all fields.
 
     """
 
@@ -39,17 +39,17 @@ class EncodedLayer:
 
     @property
     def is_stack(self) -> bool:
-        """Whether it is the experts of a mixture, one matrix each."""
+        """Whether this is a stack of experts, one matrix each."""
         return is_stack(self.name) and len(self.shape) == 3
 
 
 def is_stack(name: str) -> bool:
-    """Whether experts are called this, if there are three dimensions."""
+    """Return whether this is the name of a stack of experts; a stack also has three dimensions."""
     return name.rpartition(".")[2] in EXPERT_STACKS
 
 
 def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) -> int:
-    """The group size that gives so many groups: the config's, else the default, else a power of two."""
+    """Return a group size that gives this number of groups: the config's, else the default, else a power of two."""
     about = config.get("quantization_config")
     about = about if isinstance(about, dict) else {}
     modules = about.get("modules")
@@ -61,7 +61,7 @@ def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) ->
 
 
 def encoded_layers(checkpoint: Checkpoint, problems: list[str]) -> list[EncodedLayer]:
-    """Find the layers that are held as codes; what is incomplete or does not fit goes to `problems`."""
+    """Return the encoded layers; report incomplete or inconsistent ones in `problems`."""
     by_layer: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for key, tensor in checkpoint.tensors.items():
         prefix, _, last = key.rpartition(".")
@@ -112,10 +112,10 @@ def _layer(
 
 
 def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> list[EncodedArray]:
-    """Load the codes of a layer, every field checked: one matrix, or those of its experts.
+    """Load the codes of a layer and check every field: one matrix, or one per expert.
 
     Raises:
-        ValueError, TypeError: a field is not what its codec has; the message names the file and the layer.
+        ValueError, TypeError: a field does not fit its codec; the message names the file and the layer.
 
     """
     tensors = {n: checkpoint.load(key) for n, key in layer.fields.items()}

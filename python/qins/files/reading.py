@@ -30,8 +30,8 @@ _SAFETENSORS_NAMES = {
     "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
-# What a state dict is made of. torch's own list for weights_only is longer: it has bytearray, which
-# takes a size from the file.
+# The globals that the pickle of a state dict may name. torch's own list for weights_only also allows bytearray, whose
+# size comes from the file.
 _PICKLED = {
     "collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size",
     "torch.serialization._get_layout", "torch._tensor._rebuild_from_type_v2", "torch.Tensor",
@@ -44,11 +44,11 @@ class StoredTensor:
     """One tensor in a file.
 
     Attributes:
-        name: its key.
-        dtype: NumPy's or torch's name of it, or the file's own name of a block format.
-        shape: its shape.
-        bytes: of its elements.
-        storage: what it shares with other tensors, if it has one of these in common with them.
+        name: key of the tensor.
+        dtype: name as in NumPy or torch, or the file's own name of a block format.
+        shape: shape of the tensor.
+        bytes: bytes of its elements.
+        storage: identity of its memory; the same for tensors that share it.
 
     """
 
@@ -60,7 +60,7 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         n = 1
         for s in self.shape:
             n *= s
@@ -74,11 +74,11 @@ class Checkpoint:
     Attributes:
         path: the file or directory.
         format: "safetensors", "torch" or "gguf".
-        files: with their sizes in bytes.
-        tensors: by name.
-        config: config.json beside the files, if there is one.
-        metadata: what the files say of themselves.
-        decodes: whether `load` makes tensors of what the files hold, so that reading their bytes ahead is of no use.
+        files: files and their sizes in bytes.
+        tensors: tensors by name.
+        config: config.json beside the files, if there is one; else empty.
+        metadata: the files' own metadata.
+        decodes: whether `load` dequantizes what the files hold, so that read-ahead of their bytes does not help.
 
     """
 
@@ -99,15 +99,15 @@ class Checkpoint:
         return sum(self.files.values())
 
     def where(self, name: str) -> Path:
-        """The file that a tensor is in."""
+        """Return the file that contains a tensor."""
         return self._where[name]
 
     def load(self, name: str) -> torch.Tensor:
-        """Return one tensor, mapped from its file where that is possible.
+        """Return one tensor, memory-mapped where possible.
 
         Raises:
-            KeyError: there is none of this name.
-            ValueError: the format is only read for its header.
+            KeyError: there is no tensor of this name.
+            ValueError: only headers of this format are read.
 
         """
         if name not in self.tensors:
@@ -123,11 +123,11 @@ class Checkpoint:
         return tensor
 
     def load_matrices(self, name: str) -> Iterator[torch.Tensor]:
-        """Return the matrices of a stack, one after the other."""
+        """Return an iterator over the matrices of a stack."""
         return iter(self.load(name))
 
     def load_each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return tensors as `load` does, in the files' order, each file opened once."""
+        """Yield names and tensors as `load` returns them, in the files' order; each file is opened once."""
         wanted = set(names)
         for path in self.files:
             here = [n for n in self.tensors if n in wanted and self._where[n] == path]
@@ -142,14 +142,14 @@ class Checkpoint:
 
 
 def checksum(tensor: torch.Tensor, before: str | None = None) -> str:
-    """CRC-32 of a tensor's bytes, in hexadecimal; `before` is that of the bytes in front of them."""
+    """Return the CRC-32 of a tensor's bytes in hexadecimal; `before` is the CRC-32 of the preceding bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
 
 
 def verify(checkpoint: Checkpoint, checksums: Mapping[str, str]) -> tuple[int, list[str]]:
-    """Compare tensors with their checksums; return how many are right, and a sentence on each that is not."""
+    """Compare tensors with their checksums; return the number of matches, and a sentence on each mismatch."""
 
     def compare(found: tuple[str, torch.Tensor]) -> str:
         name, got = found[0], checksum(found[1])
@@ -158,14 +158,14 @@ def verify(checkpoint: Checkpoint, checksums: Mapping[str, str]) -> tuple[int, l
         where = checkpoint.where(name)
         return f"{where}: {name}: expected checksum {checksums[name]}, got {got}: the file is damaged"
 
-    with ThreadPoolExecutor() as pool:  # the sums release the GIL, and disks like to be asked for much at once
+    with ThreadPoolExecutor() as pool:  # checksums release the GIL, and disks are faster with many requests at once
         told = list(pool.map(compare, checkpoint.load_each(checksums)))
     problems = [t for t in told if t]
     return len(told) - len(problems), problems
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:
-    """SHA-256 of files' sizes, first and last mebibytes, which hold the headers, in the order of their names."""
+    """Return a SHA-256 of the files' sizes and their first and last mebibytes (the headers), in order of file name."""
     h = hashlib.sha256()
     for path in sorted(map(Path, files), key=lambda p: p.name):
         size = path.stat().st_size
@@ -181,8 +181,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a file, or a directory with one model's files; only headers are read.
 
     Raises:
-        FileNotFoundError: there is nothing there, or a shard is missing.
-        ValueError: a file is damaged, truncated, of an unknown kind, or holds more than tensors.
+        FileNotFoundError: the path does not exist, or a shard is missing.
+        ValueError: a file is damaged, truncated, of an unknown format, or holds more than tensors.
 
     """
     path = Path(path)
@@ -196,10 +196,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def open_files(files: Iterable[str | Path], config: dict[str, Any]) -> Checkpoint:
-    """Open files that hold one model together; only headers are read.
+    """Open the files of one model; only headers are read.
 
     Raises:
-        ValueError: a file is damaged, or they are of several kinds.
+        ValueError: a file is damaged, or the formats differ.
 
     """
     paths = [Path(f) for f in files]
@@ -216,13 +216,13 @@ def _format(path: Path) -> str:
         start = f.read(16)
     if start[:4] == b"GGUF":
         return "gguf"
-    # first, since the length of a header, eight bytes, may begin as a pickle does
+    # checked before torch, since the eight bytes of the header's length may begin as a pickle does
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30):
         return "safetensors"
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return "torch"
     raise ValueError(
-        f"{path}: expected a safetensors, torch or GGUF file, got {len(start)} bytes that begin {start[:8]!r}"
+        f"{path}: expected a safetensors, torch or GGUF file, got {len(start)} bytes that begin with {start[:8]!r}"
     )
 
 
@@ -270,7 +270,7 @@ def _add_file(checkpoint: Checkpoint, path: Path) -> None:
     read = {"safetensors": _read_safetensors, "torch": _read_torch, "gguf": _read_gguf}[checkpoint.format]
     for tensor in read(checkpoint, path):
         if tensor.name in checkpoint.tensors:
-            raise ValueError(f"{path}: tensor {tensor.name!r} is in {checkpoint._where[tensor.name].name}, too")
+            raise ValueError(f"{path}: tensor {tensor.name!r} is also in {checkpoint._where[tensor.name].name}")
         checkpoint.tensors[tensor.name] = tensor
         checkpoint._where[tensor.name] = path
 
@@ -311,13 +311,13 @@ def _check_pickle(path: Path, stream: Any, pickles: int) -> None:
 
 
 def _check_torch_file(path: Path) -> bool:
-    """Check what torch.load would unpickle; True for the zip format, which can be mapped."""
+    """Check what torch.load would unpickle; return True for the zip format, which can be memory-mapped."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as f:
             if f.read(2) == b"PK":
                 raise ValueError("truncated: the end of the zip archive is missing")
             f.seek(0)
-            _check_pickle(path, f, 4)  # magic number, protocol, system, then the objects
+            _check_pickle(path, f, 4)  # magic number, protocol, system, and then the objects
         return False
     with zipfile.ZipFile(path) as z:
         entries = z.infolist()
@@ -337,7 +337,7 @@ def _read_torch(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     try:
         mapped = _check_torch_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as e:  # torch lets whatever goes wrong while parsing through
+    except Exception as e:  # torch does not catch errors in parsing, which may be of any class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         if reason.startswith(str(path)):
             raise ValueError(reason) from None
@@ -355,7 +355,7 @@ def _read_torch(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
 
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, or of one that is wrapped together with other things."""
+    """Return the tensors of a state dict, or of one nested in a dictionary with other entries."""
     for _ in range(3):
         if not isinstance(loaded, dict):
             break
@@ -373,13 +373,13 @@ def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(24)
-    # every tensor and every key takes at least 12 bytes of the header
+    # bound the counts: every tensor and every key takes at least 12 bytes of the header
     counts = [int.from_bytes(head[i : i + 8], "little") for i in (8, 16)]
     if len(head) < 24 or sum(counts) > size // 12:
         raise ValueError(f"{path}: not a readable GGUF file: {sum(counts)} entries in {size} bytes")
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as e:  # the library lets whatever goes wrong while parsing through
+    except Exception as e:  # the library does not catch errors in parsing, which may be of any class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path}: not a readable GGUF file (truncated or damaged): {reason}") from None
     architecture = reader.get_field("general.architecture")

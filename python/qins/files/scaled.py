@@ -1,4 +1,4 @@
-"""Weights stored in 8 or 4 bits with scales, decoded a matrix at a time."""
+"""Quantized weights in 8 or fewer bits with scales, dequantized one matrix at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .reading import Checkpoint, StoredTensor
 
-_PART = 1 << 22  # weights that are decoded at a time
+_PART = 1 << 22  # weights dequantized at a time
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 _ZEROS = ("int8", "int32", "float32", "bfloat16", "float16", "float8_e4m3fn")
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -19,18 +19,18 @@ _E2M1 = torch.cat([_FP4, -_FP4])
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """How a checkpoint stores a weight: `(values - zero_points) * scales`, one scale and zero point a block.
+    """How a checkpoint stores a weight: `(values - zero_points) * scales`, with one scale and zero point per block.
 
     Attributes:
         values, scales: keys of the checkpoint's tensors.
-        zero_points: likewise; None where zero is 0.
+        zero_points: likewise; None for symmetric quantization.
         shape: rows and columns of the matrix, or of each matrix of a stack.
-        block: rows and columns that share a scale; those at the edges are cut.
-        bits: of the integers that are packed, the lowest bits first; 0 for values that are a tensor of numbers.
-        is_fp4: whether 4 bits are a number in E2M1.
-        packed_zeros: whether zero points are packed, too, along the rows.
-        matrices: of a stack; 0 for a matrix. The model has those of a stack the other way round.
-        dtype: of the floats, in which those of FP4 are exact.
+        block: rows and columns that share a scale; blocks at the edges may be partial.
+        bits: width of packed integers, lowest bits first; 0 for values that are not packed.
+        is_fp4: whether the 4 bits are a number in E2M1.
+        packed_zeros: whether the zero points are packed too, along the rows.
+        matrices: number of matrices in a stack; 0 for a single matrix. The model has those of a stack transposed.
+        dtype: dtype of the dequantized floats, in which FP4 is exact.
 
     """
 
@@ -47,23 +47,23 @@ class ScaledWeight:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """How many blocks there are, down and across."""
+        """Number of blocks, down and across."""
         return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
-        """The shape that the model has."""
+        """The shape in the model."""
         return (self.matrices, *self.shape[::-1]) if self.matrices else self.shape
 
 
 @dataclass
 class ScaledCheckpoint(Checkpoint):
-    """A checkpoint of weights in 8 or 4 bits, which become floats when they are loaded.
+    """A checkpoint of quantized weights, which are dequantized when they are loaded.
 
     Attributes:
-        source: whose tensors are decoded.
-        weights: by name, how each is stored that is not float.
-        source_format: what to call the format.
+        source: the checkpoint with the stored tensors.
+        weights: storage of each quantized weight, by name.
+        source_format: name of the format for reports.
 
     """
 
@@ -74,10 +74,10 @@ class ScaledCheckpoint(Checkpoint):
     source_format: str = ""
 
     def load(self, name: str) -> torch.Tensor:
-        """Return one tensor, as floats.
+        """Return one tensor, dequantized.
 
         Raises:
-            KeyError: there is none of this name.
+            KeyError: there is no tensor of this name.
             ValueError: a scale is not finite.
 
         """
@@ -92,7 +92,7 @@ class ScaledCheckpoint(Checkpoint):
         return stack
 
     def load_matrices(self, name: str) -> Iterator[torch.Tensor]:
-        """Return the matrices of a stack, one after the other."""
+        """Return an iterator over the matrices of a stack."""
         about = self.weights.get(name)
         return iter(self.source.load(name)) if about is None else self._decoded(name, about)
 
@@ -107,7 +107,7 @@ class ScaledCheckpoint(Checkpoint):
 
     def _scales(self, name: str, about: ScaledWeight) -> torch.Tensor:
         stored = self.source.load(about.scales)
-        if stored.dtype == torch.uint8:  # exponents of float32, whose 255 is infinite here, too, and whose 0 is 2**-127
+        if stored.dtype == torch.uint8:  # float32 exponents: 255 becomes infinity, as in float32, but 0 is 2**-127
             scales = torch.where(stored == 0, 1 << 22, stored.int() << 23).view(torch.float32)
         else:
             scales = stored.float()
@@ -126,7 +126,7 @@ class ScaledCheckpoint(Checkpoint):
 
 
 def _unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Unsigned integers out of rows of bytes or 32-bit words, as floats."""
+    """Unpack unsigned integers from rows of bytes or 32-bit words; return them as floats."""
     data = packed.reshape(-1).view(torch.uint8).reshape(len(packed), -1)
     parts = [(data >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).reshape(len(data), -1)[:, :columns].float()
@@ -160,10 +160,10 @@ def _across(per_block: torch.Tensor, about: ScaledWeight) -> torch.Tensor:
 
 
 def check_scales(checkpoint: Checkpoint, about: ScaledWeight, dtype: str | None = None) -> None:
-    """Raise unless the scales and zero points are there, of a dtype and shape that fit the weight.
+    """Check a weight's scales and zero points.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are missing, or their dtype or shape does not fit the weight.
 
     """
     blocks = (about.matrices, *about.blocks) if about.matrices else about.blocks
@@ -183,22 +183,22 @@ def _check(
         raise ValueError(f"{weight}: expected its {what} in {key}, got none")
     if t.dtype not in dtypes:
         raise ValueError(f"{key}: expected {' or '.join(dtypes)}, got {t.dtype}")
-    # one number, or one a row, may lack the dimensions of size one
+    # per-tensor and per-row scales may lack the dimensions of size one
     short = {shape, shape[:1], ()} if shape == (1, 1) else {shape, shape[:1]} if shape[1:] == (1,) else {shape}
     if t.shape not in short:
         raise ValueError(f"{key}: expected shape {shape} for {weight}, got {t.shape}")
 
 
 def is_block(size: Any) -> bool:
-    """Whether this is how many rows and columns a block has."""
+    """Return whether this is a valid block size: a list of two positive integers."""
     return isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
 
 
 def matrix_shape(t: StoredTensor) -> tuple[int, int]:
-    """Rows and columns of a stored matrix.
+    """Return the rows and columns of a stored matrix.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the tensor is no matrix, or is empty.
 
     """
     if len(t.shape) != 2 or not t.elements:

@@ -17,13 +17,13 @@ DTYPE_CODES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8",
     "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
 }  # fmt: skip
-# The order in which safetensors lays tensors out: by dtype, widest first, then by name.
+# The order of tensors in safetensors files: by dtype, widest first, then by name.
 _DTYPE_ORDER = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor that the new checkpoint will have."""
+    """A tensor of the new checkpoint."""
 
     name: str
     dtype: str
@@ -39,10 +39,10 @@ class Target:
 
 
 class ShardWriter:
-    """Writes one safetensors file whose tensors come in any order, each at its place, never all in memory.
+    """Writes one safetensors file tensor by tensor, in any order, so that they need not all be in memory.
 
-    The library's own writer takes a dictionary of all tensors of a file. The layout is the library's, byte for byte
-    (tests compare them), and the library reads the result back.
+    The library's own writer takes a dictionary of all tensors of a file. The layout here equals the library's byte for
+    byte (tests compare them), and the library reads the result back.
     """
 
     def __init__(self, path: Path, targets: list[Target], metadata: dict[str, str]) -> None:
@@ -72,7 +72,7 @@ class ShardWriter:
         self.checksums: dict[str, str] = {}
 
     def write(self, name: str, tensor: torch.Tensor, part: int | None = None) -> None:
-        """Write one tensor, or, one after the other, the equal parts that its first dimension counts."""
+        """Write one tensor, or one slice along its first dimension; slices must come in order."""
         at, target = self.places[name]
         shape = target.shape if part is None else target.shape[1:]
         if tuple(tensor.shape) != shape or str(tensor.dtype)[6:] != target.dtype:
@@ -85,7 +85,7 @@ class ShardWriter:
             self.left.discard(name)
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file; raise a ValueError if a tensor was not written."""
         self.file.close()
         if self.left:
             raise ValueError(f"{self.path}: not written: {', '.join(sorted(self.left)[:5])}")

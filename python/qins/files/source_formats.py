@@ -1,4 +1,4 @@
-"""Checkpoints released in 8 or 4 bits as sources of float weights: which formats, and what each tensor is."""
+"""Released quantized checkpoints as sources of float weights: supported formats and the roles of their tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Found = tuple[dict[str, ScaledWeight], set[str], str]  # weights, keys that are 
 
 
 def source_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of the quantization of a checkpoint that qins did not write; {} for floats and for codes.
+    """Return the quantization settings in the config.json of a checkpoint of another tool; {} for floats and for codes.
 
     Raises:
-        ValueError: it is malformed.
+        ValueError: they are malformed.
 
     """
     text = config.get("text_config")
@@ -32,27 +32,27 @@ def source_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_decodable(told: Mapping[str, Any]) -> None:
-    """Raise for a quantization that is not one of those that are decoded.
+    """Check that a quantization method is supported as a source.
 
     Raises:
-        ValueError: it names the method, and says what to do.
+        ValueError: it is not; the message names the method and says what to do.
 
     """
     method = told.get("quant_method")
     if not method and (told.get("load_in_8bit") or told.get("load_in_4bit")):
-        method = "bitsandbytes"  # early versions of which do not say so
+        method = "bitsandbytes"  # early versions do not write quant_method
     if not isinstance(method, str) or method not in _FORMATS:
         raise ValueError(
             f"expected float weights or quant_method {', '.join(map(repr, _FORMATS))}, got {method!r}; quantize the "
-            "float model that this checkpoint was made of, or dequantize it first with the library that made it"
+            "float model that this checkpoint was made from, or dequantize it first with the library that made it"
         )
 
 
 def open_scaled(checkpoint: Checkpoint) -> Checkpoint:
-    """Take a checkpoint as floats: as it is, or, if its weights are in 8 or 4 bits, decoded when loaded.
+    """Return a checkpoint of floats: the same one, or, if it is quantized, one that dequantizes tensors when loaded.
 
     Raises:
-        ValueError: its format is not one that is decoded, or scales are missing or have another shape.
+        ValueError: its format is not supported, or scales are missing or of the wrong shape.
 
     """
     try:
@@ -90,7 +90,7 @@ def open_scaled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _fp8(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
-    """DeepSeek's and Qwen's: `weight` in float8_e4m3fn, and `weight_scale_inv` with a factor a block or one for all."""
+    """Find FP8 weights as in DeepSeek and Qwen: `weight` in float8_e4m3fn, `weight_scale_inv` per block or per tensor."""
     suffix = "_scale_inv"
     size = told.get("weight_block_size")
     if size is not None and not is_block(size):
@@ -110,7 +110,7 @@ def _fp8(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
 
 
 def _mxfp4(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
-    """GPT-OSS': stacks of matrices in E2M1, `<name>_blocks`, and `<name>_scales`, an exponent for 32 columns."""
+    """Find MXFP4 weights as in GPT-OSS: E2M1 stacks `<name>_blocks`, `<name>_scales` with an exponent per 32 columns."""
     weights = {}
     for key, t in checkpoint.tensors.items():
         name = key.removesuffix("_blocks")

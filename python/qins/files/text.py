@@ -1,4 +1,4 @@
-"""Text and JSON files, with errors that name them."""
+"""Reading text and JSON files, with errors that name the file."""
 
 from __future__ import annotations
 
