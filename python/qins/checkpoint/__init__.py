@@ -1,4 +1,4 @@
-"""Checkpoints converted on disk, a tensor at a time."""
+"""Conversion of checkpoints on disk, one tensor at a time."""
 
 from .quantizing import quantize_checkpoint
 

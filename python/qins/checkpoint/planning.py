@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a checkpoint, decided from config.json and the headers of the files."""
+"""The plan of a conversion: what becomes of every tensor, from config.json and the headers of the files."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from ..nn import field_layout
 
 @dataclass
 class Output:
-    """A tensor of the model that is made of one or several of the checkpoint's.
+    """A parameter of the model, made from one or several tensors of the checkpoint.
 
     Attributes:
-        name: of the model's parameter that it is, or whose codes.
-        stem: its name in the new checkpoint; of codes what their fields' names begin with.
-        module: the module whose weight it is, or the stack of experts, if it is to be encoded.
-        codec, group_size: as codes; no codec for what stays as it is.
-        transposed: whether the matrix, or each of a stack's, is (in_features, out_features).
-        guard: the name of an empty tensor that stops whoever does not know of codes.
-        targets: what is written.
+        name: name of the parameter in the model.
+        stem: its name in the new checkpoint; for codes, the prefix of their fields' names.
+        module: the module whose weight it is, or the stack of experts; empty if it is not encoded.
+        codec, group_size: format of the codes; no codec if it is not encoded.
+        transposed: whether the matrix, or each matrix of a stack, is (in_features, out_features).
+        is_stack: whether it is a stack of experts.
+        guard: name of an empty tensor that makes loaders fail which do not support codes; empty for none.
+        targets: the tensors to write.
 
     """
 
@@ -54,13 +55,13 @@ class Output:
 
 @dataclass
 class Item:
-    """Tensors of the checkpoint that become others together.
+    """Tensors of the checkpoint that are converted together.
 
     Attributes:
-        name: of the first that they become, in the model.
-        keys: theirs, by the pattern that transformers' converter knows them by.
-        outputs: what is made.
-        converter: transformers' operations on them; None where there is one tensor that stays what it is.
+        name: name in the model of their first output.
+        keys: their keys in the checkpoint, by source pattern of transformers' converter.
+        outputs: the parameters that they become.
+        converter: transformers' operations on them; None for a single tensor that is used as it is.
 
     """
 
@@ -71,7 +72,7 @@ class Item:
 
     @property
     def targets(self) -> list[Target]:
-        """What is written of it."""
+        """The tensors to write for this item."""
         return [t for o in self.outputs for t in o.targets]
 
     @property
@@ -82,13 +83,13 @@ class Item:
 
 @dataclass
 class Plan:
-    """What `quantize_checkpoint` will do, shard by shard.
+    """The work of `quantize_checkpoint`, shard by shard.
 
     Attributes:
-        items: source file to what is made of the tensors of which it has the first.
-        names: source file to the name of the new file.
+        items: source file to its items; an item belongs to the file of its first tensor.
+        names: source file to name of the new file.
         shared: module to (codec, group_size, the module whose codes it shares).
-        model: on the meta device, with modules that wait for their weights.
+        model: the model on the meta device, with modules that wait for their weights.
 
     """
 
@@ -98,14 +99,14 @@ class Plan:
     model: Any = None
 
     def outputs(self) -> Iterator[Output]:
-        """All of them, in the files' order."""
+        """Yield all outputs, in the files' order."""
         for items in self.items.values():
             for item in items:
                 yield from item.outputs
 
     @property
     def encoded(self) -> list[Output]:
-        """Those that become codes."""
+        """Outputs that are encoded."""
         return [o for o in self.outputs() if o.codec]
 
     @property
@@ -124,7 +125,7 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     """Decide what becomes of every tensor.
 
     Raises:
-        ValueError: transformers does not know the architecture, or a module has no weight.
+        ValueError: transformers does not support the architecture, or a weight is missing or does not fit the model.
 
     """
     quantizer = QinsHfQuantizer(config, pre_quantized=False)
@@ -161,7 +162,7 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
 
 
 def _wanted(model: Any, config: QinsConfig, result: Plan, names: Names) -> dict[str, list[Output]]:
-    """What is to be encoded, by the name of the float parameter that the codes are made of."""
+    """Return the outputs to encode, by the name of the float parameter that they are made from."""
     wanted: dict[str, list[Output]] = {}
     for module, layer in pending_layers(model).items():
         about = layer.codec, layer.group_size, layer.transposed
@@ -185,7 +186,12 @@ def _wanted(model: Any, config: QinsConfig, result: Plan, names: Names) -> dict[
 
 
 def _without_copy(items: list[Item], checkpoint: Checkpoint, names: Names, config: QinsConfig) -> list[Item]:
-    """Leave out an output embedding that is stored beside the equal input embedding that its codes are made of."""
+    """Drop a stored output embedding if it is tied to the input embedding; its codes are made from the latter.
+
+    Raises:
+        ValueError: the two differ.
+
+    """
     output = tied_output(names.model) if config.lm_head else None
     copy = next((i for i in items if output and i.name == f"{output}.weight"), None)
     if copy is None:
@@ -193,7 +199,7 @@ def _without_copy(items: list[Item], checkpoint: Checkpoint, names: Names, confi
     module = input_embedding(names.model, config)[0]
     original = next((i for i in items if i.name == f"{module}.weight"), None)
     if original is None or not torch.equal(*(checkpoint.load(i.all_keys[0]) for i in (original, copy))):
-        raise ValueError(f"{checkpoint.path}: {copy.name}: expected what {module} has, to which config.json ties it")
+        raise ValueError(f"{checkpoint.path}: {copy.name}: expected a copy of {module}, to which config.json ties it")
     return [i for i in items if i is not copy]
 
 
@@ -212,7 +218,7 @@ def _items(names: Names, checkpoint: Checkpoint) -> list[Item]:
 
 
 def _made_by(item: Item) -> list[str]:
-    """The model's names of the tensors that an item becomes."""
+    """Return the model's names of the parameters that an item becomes."""
     if item.converter is None:
         return [item.name]
     targets = item.converter.target_patterns
@@ -221,12 +227,12 @@ def _made_by(item: Item) -> list[str]:
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort numbers in names as numbers, as transformers orders the experts."""
+    """Return a sort key that orders numbers in names as numbers, as transformers orders the experts."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
 
 
 def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]], item: Item) -> None:
-    """Say what an item's outputs are written as; check that its tensors are what the model expects."""
+    """Set the tensors to write for each output of an item; check that the stored tensors fit the model."""
     stored = checkpoint.tensors[item.all_keys[0]]
     shapes = {o.name: parameters[o.name] if o.codec or item.converter else stored.shape for o in item.outputs}
     if any(o.codec for o in item.outputs):
@@ -245,7 +251,7 @@ def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]],
             o.targets = [Target(o.stem, stored.dtype, shape)]
             continue
         shape = (*shape[:-2], shape[-1], shape[-2]) if o.transposed else shape
-        # fields are `<module>.<field>`, of experts `<module>.<stack>_<field>`
+        # fields are `<module>.<field>`; for experts `<module>.<stack>_<field>`
         o.stem = f"{o.stem}_" if o.is_stack else o.stem.removesuffix("weight")
         for n, (s, dtype) in field_layout(o.codec, shape, o.group_size).items():
             o.targets.append(Target(o.stem + n, str(dtype)[6:], s))
@@ -254,7 +260,7 @@ def _set_targets(checkpoint: Checkpoint, parameters: dict[str, tuple[int, ...]],
 
 
 def converted(item: Item, model: Any, load: Callable[[str], torch.Tensor]) -> dict[str, Any]:
-    """Return the tensors that an item becomes, by name in the model; a stack of experts as an iterator of matrices."""
+    """Return the parameters that an item becomes, by name; a stack of experts may be an iterator of matrices."""
     if item.converter is None:
         return {item.name: load(item.all_keys[0])}
     from ..hf import one_by_one
@@ -267,7 +273,7 @@ def converted(item: Item, model: Any, load: Callable[[str], torch.Tensor]) -> di
         for key in keys:
             converter.add_tensor(item.name, key, pattern, lambda key=key: load(key))
     made = converter.convert(item.name, model=model, config=model.config)
-    made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 adds errors
+    made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 also returns errors
     return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
 
@@ -280,15 +286,15 @@ def _patterns(item: Item, model: Any) -> dict[str, Any]:
 
 
 def architecture(checkpoint: Checkpoint) -> Any:
-    """Transformers' class of the model."""
+    """Return transformers' class of the model."""
     import transformers
 
-    # transformers 4 saves that of Qwen2-VL with the text model's settings
+    # transformers 4 saves the architecture of Qwen2-VL in text_config
     text = checkpoint.config.get("text_config") or {}
     name = (checkpoint.config.get("architectures") or text.get("architectures") or [""])[0]
     cls = getattr(transformers, name, None)
     if cls is None:
-        raise ValueError(f"{checkpoint.path}: architecture {name!r} is not one that this transformers has")
+        raise ValueError(f"{checkpoint.path}: this version of transformers has no architecture {name!r}")
     return cls
 
 

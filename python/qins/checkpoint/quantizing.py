@@ -1,4 +1,4 @@
-"""Converting a checkpoint on disk, tensor by tensor, without making the model: `qins quantize`."""
+"""Conversion of a checkpoint on disk, tensor by tensor, without building the model: `qins quantize`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from .planning import Item, Output, Plan, architecture, converted, plan
 
 Write = Callable[..., None]  # as ShardWriter.write
 
-_WAITING = 64 << 20  # bytes that wait to be written, before one more tensor
+_WAITING = 64 << 20  # bytes queued for writing, above which the next tensor has to wait
 _PROGRESS = "qins-progress.json"
 _LOCK = "qins.lock"
-_FILES = 2  # changes when other tensors are written: conversions that another version began are not resumed
+_FILES = 2  # increases when other tensors are written, so that conversions begun by an older version are not resumed
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -47,7 +47,7 @@ def _directory(checkpoint: Checkpoint) -> Path:
 
 
 def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
-    """What must be the same for a conversion to be resumed: the source's headers and files, and how it is quantized."""
+    """Return a hash of what must not change if a conversion is to be resumed: source files, headers and settings."""
     h = hashlib.sha256(json.dumps([_FILES, config.to_dict()], sort_keys=True, default=str).encode())
     for path, size in checkpoint.files.items():
         h.update(f"{path.name} {size} {path.stat().st_mtime_ns}".encode())
@@ -57,7 +57,7 @@ def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
 
 
 def _reserve(out: Path) -> AbstractContextManager[None]:
-    """Make the output directory, which no other process may write to meanwhile."""
+    """Create the output directory; return a lock that keeps other processes from writing to it."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a directory or nothing, got a file")
     out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def _reserve(out: Path) -> AbstractContextManager[None]:
 
 
 def _prepare(out: Path, fingerprint: str, needed: int) -> None:
-    """See that the output directory is empty, or that what it holds is this very conversion, begun before."""
+    """Check that the output directory is empty or holds this conversion, interrupted, and that the disk has room."""
     begun = out / _PROGRESS
     if begun.is_file():
         try:
@@ -77,7 +77,7 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
                 f"{out}: holds an unfinished conversion of another source or with other settings; remove it, or give "
                 "another directory"
             )
-    elif any(p.name not in (begun.name + ".tmp", _LOCK) for p in out.iterdir()):  # begun, but not said yet
+    elif any(p.name not in (begun.name + ".tmp", _LOCK) for p in out.iterdir()):  # these two precede the progress file
         raise FileExistsError(f"{out}: is not empty; nothing is overwritten")
     done = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     free = shutil.disk_usage(out).free
@@ -95,25 +95,25 @@ def quantize_checkpoint(
     calibration: Calibration | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Convert a checkpoint to codes, file by file; the model is never made, and one tensor at a time is in memory.
+    """Quantize a checkpoint, file by file; the model is never built, and only a few tensors are in memory at a time.
 
-    With a calibration text the model does run, its weights mapped from the files; see `qins.calibrate`.
+    With a calibration text the model does run, with weights memory-mapped from the files; see `qins.calibrate`.
 
-    A conversion that was interrupted goes on where it stopped: files that are complete are not made again.
+    An interrupted conversion resumes where it stopped: complete files are kept.
 
     Args:
         source: directory or hub name of a checkpoint in safetensors or torch files, or a GGUF file.
-        out: directory to write; it must not exist, be empty, or hold the beginning of this conversion.
+        out: output directory; it must not exist, or must be empty or hold this conversion, interrupted.
         config: how to quantize; None for the defaults.
-        calibration: text that log8's codes are chosen with in view, and what bits to spend; None for the nearest codes.
-        show_progress: None shows a bar on a terminal.
+        calibration: text on which log8's codes are calibrated, and target bits; None rounds to the nearest codes.
+        show_progress: None shows a progress bar on a terminal.
 
     Returns:
-        dict: layers, bytes_before, bytes_after, files, skipped and source, the format that was decoded or None;
-            with a target, the plan in words.
+        dict: layers, bytes_before, bytes_after, files, skipped and source, the quantized format of the
+            source or None; with a target, also plan, its description.
 
     Raises:
-        FileNotFoundError, FileExistsError, OSError, ValueError: nothing half-written is left under a final name.
+        FileNotFoundError, FileExistsError, OSError, ValueError: no partial file is left under a final name.
         BlockingIOError: another process is converting into the directory.
 
     """
@@ -172,7 +172,7 @@ def _convert_shard(
     target: Path,
     advance: Callable[[int], None],
 ) -> dict[str, str]:
-    """Write a file; return its tensors' checksums."""
+    """Write one shard; return its tensors' checksums."""
     with atomically(target) as temporary:
         items = planned.items[file]
         targets = [t for item in items for t in item.targets]
@@ -188,14 +188,14 @@ def _convert_shard(
                     advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
         finally:
-            with suppress(OSError):  # of a full disk, once more
+            with suppress(OSError):  # a full disk may raise again
                 writer.file.close()
     return writer.checksums
 
 
 @contextmanager
 def _in_background(write: Write) -> Iterator[Write]:
-    """Lend a function that lets another thread write tensors, in order, while this one goes on."""
+    """Yield a function that queues tensors for another thread, which writes them in order."""
     waiting: deque[tuple[Future[None], int]] = deque()
 
     def later(name: str, tensor: torch.Tensor, part: int | None = None) -> None:
@@ -210,7 +210,7 @@ def _in_background(write: Write) -> Iterator[Write]:
 
 
 def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
-    """Have the disk read what comes while tensors before it are encoded, unless its codes are there already."""
+    """Announce an item's tensors, to be read while earlier ones are encoded, unless its codes are in the store."""
     kept = store is not None and all(o.codec and store.has(o.module) for o in item.outputs)
     if not kept and not ahead.checkpoint.decodes:
         for key in item.all_keys[:2]:
@@ -241,7 +241,7 @@ def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: It
 
 
 def _encode(output: Output, floats: Any, write: Write) -> None:
-    """Encode a matrix, or a stack of them one by one, and write the codes."""
+    """Encode a matrix, or the matrices of a stack one by one, and write the codes."""
     for i, w in enumerate(floats if output.is_stack else [floats]):
         part = i if output.is_stack else None
         encoded = encode(w.T if output.transposed else w, output.codec, group_size=output.group_size)
@@ -252,8 +252,8 @@ def _encode(output: Output, floats: Any, write: Write) -> None:
 def _finish(
     checkpoint: Checkpoint, planned: Plan, config: QinsConfig, out: Path, base: str | None, spending: str | None
 ) -> None:
-    """Write the index, the configuration and the card; from then on the directory is a model."""
-    if isinstance(checkpoint, GgufCheckpoint):  # what lies beside it may belong to other models
+    """Write the index, the configuration and the card; this makes the directory a model."""
+    if isinstance(checkpoint, GgufCheckpoint):  # files beside it may belong to other models, so none are copied
         checkpoint.save_tokenizer(out)
     for path in sorted(_directory(checkpoint).iterdir()) if checkpoint.format != "gguf" else ():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", CARD):
@@ -266,7 +266,7 @@ def _finish(
     config.modules |= {m: list(about) for m, about in planned.shared.items()}
     write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
     beside = None if isinstance(checkpoint, GgufCheckpoint) else _directory(checkpoint)
-    estimate = None if spending is None else f"Estimated when the bits were spent:\n\n```\n{spending}\n```"
+    estimate = None if spending is None else f"Estimated by the plan:\n\n```\n{spending}\n```"
     write_card(out, base, beside, estimate)
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)

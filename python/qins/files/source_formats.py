@@ -90,7 +90,7 @@ def open_scaled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _fp8(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
-    """Find FP8 weights as in DeepSeek and Qwen: `weight` in float8_e4m3fn, `weight_scale_inv` per block or per tensor."""
+    """Find FP8 weights as in DeepSeek and Qwen: `weight` in float8_e4m3fn, `weight_scale_inv` per block or tensor."""
     suffix = "_scale_inv"
     size = told.get("weight_block_size")
     if size is not None and not is_block(size):
@@ -110,7 +110,7 @@ def _fp8(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
 
 
 def _mxfp4(checkpoint: Checkpoint, told: Mapping[str, Any]) -> Found:
-    """Find MXFP4 weights as in GPT-OSS: E2M1 stacks `<name>_blocks`, `<name>_scales` with an exponent per 32 columns."""
+    """Find MXFP4 weights as in GPT-OSS: E2M1 stacks `<name>_blocks`, and `<name>_scales`, exponents of 32 columns."""
     weights = {}
     for key, t in checkpoint.tensors.items():
         name = key.removesuffix("_blocks")
