@@ -1,4 +1,4 @@
-"""Encoding and decoding: every codec on every instruction set, beside the prototype's PyTorch code and a plain copy.
+"""Speed of encoding and decoding: every codec on every instruction set, the prototype's PyTorch code, a plain copy.
 
 python benchmarks/codec.py [--json FILE] [--seconds S]
 """

@@ -27,7 +27,7 @@ NEAR = 1.05  # slower by less than this is noise
 
 
 def layers_of(weight: torch.Tensor, codec: str, group_size: int | None) -> list[qins.QINSLinear]:
-    """Layers of the same codes in different memory."""
+    """Return enough copies of a quantized layer to exceed the last-level cache."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     first = qins.QINSLinear.from_linear(linear, codec, group_size=group_size)
@@ -41,7 +41,7 @@ def layers_of(weight: torch.Tensor, codec: str, group_size: int | None) -> list[
 
 
 def ways_of(layer: qins.QINSLinear, rows: int, dtype: str) -> tuple[str, list[str]]:
-    """Return the way that the table takes, and all that can be had."""
+    """Return the kernel that the table chooses, and all that support the format."""
     mu = float(layer.get_buffer("mu")) if layer.codec == "log8" else 0.0
     found = []
     for way in _core.WAYS:
@@ -53,7 +53,7 @@ def ways_of(layer: qins.QINSLinear, rows: int, dtype: str) -> tuple[str, list[st
 
 
 def race_ways(layers: list[qins.QINSLinear], x: torch.Tensor, ways: list[str], seconds: float) -> dict[str, float]:
-    """Best milliseconds of each way."""
+    """Return the best milliseconds of each kernel."""
 
     def run(way: str, part: float) -> Callable[[int], object]:
         def call(i: int) -> object:
@@ -95,7 +95,7 @@ def main() -> None:
                     fastest = min(times, key=times.__getitem__)
                     slow = times[taken] > NEAR * times[fastest]
                     each = "  ".join(f"{way} {t:.3f}" for way, t in sorted(times.items(), key=lambda p: p[1]))
-                    mark = f"  <- the table takes {taken}" if slow else ""
+                    mark = f"  <- the table chooses {taken}" if slow else ""
                     print(f"{rows:5}  {each}{mark}")
                     row = {"codec": codec, "group_size": group_size, "isa": isa, "dtype": name, "rows": rows}
                     results.append({**row, "taken": taken, "milliseconds": times})

@@ -27,7 +27,7 @@ from torch import nn
 import qins
 from qins.cli.bench import machine
 
-# dtype of the activations and of what is not quantized; codec, or None for float weights
+# dtype of the activations and of the unquantized modules; codec, or None for float weights
 TORCH_CONTESTANTS = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -45,7 +45,7 @@ PHI35 = {
 
 
 def random_phi35(dtype: torch.dtype, codec: str | None, layers: int) -> nn.Module:
-    """Make Phi-3.5-mini's shape: one random matrix per shape, copied (as floats or as codes) into every layer."""
+    """Build a model of Phi-3.5-mini's shape; layers with equal shapes get copies of one random matrix or its codes."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     config = Phi3Config(**PHI35 | {"num_hidden_layers": layers})
@@ -122,7 +122,7 @@ def best_of(run: Callable[[], object], repeats: int) -> float:
 
 
 def run_torch(contestant: str, arguments: argparse.Namespace) -> dict[str, float]:
-    import transformers.generation.utils  # noqa: F401 - its memory counts as before the model
+    import transformers.generation.utils  # noqa: F401 - imported first, so that its memory does not count
 
     dtype, codec = TORCH_CONTESTANTS[contestant]
     memory = Memory()

@@ -38,7 +38,7 @@ def quanto(config: object) -> Cache:
 
 
 def cache_bytes(cache: Cache) -> float:
-    """Return the bytes of the tokens in a cache."""
+    """Return the bytes that a cache takes for its tokens."""
     if isinstance(cache, qins.QINSCache):
         return cache.memory_savings()["total_bytes"]
     tensors = []

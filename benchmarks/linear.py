@@ -1,4 +1,4 @@
-"""x @ W.T for a few rows of x: QINSLinear beside every installed peer, and beside a plain read of the codes.
+"""Speed of x @ W.T for a few rows of x: QINSLinear, every installed peer, and a plain read of the codes.
 
     python benchmarks/linear.py [--rows 1 2 4 8 ...] [--shapes 8192x3072 ... | phi35] [--json FILE] [--plot PNG]
 
@@ -48,7 +48,7 @@ def int8pack_peer(weight: torch.Tensor, x: torch.Tensor) -> Callable[[int], obje
 
 
 def modules_of(make: Callable[[nn.Linear], nn.Module], weight: torch.Tensor, dtype: torch.dtype) -> list[nn.Module]:
-    """Layers of a peer: quantized once, since some take seconds, and copied a few times."""
+    """Return layers of a peer: quantized once, since that may take seconds, and then copied."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
     first = make(copy.deepcopy(linear))
@@ -105,7 +105,7 @@ def hqq(linear: nn.Linear) -> nn.Module:
     return HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
 
 
-# who quantizes, and the dtype of the activations
+# the quantizing function, and the dtype of the activations
 PEERS: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype]] = {
     "quanto qint8 fp32": (quanto, torch.float32),
     "quanto qint8 bf16": (quanto, torch.bfloat16),
@@ -119,14 +119,14 @@ PEERS: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype]] = {
 
 
 def installed_peers(weight: torch.Tensor) -> dict[str, tuple[list[nn.Module], torch.dtype]]:
-    """Peers from other packages and torch's own; what is not installed, or fails, is said and left out."""
+    """Return the layers and dtype of each peer; print and skip peers that are not installed or fail."""
     found = {}
     for name, (make, dtype) in PEERS.items():
         try:
             found[name] = modules_of(make, weight, dtype), dtype
         except ImportError as e:
             print(f"NOT RUN {name}: {e}")
-        except Exception as e:  # a peer's failure is its own; the others still race
+        except Exception as e:  # whatever a peer raises; the others still race
             print(f"NOT RUN {name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
     return found
 
@@ -136,7 +136,7 @@ def in_turn(modules: list[nn.Module], x: torch.Tensor) -> Callable[[int], object
 
 
 def qins_layers(weight: torch.Tensor) -> dict[str, list[qins.QINSLinear]]:
-    """Layers of each format, as many as the rotation needs."""
+    """Return layers of each format, as many as the rotation needs."""
     found = {}
     for codec, group in FORMATS:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -154,7 +154,7 @@ def qins_layers(weight: torch.Tensor) -> dict[str, list[qins.QINSLinear]]:
 def qins_peers(
     layers: dict[str, list[qins.QINSLinear]], inputs: list[torch.Tensor], isas: tuple[str, ...]
 ) -> dict[str, Callable[[int], object]]:
-    """Contestants that share layers, each a part of the rotation away from the others, so that none warms a cache."""
+    """Return contestants that share layers; offsets in the rotation keep one from warming the cache for another."""
 
     def run(x: torch.Tensor, isa: str, modules: list[qins.QINSLinear], part: float) -> Callable[[int], object]:
         def call(i: int) -> object:
@@ -172,13 +172,13 @@ def qins_peers(
 
 
 def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """Milliseconds by rows of x and contestant, printed as they come."""
+    """Return milliseconds by rows of x and contestant; print each table when it is done."""
     out_features, in_features = shape
     weight = torch.randn(out_features, in_features) * 0.02
     milliseconds: dict[int, dict[str, float]] = {}
     peers = {} if arguments.no_peers else installed_peers(weight)
     layers = qins_layers(weight)
-    # the very codes that log8 multiplies with: how an array is aligned changes a plain read by a sixth
+    # the same arrays that log8 multiplies with, since alignment changes the time of a plain read by a sixth
     codes = [layer.get_buffer("codes").numpy() for layer in layers["log8"]]
     for rows in arguments.rows:
         x = torch.randn(rows, in_features)
@@ -203,7 +203,7 @@ def race_shape(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[in
 
 
 def plot(milliseconds: dict[int, dict[str, float]], title: str, path: Path) -> None:
-    """Draw microseconds for a row of x against rows, a line a contestant."""
+    """Plot microseconds per row of x against rows, one line per contestant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -215,7 +215,7 @@ def plot(milliseconds: dict[int, dict[str, float]], title: str, path: Path) -> N
         ours = "log8" in name or "log9" in name or "golden" in name
         line = [1e3 * milliseconds[r][name] / r for r in rows]
         ax.plot(rows, line, "o-" if ours else "s--", label=name, linewidth=2 if ours else 1, markersize=4)
-    ax.set(xscale="log", yscale="log", xlabel="rows of x", ylabel="microseconds a row", title=title)
+    ax.set(xscale="log", yscale="log", xlabel="rows of x", ylabel="microseconds per row", title=title)
     ax.legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=120)
 

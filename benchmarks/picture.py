@@ -16,7 +16,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-# A bar of the picture; its row in the page's table of speed; its row in the table of fidelity.
+# Label of a bar; its row in the page's speed table; its row in the fidelity table.
 ROWS: tuple[tuple[str, str | None, str | None], ...] = (
     ("float32", "float32", None),
     ("bfloat16", "bfloat16", "bf16 model"),
@@ -27,7 +27,7 @@ ROWS: tuple[tuple[str, str | None, str | None], ...] = (
 SPEED, FIDELITY = "Speed", "Fidelity"
 # A peer that generate.py leaves out where it is not installed.
 OPTIONAL, NOT_MEASURED = "llama.cpp Q8_0", "not measured"
-# Title of a panel; section and column of the page; what is better.
+# Title of a panel; section and column of the page; which direction is better.
 PANELS = (
     ("Weights, GB", SPEED, "weights GB", "less"),
     ("Decode, tokens/s", SPEED, "decode tokens/s", "more"),
@@ -36,7 +36,7 @@ PANELS = (
 )
 
 _OURS, _OTHERS = "#3b8ed0", "#98a1ab"  # readable on light and on dark paper
-_INK, _PAPER = "#010203", "#fdfcfb"  # stand for the theme's colors until the SVG is written
+_INK, _PAPER = "#010203", "#fdfcfb"  # placeholders, replaced by the theme's colors in the SVG
 _STYLE = (
     "<style>:root{color:#1d2126}.paper{fill:#ffffff}"
     "@media (prefers-color-scheme:dark){:root{color:#e4e7ea}.paper{fill:#14181d}}</style>"
@@ -71,7 +71,7 @@ def figures(page: str) -> list[list[str]]:
         cells = []
         for label, fast, close in ROWS:
             name = fast if section == SPEED else close
-            if name is None:  # float32 is what the others are compared with
+            if name is None:  # float32 is the reference of the fidelity table
                 cells.append("0" if section == FIDELITY and label == "float32" else "")
                 continue
             if name == OPTIONAL and name not in tables[section]:
@@ -129,7 +129,7 @@ def _draw_panel(axes: Any, cells: list[str], title: str, better: str) -> None:
 
 
 def _said(cell: str) -> str:
-    """Return the label of a cell: powers of ten in two digits."""
+    """Return the label of a cell; numbers in scientific notation get two digits."""
     if cell in ("", NOT_MEASURED):
         return cell or "as log8"
     return f"{float(cell):.1e}".replace("e-0", "e-") if "e" in cell else cell
