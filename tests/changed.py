@@ -1,7 +1,7 @@
-"""Print the test files of what changed: since a commit, HEAD by default, or not committed yet.
+"""Print the test files for the changes since a commit (HEAD by default), uncommitted changes included.
 
-A test file is of a module if it is in the directory of its room and named after it, or imports it by its full name. All
-tests of a room are of its modules that no test file is named after.
+A test file belongs to a module if it is in the directory of the module's room and named after it, or imports it by its
+full name. Modules that no test file is named after belong to all tests of their room.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def changed_files(since: str) -> set[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Full names of the package's modules that a file imports, or may import."""
+    """Return the full names of modules that a file imports, or may import."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What all tests share: a fixed number of threads, and every instruction set that runs here."""
+"""Shared fixtures: a fixed number of threads, and every instruction set that runs here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import qins
 
 
 class Hidden(importlib.abc.MetaPathFinder):
-    """Makes rooms as if they had been deleted."""
+    """Hides rooms as if they had been deleted."""
 
     def __init__(self, rooms: set[str]) -> None:
         self.rooms = rooms
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     room = config.getoption("room")
     if room is None:
         return
-    from layers import LEVELS, above  # not copied where only the core's tests are
+    from layers import LEVELS, above  # here, because copies of the core's tests alone lack this file
 
     rooms = [name for level in LEVELS for name in level]
     if room not in rooms:
@@ -50,7 +50,7 @@ def pytest_report_header() -> str:
     return f"qins: using {qins.isa()}; runs here: {', '.join(qins.isas())}; NOT RUN, not on this processor: {missing}"
 
 
-# `make test` runs the suite under each instruction set; what forces all of them need not run more than once.
+# `make test` runs the suite under each instruction set; tests that force all of them need to run only once.
 FORCED = qins.isas() if os.environ.get("QINS_ISA") in (None, qins.isas()[0]) else (qins.isa(),)
 
 
@@ -74,7 +74,7 @@ def _threads_as_they_were():
 
 @pytest.fixture(scope="session")
 def phi35_hub(tmp_path_factory):
-    """Environment of a local hub cache that has microsoft/Phi-3.5-mini-instruct: SmolLM2's weights as a Phi-3 model."""
+    """Environment with a local hub cache; its microsoft/Phi-3.5-mini-instruct is a Phi-3 with SmolLM2's weights."""
     import phi
 
     from qins.hf import find_model, load_causal_lm

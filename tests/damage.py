@@ -1,4 +1,4 @@
-"""What may be wrong with a checkpoint of golden codes."""
+"""Ways to damage a checkpoint of golden codes."""
 
 import torch
 

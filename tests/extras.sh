@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What a new user does, on a machine where nothing is cached: the README's first command in a clean clone, then the command
-# line in the environment which that made, of .[all] and nothing else. And environments of each other extra alone, which do
-# what they promise and name the missing extra for the rest.
-# Needs a git checkout; what is not committed is left out, as in any clone.
+# Follows a new user on a machine where nothing is cached: runs the README's first command in a clean clone, then the
+# command line in the resulting environment of .[all]. Then, for each other extra alone, checks that its features work and
+# that the others name the missing extra.
+# Needs a git checkout; uncommitted changes are ignored, as in any clone.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 PYTHON=${PYTHON:-python3}
-# packages that were downloaded once are not what this is about
+# downloaded packages may stay cached
 PIP_CACHE_DIR=$("$PYTHON" -m pip cache dir)
 export PIP_CACHE_DIR PIP_DISABLE_PIP_VERSION_CHECK=1
 mkdir "$work/home"
@@ -25,13 +25,13 @@ tail -n 3 "$work/demo.log"
 bin="$work/clone/.venv/bin"
 smollm2="$work/cache/SmolLM2-135M-Instruct"
 cd "$work"
-expect() { # expect TEXT COMMAND...: the command succeeds and prints the text
+expect() { # expect TEXT COMMAND...: the command must succeed and print the text
     local text=$1 printed
     shift
     printed=$("$@" 2>"$work/stderr") || { echo "FAILED: $*"; echo "$printed"; cat "$work/stderr"; exit 1; }
     grep -qF -- "$text" <<<"$printed" || { echo "FAILED: $* printed no '$text':"; echo "$printed"; exit 1; }
 }
-refuse() { # refuse TEXT COMMAND...: the command fails, with this text and no traceback
+refuse() { # refuse TEXT COMMAND...: the command must fail, with this text and no traceback
     local text=$1 printed
     shift
     if printed=$("$@" 2>&1 </dev/null); then echo "FAILED: succeeded: $*"; exit 1; fi
@@ -54,7 +54,7 @@ expect "Paris" "$bin/python" -c "
 from transformers import pipeline
 print(pipeline('text-generation', '$work/out')('The capital of France is', max_new_tokens=4, do_sample=False))"
 
-make_venv() { # make_venv NAME: a new environment, and the name of its programs' directory in \$bin
+make_venv() { # make_venv NAME: make an environment, and set bin to its directory of programs
     bin="$work/$1/bin"
     "$PYTHON" -m venv "$work/$1"
 }

@@ -9,6 +9,6 @@ LEVELS: list[list[str]] = [level.split(" | ") for level in ast.literal_eval(_LIN
 
 
 def above(room: str) -> set[str]:
-    """The rooms that this one may not import."""
+    """Return the rooms that this one may not import."""
     at = next(i for i, level in enumerate(LEVELS) if room in level)
     return {other for level in LEVELS[:at] for other in level}

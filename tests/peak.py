@@ -1,4 +1,4 @@
-"""The most memory that some lines of Python take, by the kernel's high-water mark, in a process of their own."""
+"""Peak memory of lines of Python, by the kernel's high-water mark, in a process of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ print(peak_resident_bytes() - before, sum(t.nbytes for t in tensors))
 
 
 def peak_memory(warm_up, lines, *arguments):
-    """Run `lines` after `warm_up`, which imports what they need; return bytes at the peak, and of their `tensors`."""
+    """Run `lines` after `warm_up`, which imports what they need; return peak bytes and the bytes of their `tensors`."""
     code = _BEFORE.format(warm_up=warm_up, lines=lines)
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,7 @@ def peak_memory(warm_up, lines, *arguments):
 
 
 def peak_while_loading(model, sizes, path):
-    """Of `from_pretrained` with a QinsConfig; `sizes` make a small model of the class to warm up with."""
+    """Return `peak_memory` of `from_pretrained` with a QinsConfig; the class is warmed up on a model of `sizes`."""
     warm_up = f"import transformers\nmodel = transformers.{model}\nqins.convert(model(model.config_class(**{sizes!r})))"
     lines = """
 model = model.from_pretrained(sys.argv[1], quantization_config=qins.QinsConfig())

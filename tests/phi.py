@@ -1,4 +1,4 @@
-"""A Phi-3 model with SmolLM2's weights, saved where the hub's cache would have microsoft/Phi-3.5-mini-instruct."""
+"""A Phi-3 model with SmolLM2's weights, saved in place of microsoft/Phi-3.5-mini-instruct in a hub cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = [
 
 
 def from_llama(llama):
-    """Return the Phi3ForCausalLM that computes what `llama` computes: q, k, v and gate, up joined."""
+    """Return a Phi3ForCausalLM that computes the same as `llama`, with q, k, v fused, and gate and up fused."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     c = llama.config

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests that need NumPy alone, with every CPython from 3.10 to 3.14 that is found, in the PATH or by pyenv, each in an
-# environment of its own; says which were not found.
+# Runs the tests that need only NumPy with every CPython from 3.10 to 3.14 found in PATH or by pyenv, each in its own
+# environment; prints the versions that were not found.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -8,7 +8,7 @@ trap 'rm -rf "$work"' EXIT
 cp "$here"/tests/{conftest,reference}.py "$here"/tests/codec/test_{array,feedback,ways}.py "$work"
 cp -r "$here/pyproject.toml" "$here/setup.py" "$here/MANIFEST.in" "$here/README.md" "$here/LICENSE" "$here/python" "$here/qins_ext" "$work/"
 rm -f "$work"/python/qins/*.so
-find_python() { # find_python VERSION: the path of one that runs
+find_python() { # find_python VERSION: print the path of one that works
     local candidate
     for candidate in "$(command -v "python$1" || true)" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
         if [ -n "$candidate" ] && "$candidate" -c 'import ensurepip, ctypes' 2>/dev/null; then
@@ -25,7 +25,7 @@ for version in 3.10 3.11 3.12 3.13 3.14; do
     fi
     echo "== NumPy suite, CPython $version"
     "$python" -m venv "$work/$version"
-    # no constraints: an old Python has its own last releases
+    # no constraints: for an old Python, the last releases of packages are older
     pip=("$work/$version/bin/pip" install --quiet --disable-pip-version-check)
     "${pip[@]}" numpy pytest hypothesis ml_dtypes
     "${pip[@]}" "$work"

@@ -1,4 +1,4 @@
-"""The formats in float64 NumPy: slow and obvious. Everything else is compared with this."""
+"""The formats in float64 NumPy, slow and obvious: the reference for everything else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def log8_levels(mu: float) -> np.ndarray:
 
 
 def log8_scale(fields: dict, group_size: int | None, shape: tuple[int, int]) -> np.ndarray:
-    """S of every weight, in float32 as the format says."""
+    """S of every weight, in float32 as the format specifies."""
     s = np.asarray(fields["scale"], np.float32)[:, None] * np.ones(shape, np.float32)
     if group_size:
         multiplier = (fields["group_scale"].astype(np.float32) + np.float32(1)) / np.float32(256)
@@ -28,7 +28,7 @@ def decode_log8(fields: dict, group_size: int | None = None) -> np.ndarray:
 
 
 def nearest_log8(w: np.ndarray, scale: np.ndarray, mu: float) -> np.ndarray:
-    """Codes of the nearest values, and how far (in levels' spacing) each weight is from a tie."""
+    """Codes of the nearest values."""
     f = log8_levels(mu).astype(np.float64)
     middle = (f[1:] + f[:-1]) / 2
     r = np.abs(w.astype(np.float64)) / np.where(scale > 0, scale, 1).astype(np.float64)
@@ -37,7 +37,7 @@ def nearest_log8(w: np.ndarray, scale: np.ndarray, mu: float) -> np.ndarray:
 
 
 def encode_golden(w: np.ndarray) -> dict:
-    """The seed's rule, correctly rounded."""
+    """The seed's encoding, correctly rounded."""
     a = np.abs(w.astype(np.float64))
     large = a > np.float64(np.float32(1e-8))
     sign = np.where(w < 0, -1, 1).astype(np.int8)
@@ -61,7 +61,7 @@ def decode_golden(f: dict) -> np.ndarray:
 
 
 def encode_rational(w: np.ndarray, alpha: float, z_min: float, z_max: float) -> np.ndarray:
-    """Codes of the nearest |z|, in the given range; ties and rounding aside."""
+    """Codes of the nearest |z| in the given range, except for ties and rounding."""
     z = 1 / (1 + alpha * np.abs(w.astype(np.float64)))
     m = np.rint((z_max - z) / (z_max - z_min) * 127) if z_max > z_min else np.zeros(w.shape)
     return (np.clip(m, 0, 127).astype(np.uint8) | (w < 0).astype(np.uint8) << 7).astype(np.uint8)
@@ -79,9 +79,9 @@ def snr_db(w: np.ndarray, q: np.ndarray) -> float:
 
 
 def feedback_targets(w: np.ndarray, values: np.ndarray, gram: np.ndarray, damping: float) -> np.ndarray:
-    """What each weight should have been rounded to, given the values that those before it got (GPTQ, as published).
+    """Target that each weight should be rounded to, given the rounded values of the columns before it (published GPTQ).
 
-    After each column is rounded, the inverse of the second moments spreads its error over those that are left.
+    After each column is rounded, the inverse of the second moments spreads its error over the remaining columns.
     """
     h = gram.astype(np.float64)
     order = np.argsort(-h.diagonal(), kind="stable")

@@ -1,4 +1,4 @@
-"""Tiny models in the 8 and 4 bit formats that models are released in, and their floats, by arithmetic of its own."""
+"""Tiny models in the 8- and 4-bit formats of released models, and their floats, computed independently of qins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def _spread(per_block, block, shape):
-    """A number for every weight, of those for every block."""
+    """Repeat one number per block to one number per weight."""
     h, w = block
     return np.repeat(np.repeat(per_block, h, 0), w, 1)[: shape[0], : shape[1]]
 
@@ -28,7 +28,7 @@ def _floats(numbers, scale, block):
 
 
 def fp8(name, w, rng, block):
-    """quant_method fp8: one factor a block, or one for all."""
+    """quant_method fp8: one scale per block, or one per tensor."""
     codes = (w * 1000).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = _scales(rng, block or w.shape, w.shape, torch.float32)
     stored = {name: codes, f"{name}_scale_inv": scale if block else scale.reshape(())}
@@ -43,7 +43,7 @@ def compressed_fp8(name, w, rng, block, dtype=torch.bfloat16):
 
 
 def integers(name, w, rng, bits, block, symmetric, dtype=torch.bfloat16):
-    """Integers, their zero points, what they stand for, and the scales."""
+    """Integers, their zero points, the dequantized floats, and the scales."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     numbers = torch.from_numpy(rng.integers(low, high + 1, tuple(w.shape))).to(torch.int8)
     scale = _scales(rng, block, w.shape, dtype)
@@ -74,7 +74,7 @@ def packed(name, w, rng, bits, block, symmetric=True):
 
 
 def mxfp4(name, w, rng):
-    """GPT-OSS' stacks: (matrices, rows, blocks, 16) bytes of two numbers, and an exponent a block."""
+    """GPT-OSS' stacks: (matrices, rows, blocks, 16) bytes of two numbers each, and one exponent per block."""
     matrices, columns, rows = w.shape
     blocks = rng.integers(0, 256, (matrices, rows, columns // 32, 16)).astype(np.uint8)
     scales = rng.integers(112, 122, blocks.shape[:3]).astype(np.uint8)
@@ -85,7 +85,7 @@ def mxfp4(name, w, rng):
 
 
 def weights(args, **more):
-    """The quantization_config of compressed-tensors with one group."""
+    """Return a quantization_config of compressed-tensors with one group."""
     group = {"targets": ["Linear"], "weights": {"type": "int", "num_bits": 8, "symmetric": True} | args}
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"],
             "quantization_status": "compressed"} | more  # fmt: skip
@@ -135,13 +135,13 @@ NAMES = {
 
 
 def released(directory, model, name, change=lambda state, about: None):
-    """Save a model with its linear layers, or its experts, in a format, and the same in floats.
+    """Save a model with its linear layers, or its experts, in a released format, and the same values as floats.
 
     Args:
-        directory: where "released" and "float" go.
-        model: which has weights at random.
-        name: of FORMATS.
-        change: what to do to the tensors and the quantization_config before they are written.
+        directory: gets the directories "released" and "float".
+        model: a model with random weights.
+        name: a key of FORMATS.
+        change: changes the tensors and the quantization_config in place before they are written.
 
     """
     about, store = FORMATS[name]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds an sdist, checks that only qins_ names leave the extension, installs it into a fresh environment and uses it.
+# Builds an sdist, installs it into a fresh environment and uses it; checks that the extension exports only qins_ names.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)

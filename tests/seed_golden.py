@@ -1,4 +1,4 @@
-"""The arithmetic of the prototype (seed) for golden, in float32 as it ran: what tests and benchmarks compare with."""
+"""The prototype's (seed's) float32 arithmetic for golden, for comparison in tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of the documentation run, its pages and links are there, and its figures agree."""
+"""Documentation: its examples run, its pages and links exist, and its figures agree."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ measured = pytest.mark.skipif(not (DOCS.is_dir() and BENCHMARKS.is_dir()), reaso
 
 @measured
 def test_the_measured_page_is_its_generators():
-    """The words of docs/measurements.md are those of benchmarks/measurements.py; only figures differ between runs."""
+    """The text of docs/measurements.md is that of benchmarks/measurements.py; only figures differ between runs."""
     tree = ast.parse((BENCHMARKS / "measurements.py").read_text("utf-8"))
     page = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "page")
     text = next(n.value for n in ast.walk(page) if isinstance(n, ast.Return) and isinstance(n.value, ast.JoinedStr))
@@ -129,6 +129,6 @@ def test_the_readmes_table_is_of_the_measured_page():
 @pytest.mark.long
 @pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
 def test_benchmarks_start(script):
-    """Each finds what it imports, which includes helpers of the tests."""
+    """Each script finds its imports, including helpers of the tests."""
     run = subprocess.run([sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True)
     assert (run.returncode, run.stdout[:6]) == (0, "usage:"), run.stderr

@@ -1,4 +1,4 @@
-"""Importing, choosing instruction sets and threads, the command line."""
+"""Imports, the choice of instruction set and threads, and the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package's rooms: what they may import from one another, and every name that it had before it had rooms."""
+"""The package's rooms: what they may import from one another, and names from before the rooms existed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODULES = {
 
 
 def imports(module: str) -> Iterator[tuple[str, str]]:
-    """The package's own modules that a module imports, each with the name."""
+    """Yield the package's modules that a module imports, each with the imported name."""
     path = MODULES[module]
     tree = ast.parse(path.read_text())
     typing = {
@@ -55,7 +55,7 @@ def test_what_is_taken_from_another_room_is_what_it_exports(module):
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_tests_import_no_room_above_theirs(path):
-    """What `make test-rooms` would find minutes later."""
+    """Find early what `make test-rooms` would find minutes later."""
     hidden = above(path.parent.name)
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -73,7 +73,7 @@ def test_every_room_has_what_it_exports():
 
 
 def test_no_circle_of_modules():
-    """None at all, those that imports inside functions would hide included."""
+    """No import cycles, not even ones that imports inside functions hide."""
     edges = {m: {o for o, name in imports(m) if o != m and name != "_core"} for m in MODULES}
     while True:
         leaves = [m for m, targets in edges.items() if not targets & set(edges)]
@@ -84,7 +84,7 @@ def test_no_circle_of_modules():
     assert not edges, f"circles among {sorted(edges)}"
 
 
-# The modules whose names rooms have now, and what they held.
+# Former modules that became rooms of the same name, and the names in them.
 BECAME_ROOMS = {
     "calibration": ["CalibratedModule", "CalibrationReport", "Choice", "Store", "calibrate", "choose_codes"],
     "checkpoint": ["quantize_checkpoint"],

@@ -47,8 +47,8 @@ def test_signal_to_noise(loaded, codec, group, least):
     assert 10 * math.log10(signal / noise) >= least
 
 
-# Measured over 2,044 predictions: mean KL 1.1e-2 (golden), 3.3e-3 (log8, one scale a row) and 2.3e-3 (log8/128);
-# teacher-forced greedy agreement, which is `top1`, 95.5, 97.5 and 98.0 %. The limits leave room for another BLAS.
+# Measured over 2,044 predictions: mean KL 1.1e-2 (golden), 3.3e-3 (log8, per row) and 2.3e-3 (log8/128);
+# teacher-forced greedy agreement, which is `top1`: 95.5, 97.5 and 98.0 %. The limits leave room for another BLAS.
 @pytest.mark.parametrize(
     ("codec", "group", "kl", "agree"),
     [("golden", None, 1.6e-2, 0.94), ("log8", None, 5e-3, 0.96), ("log8", 128, 4e-3, 0.96)],
@@ -62,7 +62,7 @@ def test_next_tokens(loaded, ids, codec, group, kl, agree):
     assert f.kl_mean < kl
     assert f.top1 > agree
     assert abs(math.log(f.perplexity / f.reference_perplexity)) < 0.02
-    # free-running: honest models part ways at some point; both must answer the question the same way
+    # free-running: correct models may diverge at some point, but both must begin the answer the same way
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     a, _ = metrics.greedy(reference, prompt, 24)
     b, _ = metrics.greedy(model, prompt, 24)
@@ -85,7 +85,7 @@ def test_log9_computes_as_golden(loaded, ids):
 
 
 def test_fused_and_decoded_paths_agree(loaded, ids):
-    """Eight tokens at a time take the fused kernels; the same through decoded tiles."""
+    """Eight tokens at a time run through the fused kernels, and again through dequantized tiles."""
     model = copy.deepcopy(loaded[0])
     qins.convert(model)
     before = dict(ops._fused_rows)
@@ -103,7 +103,7 @@ def test_fused_and_decoded_paths_agree(loaded, ids):
 
 @pytest.mark.parametrize("group", [None, 128])
 def test_products_of_real_activations(loaded, ids, group):
-    """Every layer, against float64; some activations of the first token are a thousand times the others."""
+    """Compare every layer with float64; some activations of the first token are a thousand times the others."""
     seen = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][0]}))
@@ -134,7 +134,7 @@ def test_a_shuffled_layer_is_noticed(loaded, ids):
 @pytest.mark.long
 @pytest.mark.once
 def test_calibration(tmp_path):
-    """On text that calibration has not seen: far closer than Q8_0 with fewer bits; and no worse on another kind."""
+    """On unseen text, calibrated codes are far closer than Q8_0 with fewer bits; on another kind of text, no worse."""
     text, path = metrics.sample_text(), find_model()
     second_half = Calibration(text[len(text) // 2 :], 4096)
     result = quantize_checkpoint(path, tmp_path / "out", calibration=second_half)

@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, and what tests ask of them."""
+"""Tiny random models of many architectures, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ MODELS = {
 def make(name, seed=0):
     torch.manual_seed(seed)
     model = MODELS[name]().eval()
-    for key, p in model.named_parameters():  # some initialize biases to zero, which would hide a lost one
+    for key, p in model.named_parameters():  # some biases start at zero, which would hide a lost one
         if key.endswith("bias"):
             nn.init.normal_(p, std=0.02)
     return model
@@ -91,7 +91,7 @@ def outputs(model):
 
 
 def with_decoded_weights(original, quantized):
-    """The float model, its weights untied where they are codes, that holds the values of the codes."""
+    """Return the float model with the dequantized weights; weights that became codes are untied."""
     decoded = copy.deepcopy(original)
     for name, module in quantized.named_modules():
         target = decoded.get_submodule(name)
@@ -132,7 +132,7 @@ for architecture, path in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def without_qins(*models):
-    """What becomes of checkpoints where qins is not installed: of (class, directory)."""
+    """Load checkpoints, given as (class, directory), without qins; return the outcome of each."""
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     arguments = [str(a) for model in models for a in model]
     command = [sys.executable, "-c", WITHOUT_QINS, *arguments]

@@ -17,7 +17,7 @@ class Layer(nn.Module):
         self.up_proj, self.down_proj = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
 
     def forward(self, x):
-        # normalized after each sum, so that a random model's token outweighs what the layers add to it
+        # normalized after each sum, so that the token outweighs what the random layers add to it
         q, k, v = (p(x).unflatten(-1, (HEADS, -1)).transpose(-2, -3) for p in (self.q_proj, self.k_proj, self.v_proj))
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = self.norm1(x + self.o_proj(attended.transpose(-2, -3).flatten(-2)))
@@ -45,7 +45,7 @@ class ToyModel(nn.Module):
 
 @torch.no_grad()
 def greedy(model, prompt, steps, context=64):
-    """Tokens of greedy decoding; the model sees the last `context` of them."""
+    """Return the tokens of greedy decoding; the model sees the last `context` tokens."""
     ids = list(prompt)
     for _ in range(steps):
         ids.append(int(model(torch.tensor([ids[-context:]]))[0, -1].argmax()))

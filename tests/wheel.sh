@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds a wheel, makes it run on other Linux distributions with auditwheel, and runs the NumPy tests with it in a fresh
-# environment, as on a machine that has no compiler.
+# Builds a wheel, repairs it with auditwheel for other Linux distributions, and runs the NumPy tests with it in a fresh
+# environment without a compiler.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)

@@ -1,4 +1,4 @@
-"""Calibrating models: which codes are kept, what is refused, rounds, resuming, and checkpoints."""
+"""Calibration of models: which codes are kept, what is rejected, rounds, resuming, and checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batches(tokens=1024, seed=0):
 
 
 class Net(nn.Module):
-    """Two layers that share their input, one that follows, one that is never used, one that is used twice."""
+    """Two layers with a shared input, one that follows, one that is never used, and one that is used twice."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def recorded_inputs(model, data):
-    """What each linear layer of a model is given, all tokens together, in float64."""
+    """Return the inputs of each linear layer of a model, all tokens concatenated, in float64."""
     seen = {}
     hooks = [
         m.register_forward_hook(lambda _m, a, _y, n=n: seen.setdefault(n, []).append(a[0].detach().flatten(0, -2)))
@@ -59,7 +59,7 @@ def recorded_inputs(model, data):
 
 @pytest.mark.parametrize("room", [1, 48 * 48 * 4 + 1, 1 << 30])
 def test_layers_get_the_codes_of_their_inputs(room):
-    """Whatever the rounds: statistics are those of the float model."""
+    """The number of rounds does not matter: statistics come from the float model."""
     model, data = Net(), batches()
     text = split(data)
     x = recorded_inputs(model, text.batches)
@@ -88,7 +88,7 @@ def test_deterministic():
 
 
 def test_sequential_sees_codes():
-    """Layers of later rounds are fitted to what the codes of earlier ones make of the text."""
+    """Layers of later rounds are fitted to activations of the quantized earlier layers."""
     parallel, sequential = Net(), Net()
     report = qins.calibrate(sequential, batches(), sequential=True, room=1)
     assert [m.name for m in report.converted] == ["a", "b", "c", "unused"]
@@ -98,7 +98,7 @@ def test_sequential_sees_codes():
 
 
 def test_a_layer_that_would_be_worse_keeps_the_nearest_codes():
-    """Calibrated on text that says the opposite of what is held out."""
+    """The calibration data and the held-out data contradict each other."""
     model = nn.Sequential(nn.Linear(32, 16))
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     v = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
@@ -144,7 +144,7 @@ def test_modes_and_hooks_stay():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures(name):
-    """Every layer that runs is calibrated, on what the model itself takes."""
+    """Every layer that runs is calibrated, from the model's own kind of input."""
     model = make(name)
     data = [{"input_ids": b} for b in batches()]
     if model.config.is_encoder_decoder:
@@ -153,7 +153,7 @@ def test_architectures(name):
     named = {m.name for m in report.converted}
     assert named == {n for n, m in model.named_modules() if isinstance(m, qins.QINSLinear)}
     reached = [m for m in report.converted if "not reach" not in m.kept]
-    assert len(reached) >= 0.8 * sum("visual" not in n for n in named)  # text does not reach what sees pictures
+    assert len(reached) >= 0.8 * sum("visual" not in n for n in named)  # text does not reach vision layers
     better = sum(m.error for m in reached) / max(sum(m.nearest_error for m in reached), 1e-30)
     assert not reached or better < 1
     assert outputs(model).isfinite().all()
@@ -162,7 +162,7 @@ def test_architectures(name):
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_rounds_do_not_matter(name, sequential, monkeypatch):
-    """A layer a round, with blocks passed over, gives what whole passes give, for every architecture."""
+    """One layer per round, with blocks skipped, gives the same codes as whole passes, for every architecture."""
     data = [{"input_ids": b} for b in batches(512)]
     one, other = make(name), make(name)
     if one.config.is_encoder_decoder:
@@ -181,12 +181,12 @@ def test_blocks_are_passed_over():
     first.register_forward_hook(lambda *_: calls.append(1))
     data = batches()
     qins.calibrate(model, data, room=1)
-    # five rounds begin with the first block; in the sixth the order is learned, and leaving it out is checked
+    # five rounds begin with the first block; the sixth learns the order of blocks and checks that it can be skipped
     assert len(calls) == 5 * len(data) + 2
 
 
 def test_models_whose_blocks_share_more_run_whole():
-    """A block that looks at what the first one left elsewhere: passing over that one would be wrong."""
+    """A block reads state that the first block left elsewhere, so skipping the first block would be wrong."""
 
     class Block(nn.Module):
         def __init__(self, shared):

@@ -1,4 +1,4 @@
-"""Plans: estimates against what is measured, the best choice against all of them, and checkpoints made by one."""
+"""Plans: estimates against measurements, the allocation against exhaustive search, and planned checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def linear_layers(model):
 
 
 def test_sensitivities_predict_divergence():
-    """Noise on one layer's output, small enough for second order, against the divergence that it causes."""
+    """Compare the estimate with the divergence caused by noise on one layer's output, small enough for second order."""
     model, batches = model_and_batches()
     layers = linear_layers(model)
     found = sensitivities(model, layers, batches)
@@ -66,7 +66,7 @@ def test_hull():
 
 
 def test_allocation_is_the_best_that_fits(rng):
-    """Against every combination, on problems small enough to try them all."""
+    """Compare with an exhaustive search on small problems."""
     for _ in range(20):
         found = {}
         for i in range(5):
@@ -81,15 +81,15 @@ def test_allocation_is_the_best_that_fits(rng):
             if sum(o.bits for o in combination) <= 5 * 8.12
         )
         step = max(a.kld - b.kld for o in found.values() for a, b in itertools.pairwise(hull(o)))
-        assert plan.kld <= best + step  # what does not fit whole is left
+        assert plan.kld <= best + step  # a step that does not fit is not taken
         enough = allocate(found, weights, target_kld=plan.kld)
         assert enough.kld <= plan.kld
-        assert enough.bits <= plan.bits + 0.05  # the last step may be too much of a good thing
+        assert enough.bits <= plan.bits + 0.05  # the last step may overshoot
 
 
 def test_plan_and_calibrate():
     model, batches = model_and_batches()
-    with torch.no_grad():  # a layer that hardly matters, and one that matters much
+    with torch.no_grad():  # an insensitive layer, and a sensitive one
         model.model.layers[0].mlp.down_proj.weight.mul_(1e-4)
         model.model.layers[1].mlp.down_proj.weight.mul_(10)
     plan = qins.plan(model, batches, target_bits=8.6)

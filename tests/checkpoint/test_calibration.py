@@ -1,4 +1,4 @@
-"""Calibrating checkpoints: the same codes as while loading, and resuming what was killed."""
+"""Calibration of checkpoints: the same codes as while loading, and resumption after a kill."""
 
 from __future__ import annotations
 
@@ -107,6 +107,6 @@ def test_killed_and_resumed(source, tmp_path):
         assert done >= seen or not (out / "qins-calibration").exists()
         seen = done
     assert kills > 0
-    # one that was not killed in time has finished, and a finished one is not begun again
+    # a run that was not killed in time has finished, and a finished one cannot be started again
     assert (start(out).wait() == 0) == (kills == 3)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == expected

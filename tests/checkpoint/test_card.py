@@ -1,4 +1,4 @@
-"""The card of a model in codes: beside what `qins quantize` writes, and in what push_to_hub uploads."""
+"""The card of a quantized model: written by `qins quantize`, and uploaded by push_to_hub."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_originals_without_a_head(source, tmp_path, original):
 
 
 def test_of_the_hub(source, tmp_path, monkeypatch):
-    """The base model is what was asked for, not what the original's card calls its own base."""
+    """The base model is the requested one, not the base model in the original's card."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(source))
     quantize_checkpoint("some/tiny", tmp_path / "out")
     head, text = parts((tmp_path / "out" / "README.md").read_text())
@@ -111,7 +111,7 @@ def test_a_card_that_somebody_wrote_stays(source, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as an upload of small files needs; it keeps what it is sent."""
+    """A minimal hub for uploads of small files; it keeps what it receives."""
 
     protocol_version = "HTTP/1.1"
 

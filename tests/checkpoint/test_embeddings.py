@@ -116,7 +116,7 @@ def test_matrix(tmp_path, name, embeddings):
         assert torch.equal(two.generate(ids, **kwargs), quantized.generate(ids, **kwargs))
     assert not qins.inspect(tmp_path / "one").problems
     assert not qins.memory_report(two).problems
-    # casts and copies keep what is shared
+    # casts and copies keep shared codes shared
     half = copy.deepcopy(two).bfloat16()
     if embeddings and name in TIED:
         assert half.get_output_embeddings().codes.data_ptr() == half.get_input_embeddings().codes.data_ptr()
@@ -179,7 +179,7 @@ def same_outputs(quantized, original):
 @pytest.mark.parametrize("how", ["in place", "while loading", "on disk"])
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_embeddings(tmp_path, name, how):
-    """Gemma's and Bart's multiply what they look up; Gemma's round the factor to the weight's dtype first."""
+    """Gemma's and Bart's embeddings scale their rows; Gemma's round the factor to the weight's dtype first."""
     model = SCALED[name]()
     cls, dtype = type(model), model.dtype
     model.save_pretrained(tmp_path / "float")
@@ -213,7 +213,7 @@ def test_scaled_embeddings(tmp_path, name, how):
     files = [(tmp_path / d / "model.safetensors").stat().st_size for d in ("float", "one")]
     assert files[1] < files[0] * (0.45 if dtype == torch.float32 else 0.7)
     assert not qins.inspect(tmp_path / "one").problems
-    # other dtypes, and floats again
+    # other dtypes, and back to floats
     for other in (torch.bfloat16, torch.float32):
         if how == "in place" and dtype == torch.float32:
             same_outputs(copy.deepcopy(two).to(other), copy.deepcopy(model).to(other))

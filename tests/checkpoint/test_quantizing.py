@@ -1,4 +1,4 @@
-"""qins quantize: checkpoints converted on disk."""
+"""qins quantize: conversion of checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def tree(path):
 
 
 def same_files(one, other, name):
-    """Byte for byte the file that save_pretrained writes."""
-    if name == "bert" and transformers.__version__.startswith("5.0"):  # which saves its norms as gamma and beta
+    """Check that the file equals that of save_pretrained byte for byte."""
+    if name == "bert" and transformers.__version__.startswith("5.0"):  # it saves BERT's norms as gamma and beta
         return
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     configs = [json.loads((d / "config.json").read_text()) for d in (one, other)]
@@ -75,7 +75,7 @@ def same_as_in_process(tmp_path, model, config):
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("codec", ["log8", "golden"])
 def test_experts(tmp_path, name, codec):
-    """Experts that a checkpoint has one by one, or stacked, or stacked and turned."""
+    """Experts stored one by one, stacked, or stacked and transposed."""
     result = same_as_in_process(tmp_path, moe(name), {"codec": codec})
     assert result["layers"] == {"mixtral": 2 * 6, "qwen2_moe": 2 * 9, "gpt_oss": 2 * 6, "llama4": 2 * 9}[name]
 
@@ -158,7 +158,7 @@ def test_checksums(tmp_path, how):
     assert not report.problems
     told = json.loads((out / "config.json").read_text())["quantization_config"]
     assert told["source"] == (None if how == "in place" else fingerprint([tmp_path / "float" / "model.safetensors"]))
-    # one bit of one code, and one of a norm: the file is sound, and only the checksums tell
+    # flip one bit of a code, and one of a norm: the file stays well-formed, and only the checksums detect it
     for key in ("model.layers.1.mlp.up_proj.codes", "model.norm.weight"):
         damaged = {k: t.clone() for k, t in state.items()}
         damaged[key].view(torch.uint8)[3] ^= 16
@@ -167,7 +167,7 @@ def test_checksums(tmp_path, how):
         assert len(problems) == 1
         assert f"model.safetensors: {key}: expected checksum" in problems[0]
     save_file(state, out / "model.safetensors", {"format": "pt"})
-    # of a model that has changed they are new
+    # a changed model is saved with new checksums
     changed = qins.load(out)
     changed.model.norm.weight.data += 1
     changed.save_pretrained(tmp_path / "changed")
@@ -189,7 +189,7 @@ def test_fingerprint(tmp_path):
 
 
 def write_gguf(path, model, kind):
-    """A Llama model as llama.cpp's converter writes it: its names, and query and key with the halves interleaved."""
+    """Write a Llama model as llama.cpp's converter does: its names, and the halves of query and key interleaved."""
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -221,11 +221,11 @@ def test_gguf(tmp_path, kind):
     gguf = pytest.importorskip("gguf")
     model = make("llama")
     write_gguf(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[kind])
-    (tmp_path / "another.gguf").write_bytes(b"GGUF")  # what lies beside it does not matter
+    (tmp_path / "another.gguf").write_bytes(b"GGUF")  # files beside it do not matter
     quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     loaded = qins.load(tmp_path / "out")
     assert isinstance(loaded, transformers.LlamaForCausalLM)
-    # the same as of the float model that transformers makes of the file
+    # the same codes as from the float model that transformers loads from the file
     original = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -247,7 +247,7 @@ def test_gguf(tmp_path, kind):
 
 @pytest.fixture
 def source(tmp_path):
-    """A sharded checkpoint with a tokenizer's file beside it."""
+    """A sharded checkpoint with a tokenizer file."""
     path = tmp_path / "float"
     make("llama").save_pretrained(path, max_shard_size="60KB")
     (path / "tokenizer.json").write_text("{}")
@@ -358,9 +358,9 @@ def test_faults_leave_no_half_written_shard(source, tmp_path, fault):
     names = list(tree(tmp_path / "out")) if (tmp_path / "out").exists() else []
     assert not any(n.endswith(".tmp") for n in names)
     assert "config.json" not in names
-    # repaired, it goes on, and the result is that of an undisturbed run
+    # after a repair the conversion resumes, with the result of an undisturbed run
     shard.write_bytes(before[shard.name])
-    if fault == "nan":  # the source changed since it was begun
+    if fault == "nan":  # the source has changed since the conversion began
         with pytest.raises(FileExistsError, match="another source"):
             quantize_checkpoint(source, tmp_path / "out")
     quantize_checkpoint(source, tmp_path / "again")
@@ -381,7 +381,7 @@ c.quantize_checkpoint(sys.argv[1], sys.argv[2])
 
 @pytest.mark.long
 def test_kill_and_resume(source, tmp_path):
-    """Killed at twenty points: files under their final names are complete, and are not made again."""
+    """Killed at twenty points: files under their final names are complete, and are not written again."""
     quantize_checkpoint(source, tmp_path / "undisturbed")
     expected = tree(tmp_path / "undisturbed")
     out = tmp_path / "out"
@@ -412,10 +412,10 @@ def test_killed_before_the_first_file(source, tmp_path):
 
 
 def test_two_at_once(source, tmp_path):
-    """The second is told, the first is not disturbed, and of one that was killed no lock is left."""
+    """The second process gets an error, the first is not disturbed, and the lock of a killed one does not block."""
     quantize_checkpoint(source, tmp_path / "undisturbed")
     out = tmp_path / "out"
-    # until it is told to go on
+    # each write waits for a line of input
     command = [sys.executable, "-c", _SLOW.replace("time.sleep(0.004)", "sys.stdin.readline()"), str(source), str(out)]
 
     def started():
@@ -426,7 +426,7 @@ def test_two_at_once(source, tmp_path):
         return process
 
     process = started()
-    with process:  # and then close its input
+    with process:  # closes its input at the end, so that it goes on
         with pytest.raises(BlockingIOError, match=r"out: another process is converting into it"):
             quantize_checkpoint(source, out)
         assert list(out.glob("*.safetensors")) == []
@@ -442,7 +442,7 @@ def test_two_at_once(source, tmp_path):
 
 
 def test_a_lock_whose_file_goes(tmp_path):
-    """Of many that come and go, one at a time holds it, though each removes the file."""
+    """Only one of many threads holds the lock at a time, although each removes the file when it is done."""
     held, most = [], []
 
     def hold(i):
@@ -509,9 +509,9 @@ tensors = []
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_peak_memory(tmp_path, calibrated):
-    """400 MB of float32 in one file: the peak is that of a few tensors; with calibration, of a few of the statistics.
+    """400 MB of float32 in one file: the peak is a few tensors; with calibration, a few layers' statistics.
 
-    Those of down_proj are 2048 x 2048, 17 MB in float32.
+    The statistics of down_proj are 2048 x 2048, 17 MB in float32.
     """
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=1024, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8
@@ -560,7 +560,7 @@ def test_command_line(source, tmp_path):
     ],
 )
 def test_faults_of_the_source(source, tmp_path, fault, message):
-    """Each has its error, and both the source and what was written before are left as they are."""
+    """Each fault has its error; the source is unchanged, and no half-written file or config.json is left."""
     shards = sorted(source.glob("*.safetensors"))
     if fault == "swapped":
         shards[0].rename(source / "x")
@@ -577,7 +577,7 @@ def test_faults_of_the_source(source, tmp_path, fault, message):
         save_file(state, shards[1], {"format": "pt"})
     else:
         content = bytearray(shards[1].read_bytes())
-        content[9] ^= 0x10  # a letter of the header
+        content[9] ^= 0x10  # a character of the header
         shards[1].write_bytes(content)
     before = tree(source)
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
@@ -590,7 +590,7 @@ def test_faults_of_the_source(source, tmp_path, fault, message):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, and a function that remounts it with other options."""
+    """The directory of a small file system, and a function that remounts it with other options."""
     path = tmp_path / "disk"
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
@@ -605,7 +605,7 @@ def test_full_disk(source, tmp_path, small_disk, monkeypatch):
     (disk / "mine.txt").write_text("precious")
     with pytest.raises(OSError, match="needs .* bytes, the disk has"):
         quantize_checkpoint(source, disk / "out")
-    # somebody else fills it after it was looked at
+    # the disk fills up after the check of its free space
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1 << 40}))
         with pytest.raises(OSError, match="No space left on device"):
@@ -614,7 +614,7 @@ def test_full_disk(source, tmp_path, small_disk, monkeypatch):
     assert not any(n.endswith(".tmp") or n == "config.json" for n in names)
     assert (disk / "mine.txt").read_text() == "precious"
     remount("size=8m")
-    quantize_checkpoint(source, disk / "out")  # goes on
+    quantize_checkpoint(source, disk / "out")  # resumes
     quantize_checkpoint(source, tmp_path / "undisturbed")
     assert tree(disk / "out") == tree(tmp_path / "undisturbed")
 
@@ -629,7 +629,7 @@ def test_read_only_target(source, small_disk):
 
 
 def test_convolutions_are_called_so(tmp_path):
-    """Patches of pictures become vectors by one: four dimensions that are no experts."""
+    """A patch embedding is a convolution: its weight has four dimensions but is no stack of experts."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     vit = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
     vit.save_pretrained(tmp_path / "float")
@@ -653,7 +653,7 @@ def test_conv1d_in_place_is_reported():
 
 
 def test_hostile_quantization_config(tmp_path):
-    """Whatever a field of it is: the model loads, or the error names the field."""
+    """For any value of any field, the model loads, or the error names the field."""
     make("llama tied").save_pretrained(tmp_path / "float")
     out = tmp_path / "out"
     settings = {"overrides": {"*.down_proj": {"group_size": 64}}, "lm_head": True, "embeddings": True}
@@ -684,7 +684,7 @@ def test_hostile_quantization_config(tmp_path):
 
 
 def test_errors_of_conv1d_layers(tmp_path):
-    """Whose floats are (in_features, out_features), square ones among them."""
+    """Floats of Conv1D are (in_features, out_features); some are square."""
     make("gpt2").save_pretrained(tmp_path / "float")
     quantize_checkpoint(tmp_path / "float", tmp_path / "out")
     errors = qins.inspect(tmp_path / "out", tmp_path / "float").errors

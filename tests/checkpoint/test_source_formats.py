@@ -1,4 +1,4 @@
-"""Checkpoints released in 8 and 4 bits, converted on disk."""
+"""Checkpoints released in 8 and 4 bits: conversion on disk."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_refused(tmp_path, name, change, message):
 
 
 def test_groups_of_modules(tmp_path):
-    """The group that names a module counts before the one that names its class."""
+    """A group that targets a module takes precedence over one that targets its class."""
 
     def change(state, about):
         groups = about["config_groups"]
@@ -205,7 +205,7 @@ def test_calibrated(tmp_path, name, target):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_zero_points_of_few_rows(bits):
-    """All of which fit in one word."""
+    """All zero points of a column of blocks fit in one 32-bit word."""
     w = torch.zeros(4, 64)
     stored, want = packed("a.weight", w, np.random.default_rng(0), bits, (1, 32), symmetric=False)
     about = ScaledWeight("a.weight_packed", "a.weight_scale", "a.weight_zero_point", (4, 64), (1, 32), bits,

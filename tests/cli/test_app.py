@@ -1,4 +1,4 @@
-"""The command line: what it refuses, and how it says so."""
+"""The command line: wrong input and its error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run the command line as a shell does; returns (exit code, stdout, stderr with its line breaks as spaces)."""
+    """Run the command line as a shell does; return (exit code, stdout, stderr with line breaks replaced by spaces)."""
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["qins", *map(str, args)])

@@ -38,13 +38,13 @@ def model(tmp_path_factory):
 
 
 def continued(model, words, tokens):
-    """What the model says after these words, by hand."""
+    """Return the model's continuation of these words, computed by hand."""
     loaded = qins.load(model).eval()
     ids = [int(w[1:]) for w in words.split()]
     for _ in range(tokens):
         with torch.no_grad():
             ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == 2:  # the end
+        if ids[-1] == 2:  # end of sequence
             break
     return " ".join(f"w{i}" for i in ids[len(words.split()) :])
 
@@ -67,7 +67,7 @@ def test_sampling(model):
 
 
 def test_chat(model, tmp_path):
-    """Each question has all that was said before in view; an empty line ends it."""
+    """The model sees the whole conversation with each question; an empty line ends it."""
     talking = tmp_path / "model"
     shutil.copytree(model, talking)
     (talking / "chat_template.jinja").write_text(TEMPLATE)
@@ -127,7 +127,7 @@ def test_sampling_options(model):
     assert run(*drawn, "--seed", 1) == run(*drawn, "--seed", 1)
     assert run(*drawn, "--seed", 1) != run(*drawn, "--seed", 2)
     greedy = run(*drawn[:-2])
-    for option in (["--top-k", 1], ["--top-p", 0.0], ["--min-p", 1.0]):  # each leaves the most likely token only
+    for option in (["--top-k", 1], ["--top-p", 0.0], ["--min-p", 1.0]):  # each leaves only the most likely token
         assert run(*drawn, *option) == greedy
     assert run(*drawn[:-2], "--repetition-penalty", 100.0) != greedy
     with pytest.raises(ValueError, match="top-p: expected --temperature above 0 with it"):
@@ -140,7 +140,7 @@ def test_sampling_options(model):
 def test_stop(model, tmp_path):
     stopping = tmp_path / "model"
     shutil.copytree(model, stopping)
-    vocabulary = stopping / "tokenizer.json"  # transformers looks for stop strings behind this word
+    vocabulary = stopping / "tokenizer.json"  # transformers finds stop strings by this word in it
     vocabulary.write_text(vocabulary.read_text().replace('"w159"', '"abcdef"'))
     words = continued(model, "w11 w12 w13", 6).split()
     said = json.loads(

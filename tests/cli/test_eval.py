@@ -1,4 +1,4 @@
-"""`qins eval`: what it refuses, in one line."""
+"""`qins eval`: wrong input gives an error of one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A float checkpoint whose next tokens are far from uniform."""
+    """A float checkpoint whose next-token distributions are far from uniform."""
     path = tmp_path_factory.mktemp("model") / "float"
     sharp_llama().save_pretrained(path)
     save_tokenizer(path)
@@ -39,7 +39,7 @@ def save(path, model, **tokens):
 
 
 def refused(monkeypatch, capsys, *args):
-    """What the command says on stderr, in one line; anything that would be a traceback fails here."""
+    """Return the command's error message from stderr as one line; an exception with a traceback fails the test."""
     from qins import cli
 
     monkeypatch.setattr(sys, "argv", ["qins", "eval", *map(str, args)])

@@ -1,4 +1,4 @@
-"""What the command line says beside its results."""
+"""The output of the command line beside its results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_libraries_are_told(monkeypatch, quiet, verbose):
         monkeypatch.delenv(name, raising=False)
     with noise(quiet, verbose):
         assert os.environ.get("TRANSFORMERS_VERBOSITY") == (None if verbose else "error")
-        assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"  # this is no terminal
+        assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"  # no terminal here
     assert "TQDM_DISABLE" not in os.environ
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with noise(quiet, verbose):

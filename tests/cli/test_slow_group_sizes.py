@@ -1,4 +1,4 @@
-"""Group sizes that products are slow with, as the command line shows them."""
+"""Warnings of the command line about group sizes with slow kernels."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_log8_against_reference(isa, rng, group, mu):
     assert np.array_equal(e.decode(), reference.decode_log8(f, group))
     scale = reference.log8_scale(f, group, w.shape)
     expected = reference.nearest_log8(w, scale, float(f["mu"]))
-    # r = |w|/S is a float32: it may land on the other side of a tie
+    # r = |w|/S is a float32, so it may fall on the other side of a tie
     assert np.mean(f["codes"] != expected) < 1e-4
     assert np.abs(f["codes"].astype(int) - expected).max() <= 1
     assert (e.decode()[w == 0] == 0).all()
@@ -101,7 +101,7 @@ def test_golden_edge_cases(isa):
     np.testing.assert_allclose(one.decode(), [[0.5, -0.5, 0.5]], rtol=1e-6)
     ends = qins.encode(np.array([[1e-3, 1.0, -0.0]], np.float32), "golden")
     assert list(ends.fields["stored"][0]) == [255, 1, 255]
-    assert ends.decode()[0, 2] == ends.decode()[0, 0] > 0  # a zero comes back as the smallest magnitude
+    assert ends.decode()[0, 2] == ends.decode()[0, 0] > 0  # zero decodes to the smallest magnitude
 
 
 @pytest.mark.parametrize(("codec", "group"), CODECS)
@@ -196,7 +196,7 @@ def test_nonfinite(isa, rng, codec, bad):
     with pytest.raises(ValueError, match=r"weights: .*2 NaN or infinite.*flat index 214 \(row 3, column 4\)"):
         qins.encode(w, codec)
     with pytest.raises(ValueError, match="1 NaN or infinite"):
-        qins.encode(np.array([[1e300, 1.0]]), codec)  # infinite once it is float32
+        qins.encode(np.array([[1e300, 1.0]]), codec)  # infinite in float32
 
 
 @pytest.mark.parametrize("w", [np.zeros(3, np.int32), np.zeros(3, complex), np.array(["a"]), np.zeros(3, bool)])
@@ -320,7 +320,7 @@ def test_any_weights(isa, w, codec):
         if codec[1] is None:
             scale = e.fields["scale"][:, None].astype(np.float64)
             inside = np.abs(w) <= scale
-            # half a step, and a rounding of subnormal products
+            # half a step, plus the rounding of subnormal products
             assert (np.abs(w - d.astype(np.float64)) <= scale * step * 0.5001 + 2e-45)[inside].all()
     elif codec[0] == "rational":
         assert (np.abs(d) <= np.abs(w).max(initial=0) * np.float64(1.001) + 1e-6).all()

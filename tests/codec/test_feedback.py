@@ -1,4 +1,4 @@
-"""Error feedback against a plain float64 statement of GPTQ, on every instruction set."""
+"""Error feedback against a plain float64 implementation of GPTQ, on every instruction set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import qins
 
 
 def inputs(rng, tokens, cols):
-    """Activations as models have them: correlated, of different sizes, one far larger than the rest."""
+    """Activations as in models: correlated, of different magnitudes, with one outlier channel."""
     x = rng.normal(size=(tokens, cols)) @ rng.normal(size=(cols, cols)) * np.exp(rng.normal(size=cols))
     x[:, 0] *= 30
     return x
 
 
 def nearest_distance(target, scale, mu):
-    """From each target to the nearest value that a code has."""
+    """Distance from each target to the nearest value of a code."""
     f = reference.log8_levels(mu).astype(np.float64)
     r = np.abs(target) / scale
     return np.abs(r[..., None] - f).min(-1) * scale
@@ -35,7 +35,7 @@ def test_codes_are_the_reference_algorithms(isa, rng, rows, cols, group_size):
     target = reference.feedback_targets(w, values, gram, 0.01)
     scale = reference.log8_scale(e.fields, group_size, w.shape).astype(np.float64)
     far = np.abs(target - values) - nearest_distance(target, scale, float(e.fields["mu"]))
-    assert far.max() < 2e-5 * scale.max()  # nearest, but for ties
+    assert far.max() < 2e-5 * scale.max()  # nearest, except for ties
     sure = np.abs(target) > 1e-5 * scale
     np.testing.assert_array_equal((values < 0)[sure & (values != 0)], (target < 0)[sure & (values != 0)])
 
@@ -114,7 +114,7 @@ def test_importance(isa, rng):
     assert error(weighed) < error(plain)
     same = qins.encode(w, group_size=64, importance=np.full(256, 7.0))
     assert all(np.array_equal(same.fields[n], plain.fields[n]) for n in plain.fields)
-    # only ratios count, whatever their size
+    # only ratios matter, at any magnitude
     again = qins.encode(w, group_size=64, importance=importance * 1e200)
     assert np.array_equal(again.fields["codes"], weighed.fields["codes"])
 

@@ -1,4 +1,4 @@
-"""QINSCodec against an independent PyTorch statement of the seed's formulas."""
+"""QINSCodec against an independent PyTorch implementation of the seed's formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to multiply, forced, on every instruction set, against float64; and the table that chooses among them."""
+"""Every matmul kernel, forced, on every instruction set, against float64; and the table that dispatches to them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_si
     for dtype, limit in ((np.float32, 2e-4), (ml_dtypes.bfloat16, 4e-3)):
         for rows in (1, 2, 7, 17, 50, 130):
             if way(e, rows, np.dtype(dtype).name) != name:
-                continue  # not for these codes, or not on this instruction set
+                continue  # this kernel does not support these codes or this instruction set
             x = rng.normal(size=(rows, 330)).astype(dtype)
             expected = x.astype(np.float64) @ exact.T
             error = qins.matmul(x, e).astype(np.float64) - expected
             assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < limit
 
 
-# what the table says, by (isa, codec, group size, dtype): from how many rows on, which way
+# the table by (isa, codec, group size, dtype): first number of rows to kernel
 @pytest.mark.parametrize(
     ("name", "codec", "group_size", "dtype", "expected"),
     [
@@ -72,7 +72,7 @@ def test_choice(name, codec, group_size, dtype, expected):
 
 
 def test_words_that_are_not_exact_enough_are_not_chosen():
-    """AVX2's words are products of two factors, which a small mu leaves too little of."""
+    """AVX2's WORDS kernel multiplies two fixed-point factors, which are too imprecise for a small mu."""
     if "avx2" not in qins.isas():
         pytest.skip("NOT RUN: avx2 does not run on this processor")
     with qins.use_isa("avx2"):

@@ -24,7 +24,7 @@ STALE = "raise AssertionError('the stale module beside the script was imported')
 
 @pytest.fixture
 def beside(tmp_path):
-    """A directory as the seed's: scripts at the top, stale modules beside them and in src."""
+    """A directory laid out as in the seed: scripts at the top, stale modules beside them and in src."""
     for script in SCRIPTS.glob("*.py"):
         shutil.copy(script, tmp_path)
     (tmp_path / "src").mkdir()
@@ -77,7 +77,7 @@ def test_phi35_pattern_a(beside, phi35_hub):
     assert done.returncode == 0
     layers, tokens = re.search(r"layers (\d+), tokens (\d+)/15", done.stdout).groups()
     assert int(layers) == 90
-    assert int(tokens) >= 10  # honest models may part ways; measured: 15
+    assert int(tokens) >= 10  # correct models may diverge; measured: 15
     before, after = map(float, re.search(r"([\d.]+) -> ([\d.]+) MB", done.stdout).groups())
     assert after < 0.55 * before
 

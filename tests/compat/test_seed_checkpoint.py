@@ -1,4 +1,4 @@
-"""Checkpoints that the seed's code saved."""
+"""Checkpoints saved by the seed's code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_load_seed_checkpoint(tmp_path, kind):
     assert not target[0].training
     for key, value in saved.state_dict().items():
         assert torch.equal(target.state_dict()[key], value)
-    path.unlink()  # the codes are the model's own
+    path.unlink()  # the model has its own copy of the codes
     x = torch.randn(3, 60)
     assert torch.equal(target[2](target[0](x)), saved[2](saved[0](x)))
 
@@ -81,7 +81,7 @@ def test_damaged_files_change_nothing(tmp_path, change):
 
 
 def test_the_empty_tensor_is_no_weight(tmp_path):
-    """That of our own checkpoints, which stops transformers where qins is not installed."""
+    """The empty tensor in qins checkpoints, which stops transformers without qins, is skipped."""
     transformers = pytest.importorskip("transformers")
     from tiny import make, same_state
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the core's test program, a file on each processor: build.sh OUTPUT COMPILER [FLAGS...]
+# Builds the core's test program, with one file per processor in parallel: build.sh OUTPUT COMPILER [FLAGS...]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1 compiler=$2

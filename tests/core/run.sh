@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Builds and runs the core's test program as many ways at a time as there are processors, and says which ways this machine
-# does not allow: run.sh native (gcc, every instruction set that runs here), run.sh others (all other ways), run.sh (both).
+# Builds and runs the core's test program with several compilers, sanitizers and emulators, one per processor in parallel,
+# and prints the ones that this machine lacks. run.sh native: gcc, every instruction set that runs here; run.sh others: all
+# other builds; run.sh: both.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 digests=$here/digests.txt
 not_run=()
-jobs=() # process ids, in the order in which their output is shown
+jobs=() # process ids, in the order of their output
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# one TITLE COMPILER [FLAGS...] -- [EMULATOR...]: build, then run under the emulator if any
+# one TITLE COMPILER [FLAGS...] -- [EMULATOR...]: build, then run, under the emulator if there is one
 one() {
     local title=$1 compiler=$2 flags=()
     shift 2
@@ -29,7 +30,7 @@ one() {
     echo "ran in $((SECONDS - began)) s"
 }
 
-# run ...: as one, in the background once fewer than all processors are at work
+# run ...: call `one` in the background, once a processor is free
 run() {
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
     one "$@" >"$work/${#jobs[@]}.log" 2>&1 &
@@ -50,7 +51,7 @@ if [ "$which" != native ]; then
         not_run+=("clang (not installed)")
     fi
     if have qemu-x86_64 && [ "$(uname -m)" = x86_64 ]; then
-        # qemu 7.2 takes a gather's index in xmm4 for no index at all, so the compiler is kept off that register
+        # qemu 7.2 treats a gather's index in xmm4 as no index, so the compiler must not use that register
         run "an x86-64 processor of 2006 (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Conroe
         run "Haswell (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
     else

@@ -1,4 +1,4 @@
-"""qins eval: what is measured, on models small enough to measure again in plain NumPy; and the page in a browser."""
+"""qins eval: its measures, on models small enough to measure again in plain NumPy; and its page in a browser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A float checkpoint whose next tokens are far from uniform."""
+    """A float checkpoint whose next-token distributions are far from uniform."""
     path = tmp_path_factory.mktemp("model") / "float"
     sharp_llama().save_pretrained(path)
     save_tokenizer(path)
@@ -56,7 +56,7 @@ def command(*args, code=0):
 
 
 def by_hand(reference, model, ids):
-    """The measures in float64 NumPy, one prediction at a time."""
+    """Return the measures, computed in float64 NumPy, one prediction at a time."""
     rows = []
     for window in torch.split(ids, 64):
         if len(window) < 2:
@@ -106,7 +106,7 @@ def test_figures(source, text_file, tmp_path):
 
 
 def test_greedy(source, text_file):
-    """The float model against itself: everything is the same; a model of noise: hardly anything."""
+    """The float model agrees with itself on everything; a model of noise, on hardly anything."""
     found = evaluation.evaluate_one(str(source), str(source), settings(text_file))
     (m,) = found.measured
     assert m.comparison.summary().kl_mean == 0.0
@@ -117,7 +117,7 @@ def test_greedy(source, text_file):
 
 
 def test_every_codec_and_peer(source, text_file):
-    # a row's scale alone takes half a bit of these small layers' weights
+    # in layers this small, the per-row scales alone take half a bit per weight
     codecs = ["calibrated to 8.7 bits" if c == "calibrated to 8.13 bits" else c for c in evaluation.CODECS]
     names = [*codecs, *PEERS, evaluation.WHOLE_BF16]
     found = evaluation.evaluate_all(str(source), names, settings(text_file))
@@ -171,7 +171,7 @@ def test_goes_on_where_it_stopped(source, text_file, tmp_path, monkeypatch):
     again = evaluation.evaluate_all(str(source), ["log8"], settings(text_file, directory=tmp_path / "b"))
     assert len(calls) == 4 + 10 - 3
     assert torch.equal(again.measured[0].comparison.kl, whole.measured[0].comparison.kl)
-    # the reference's answers serve again, and only for the same text
+    # the reference's logits are reused, but only for the same text
     evaluation.evaluate_all(str(source), ["log8"], settings(text_file, directory=tmp_path / "b"))
     assert len(calls) == 11
     with pytest.raises(FileExistsError, match="another model or to another text"):
@@ -212,7 +212,7 @@ def test_errors(source, text_file, tmp_path):
             evaluation.harness_results(str(source), ["x"])
 
 
-# -- every kind of model ----------------------------------------------------------------------------
+# -- all kinds of models ----------------------------------------------------------------------------
 
 
 def bart():
@@ -246,7 +246,7 @@ def save(path, model, **tokens):
 
 
 def both(path, name):
-    """A float checkpoint and its codes."""
+    """Return a float model and its quantized copy; save both."""
     torch.manual_seed(0)
     model = OTHERS[name]()
     save(path / "float", model, mask_token="w159")
@@ -258,9 +258,9 @@ def both(path, name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_kinds(text_file, tmp_path, name):
-    """Every kind of model of text is measured, in windows that fit it, and page and table are written."""
+    """Every kind of text model is measured, in windows that fit it; the page and the table are written."""
     both(tmp_path, name)
-    # of the default windows, 512 tokens, most of these models take 128 positions at most
+    # most of these models have at most 128 positions, fewer than the default window of 512 tokens
     given = settings(text_file, window=512, new_tokens=6)
     found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), given)
     (m,) = found.measured
@@ -274,7 +274,7 @@ def test_kinds(text_file, tmp_path, name):
     assert (m.comparison is None) == (kind == "encoder")
     assert (m.similarity is not None) == (kind in ("encoder", "masked language model"))
     assert bool(m.greedy_same) == (kind in ("decoder", "encoder-decoder"))
-    assert len(m.layers) > 5 or name == "gpt2"  # whose layers are Conv1D
+    assert len(m.layers) > 5 or name == "gpt2"  # GPT-2's layers are Conv1D
     assert all(x["output_snr_db"] > 20 for x in m.layers.values())
     json.dumps(found.to_dict())
     itself = evaluation.evaluate_one(str(tmp_path / "float"), str(tmp_path / "float"), given).measured[0]
@@ -294,7 +294,7 @@ def test_other_kinds_made_in_one_run(text_file, tmp_path, name):
     assert [m.name for m in found.measured] == names
     by_name = {m.name: float(m.distances.mean()) for m in found.measured}
     assert 0 < by_name["calibrated"] < by_name["log8"] < 1e-2
-    # the output embedding is no layer of it
+    # the output embedding is not among the layers
     assert not any("lm_head" in n or "decoder" in n.split(".")[-1] for m in found.measured for n in m.layers)
     pytest.importorskip("matplotlib")
     from qins.fidelity import write_report
@@ -313,7 +313,7 @@ def probabilities(logits):
 
 
 def test_encoder_decoder_by_hand(text_file, tmp_path):
-    """A piece of text is read, and the next one predicted, its own tokens given."""
+    """The encoder reads a piece of text; the decoder predicts the next piece, teacher-forced."""
     models = both(tmp_path, "bart")
     found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), settings(text_file))
     pieces = [[1, *p.tolist(), 2] for p in torch.split(token_ids(2048)[:600], 64)]
@@ -333,7 +333,7 @@ def test_encoder_decoder_by_hand(text_file, tmp_path):
 
 
 def test_masked_and_states_by_hand(text_file, tmp_path):
-    """One token in seven is masked and predicted; states of all tokens are compared."""
+    """One token in seven is masked and predicted; the hidden states of all tokens are compared."""
     models = both(tmp_path, "bert")
     found = evaluation.evaluate_one(str(tmp_path / "codes"), str(tmp_path / "float"), settings(text_file))
     losses, cosines, means = [], [], []
@@ -415,7 +415,7 @@ def test_report_needs_nothing_else(report):
 
 @pytest.fixture(scope="module")
 def pages(report, source, text_file):
-    """A page of several models, and pages of one model of every kind."""
+    """A page of several models, and one page for each kind of model."""
     from qins.fidelity import write_report
 
     made = {"several": report}
@@ -444,7 +444,7 @@ def test_columns_say_what_they_are(pages):
 
 
 def test_known_figures_stand_beside_one_model(pages):
-    """They are those of docs/measurements.md, and the page says of what model and text."""
+    """They equal those of docs/measurements.md, and the page names their model and text."""
     from qins.fidelity.report import KNOWN, KNOWN_ENCODER, KNOWN_ENCODER_ON, KNOWN_ON
 
     for name, page in pages.items():
@@ -472,7 +472,7 @@ def test_known_figures_stand_beside_one_model(pages):
 
 
 def in_a_browser(page, tmp_path, width, dark=False):
-    """What a page looks like in a window of this width."""
+    """Return what the browser measures of a page in a window of this width."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
@@ -499,7 +499,7 @@ def in_a_browser(page, tmp_path, width, dark=False):
 
 @pytest.mark.parametrize("dark", [True, False])
 def test_report_in_a_browser(report, tmp_path, dark):
-    """Every picture is drawn, nothing is wider than a phone's page, and dark and light are dark and light."""
+    """Every figure is drawn, nothing is wider than a phone's screen, and the dark and light themes apply."""
     seen = in_a_browser(report, tmp_path, 400, dark)
     assert seen["drawn"]
     assert seen["images"] == 5
@@ -510,7 +510,7 @@ def test_report_in_a_browser(report, tmp_path, dark):
 
 
 def test_nothing_scrolls_sideways(pages, tmp_path):
-    """No table of any page is wider than its place in a window of 1,200 pixels."""
+    """No table of any page overflows in a window of 1,200 pixels."""
     for name, page in pages.items():
         seen = in_a_browser(page, tmp_path, 1200)
         assert seen["window"] == 1200

@@ -1,4 +1,4 @@
-"""What `qins eval` and `qins demo` measure."""
+"""The measures of `qins eval` and `qins demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA on a real model in codes."""
+"""LoRA on a real quantized model."""
 
 from __future__ import annotations
 

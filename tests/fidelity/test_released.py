@@ -1,4 +1,4 @@
-"""Models whose original was released in 8 or 4 bits: they are measured against its floats."""
+"""Models whose original was released in 8 or 4 bits are measured against its dequantized floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and writing past the page cache gives what the page cache would."""
+"""Direct reads and writes give the same bytes as those through the page cache."""
 
 import os
 from pathlib import Path
@@ -38,7 +38,7 @@ SIZES = [8, 4096, 1, 4095, 4097, 0, 3 * 4096 + 5, 12345, (4 << 20) + 4096 + 17, 
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_written_parts_are_what_was_given(direct, monkeypatch, refuses):
-    if refuses:  # as where blocks are larger than ours
+    if refuses:  # as a file system with larger blocks would
 
         def pwrite(*_):
             raise OSError(22, "Invalid argument")

@@ -1,4 +1,4 @@
-"""qins.inspect: what files hold, and that no file does harm."""
+"""qins.inspect: the contents of files, and that no file does harm."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_small_file_that_claims_much(tmp_path):
 
 
 def harmless(tmp_path: Path, data: bytes, suffix: str) -> None:
-    """Cut short and bit-flipped: a ValueError or a report, and nothing else."""
+    """Check that truncated and bit-flipped files give a ValueError or a report, and nothing else."""
     rng = np.random.default_rng(0)
     path = tmp_path / f"damaged.{suffix}"
     cuts = [int(c) for c in np.linspace(0, len(data) - 1, 60)]
@@ -241,7 +241,7 @@ def harmless(tmp_path: Path, data: bytes, suffix: str) -> None:
     assert all(str(path) in message for message in refused)
 
 
-@pytest.mark.filterwarnings("ignore")  # what torch says of the pickles
+@pytest.mark.filterwarnings("ignore")  # torch warns about the pickles
 def test_damaged_files(tmp_path):
     state = converted("golden").state_dict()
     torch.save(state, tmp_path / "a.pt")
@@ -279,7 +279,7 @@ def test_histograms(tmp_path, codec):
     (counts,) = report.histograms.values()
     assert len(counts) == 32
     assert sum(counts) == 64 * 256
-    # levels are further apart the further they are from zero, so more weights go to each
+    # levels farther from zero are farther apart, so each gets more weights
     assert sum(counts[16:]) > sum(counts[:16])
     assert "codes, from zero up" in str(report)
     assert any(bar in str(report) for bar in "▇█")
@@ -288,7 +288,7 @@ def test_histograms(tmp_path, codec):
 
 
 def test_group_sizes_are_those_of_the_config(tmp_path):
-    """192 and 256 give as many groups of 320 columns."""
+    """Group sizes 192 and 256 give the same number of groups for 320 columns."""
     state = qins.QINSLinear.from_linear(nn.Linear(320, 20), group_size=192).state_dict()
     save_file({f"a.{k}": v for k, v in state.items()}, tmp_path / "model.safetensors")
     told = {"modules": {"a": ["log8", 192]}, "group_size": "default"}

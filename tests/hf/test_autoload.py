@@ -18,7 +18,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Directories of a model in codes and of its float original, and the model's answer."""
+    """Directories of a float model and of its codes, and the quantized model's logits."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -56,7 +56,7 @@ with torch.no_grad():
 
 
 def test_quantizers_first(checkpoint):
-    """Their module is the one that imports torch, so it is there, and unfinished, when torch calls us."""
+    """transformers.quantizers.auto imports torch, so it is only partly imported when torch calls the entry point."""
     program = """
 import sys
 import transformers.quantizers.auto
@@ -69,7 +69,7 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "QINSLinear"
 
 
 def test_where_qins_cannot_be_imported(checkpoint):
-    """Everything else works, and codes are refused: without a quantizer, the weights would be random."""
+    """Float checkpoints load; codes raise an error, since without a quantizer the weights would be random."""
     program = """
 import sys
 from transformers import AutoModelForCausalLM

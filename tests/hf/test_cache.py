@@ -53,7 +53,7 @@ def test_generate_as_with_the_dynamic_cache(llama, more):
     ids = torch.randint(0, 120, (2, 9))
     exact = generate(llama, ids, **more)
     got = generate(llama, ids, past_key_values=qins.QINSCache(llama.config, v_codec="float16"), **more)
-    # random weights have no clear favourites; beams that tie may swap, the first tokens may not
+    # random weights have no clear favorites: beams that tie may swap, but not in the first tokens
     assert torch.equal(exact[:, :10], got[:, :10])
 
 

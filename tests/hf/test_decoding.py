@@ -1,4 +1,4 @@
-"""Decoder layers in one call of the core: the answers of the modules, and the modules wherever it must be them."""
+"""Decoder layers in one call of the core: same results as the modules, and fallback to the modules where needed."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ FAMILIES = {
     "GraniteMoe": {"num_local_experts": 4, "residual_multiplier": 0.5},
     "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
 }  # fmt: skip
-# whether each layer is whole, its MLP included, where not all are
+# for families where not every layer runs whole, MLP included: whether each layer does
 WHOLE = {n: [False] * 4 for n in ("Mixtral", "GptOss", "GraniteMoe")} | {"Qwen3Moe": [False, True, False, False]}
-# which transformers 4 gives the rotations of both kinds of attention
+# transformers 4 passes these models' layers the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
 
 
 def family(name, **more):
-    """A tiny random model of a family, its norms and biases far from what they begin as, in codes."""
+    """Return a tiny random quantized model of a family, with norms and biases far from their initial values."""
     torch.manual_seed(0)
     kind = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
     config = kind(**{**SIZES, **FAMILIES[name], **more})
@@ -91,7 +91,7 @@ def texts(batch=1, tokens=40, padding=0, seed=1):
 
 @torch.no_grad()
 def logits(model, ids, mask, prompt=12, at_once=1):
-    """Of a prompt's last token, and of the rest, so many tokens at a time."""
+    """Return the logits of a prompt's last token and of all later tokens, `at_once` tokens per step."""
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = []
@@ -106,7 +106,7 @@ def logits(model, ids, mask, prompt=12, at_once=1):
 
 
 def divergence(a, b):
-    """The largest KL divergence of a prediction, nats."""
+    """Return the largest KL divergence of a prediction, in nats."""
     a, b = log_softmax(a.double(), -1), log_softmax(b.double(), -1)
     return float((b.exp() * (b - a)).sum(-1).max())
 
@@ -115,7 +115,7 @@ def divergence(a, b):
 @pytest.mark.parametrize(("batch", "padding"), [(1, 0), (3, 4)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_answers_as_the_modules(name, batch, padding, at_once):
-    """Past sliding windows' lengths, with left padding, and several tokens at a time."""
+    """Beyond the length of sliding windows, with left padding, and with several tokens at a time."""
     model = family(name)
     ids, mask = texts(batch, padding=padding)
     got = logits(model, ids, mask, at_once=at_once)
@@ -139,13 +139,13 @@ def test_half_precision(dtype, attention):
     assert all(proved(model))
     without_steps(model)
     modules = logits(model, ids, mask).float()
-    # what is rounded once is nearer to float32's answer than what is rounded after each operation
+    # rounding once is nearer to the float32 result than rounding after each operation
     assert (got - exact).norm() < 1.2 * (modules - exact).norm()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_soft_caps(attention):
-    """Scores far beyond what Gemma 2 caps them at, which transformers leaves to eager attention."""
+    """Attention scores far beyond Gemma 2's cap; transformers applies the cap in eager attention only."""
     if attention == "sdpa" and not transformers.Gemma2ForCausalLM._supports_sdpa:
         pytest.skip("NOT RUN: this transformers refuses SDPA for Gemma 2")
     model = family("Gemma2", attn_implementation=attention, attn_logit_softcapping=2.0, initializer_range=0.3)
@@ -179,7 +179,7 @@ def test_other_codecs(codec):
 def test_threads_change_nothing():
     model = family("Llama", hidden_size=256, intermediate_size=512, head_dim=64)
     ids, mask = texts(4, tokens=200)
-    logits(model, ids, mask, prompt=190)  # whose first token is the modules'
+    logits(model, ids, mask, prompt=190)  # its first decode step runs the modules
     found = []
     for n in (1, 2, 5):
         qins.set_num_threads(n)
@@ -228,7 +228,7 @@ def model():
 
 
 def decoded(model, cache=None, tokens=20, prompt=12):
-    """Logits of some decoding with a cache of its own, or one that goes on."""
+    """Return the logits of decode steps, with a new cache or continuing a given one."""
     ids, _ = texts(tokens=prompt + tokens)
     with torch.no_grad():
         if cache is None:
@@ -312,7 +312,7 @@ def test_copies(model):
 
 
 def test_caches_that_share_memory_stay_apart(model):
-    """A prefix that several continuations begin with, copied or not, and pieces that are cut off."""
+    """Several continuations of one prefix cache, copied or not, and crops of it."""
     ids, _ = texts(tokens=30)
     prefix = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -355,7 +355,7 @@ def test_another_attention_is_another_step(model):
 
 
 def test_threads_decode_at_once(model):
-    """Of one model, each with a cache of its own."""
+    """Threads share one model; each has its own cache."""
     model.to(torch.bfloat16)
     want = decoded(model, tokens=40)
     decoded(model, tokens=2)
@@ -368,7 +368,7 @@ def test_threads_decode_at_once(model):
 def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog):
     want = decoded(model)
     other = family("Llama")
-    monkeypatch.setattr(layer_description, "_activation", lambda mlp: 1)  # gelu where there is silu
+    monkeypatch.setattr(layer_description, "_activation", lambda mlp: 1)  # gelu instead of silu
     caplog.set_level(logging.INFO, "qins")
     got = decoded(other)
     assert not any(proved(other))
@@ -401,7 +401,7 @@ def test_nan_stays_nan(model):
         assert model(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.isnan().all()
     fresh = family("Llama")
     cache = DynamicCache(config=fresh.config)
-    with torch.no_grad():  # what a step is first tried with
+    with torch.no_grad():  # the first decode step has a NaN
         fresh(ids, past_key_values=cache, use_cache=True)
         assert fresh(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.isnan().all()
     decoded(fresh)

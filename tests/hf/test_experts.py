@@ -1,4 +1,4 @@
-"""Mixtures of experts: QINSExperts, while loading and in place; only the experts that are asked for are read."""
+"""Mixtures of experts: QINSExperts, while loading and in place; only the selected experts' codes are read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def experts_of(model):
 
 
 def test_where_qins_is_not_installed(tmp_path):
-    """Also where experts are all that is codes."""
+    """Models are refused even if only their experts are quantized."""
     cases = []
     for name in MODELS:
         for what in ("all", "experts"):
@@ -116,10 +116,10 @@ def test_only_the_experts_that_tokens_go_to_are_read():
         for field in ("codes", "scale"):
             new.get_buffer(f"{stack}_{field}")[[1, 3]] = 77
     assert torch.equal(new(x, index, weights), y)
-    # a number beyond the last expert masks a choice out
+    # an index beyond the last expert masks a choice
     masked = new(x, torch.tensor([[2, EXPERTS]] * 3), weights)
     assert torch.allclose(masked, new(x, torch.tensor([[2, 2]] * 3), torch.tensor([[0.75, 0.0]] * 3)), atol=1e-6)
-    # one token alone is computed as it is among others, within what two ways of multiplying may differ
+    # a token alone gives the same result as among others, within the difference of two kernels
     assert float((new(x[1:2], index[1:2], weights[1:2]) - y[1:2]).norm() / y[1:2].norm()) < 5e-4
 
 
@@ -195,7 +195,7 @@ def test_faults(tmp_path):
     broken.save_pretrained(tmp_path / "nan")
     with pytest.raises((ValueError, RuntimeError), match="(?i)nan|no weight|conversion"):
         type(model).from_pretrained(tmp_path / "nan", quantization_config=qins.QinsConfig())
-    # an expert that is not in the file
+    # an expert is missing from the file
     model.save_pretrained(tmp_path / "float")
     file = tmp_path / "float" / "model.safetensors"
     state = load_file(file)

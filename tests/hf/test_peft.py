@@ -1,4 +1,4 @@
-"""LoRA on codes: training, saving, merging, and what is refused."""
+"""LoRA on quantized models: training, saving, merging, and unsupported uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def adapted(seed=0, name="llama", **kwargs):
-    """A model of codes with an adapter that does something."""
+    """Return a quantized model with an adapter that is not zero."""
     base = make(name)
     qins.convert(base)
     torch.manual_seed(seed)
@@ -129,7 +129,7 @@ def test_refused(kwargs, message):
 
 @pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig", "HRAConfig"])
 def test_other_tuners_run_but_do_not_merge(kind):
-    """They would add to a decoded copy of the weight, and what they learned would be lost without a word."""
+    """Merging would add to a dequantized copy of the weight, and silently lose what the adapter learned."""
     config = {"target_modules": ["q_proj", "v_proj"]}
     if kind == "IA3Config":
         config |= {"feedforward_modules": []}

@@ -1,4 +1,4 @@
-"""transformers: quantizing while loading, saving and loading codes, on tiny random models of many architectures."""
+"""transformers: quantization while loading, and saving and loading codes, on tiny models of many architectures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_matrix(saved, codec):
     quantized = cls.from_pretrained(path / "float", quantization_config=qins.QinsConfig(codec=codec))
     layers = {n: m for n, m in quantized.named_modules() if isinstance(m, qins.QINSLinear)}
     floats = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, transformers.pytorch_utils.Conv1D))]
-    assert len(layers) == len(floats) - 1  # the output embedding stays
+    assert len(layers) == len(floats) - 1  # the output embedding is not quantized
     assert all(m.codec == codec for m in layers.values())
     assert close(outputs(quantized), outputs(with_decoded_weights(model, quantized)))
     assert float((outputs(quantized) - outputs(model)).norm() / outputs(model).norm()) < 0.1
@@ -98,7 +98,7 @@ def test_dtypes(tiny, dtype):
     quantized.save_pretrained(path / "out")
     again = load(path / "out", dtype=dtype)
     assert same_state(again, quantized)
-    # codes that were loaded in another dtype keep the bits of their scales
+    # codes loaded in another dtype keep the bits of their scales
     other = load(path / "out", dtype=torch.float32)
     assert torch.equal(other.model.layers[0].mlp.up_proj.scale, layer.scale)
     assert torch.isfinite(outputs(quantized)).all()
@@ -223,7 +223,7 @@ def test_damaged_checkpoints(tiny, damage):
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.codes", "model.norm.weight"])
 def test_verify(tiny, monkeypatch, shards, key):
-    """One bit of a code, or of a norm: only the checksums tell, where they are asked."""
+    """Only checksums, on request, detect a flipped bit in a code or a norm."""
     _, path = tiny
     out = path / "out"
     size = "30KB" if shards > 1 else "1GB"
@@ -320,7 +320,7 @@ def test_where_qins_is_not_installed(tmp_path):
         assert empty[0].endswith(".weight")
     cases += [("AutoModelForCausalLM", tmp_path / "llama"), ("AutoModel", tmp_path / "llama"),
               ("LlamaForSequenceClassification", tmp_path / "llama")]  # fmt: skip
-    # it is this tensor that does it
+    # without the empty tensor, as in files of earlier versions, the checkpoint is not refused
     state = load_file(tmp_path / "llama" / "model.safetensors")
     (guard,) = (n for n, t in state.items() if t.numel() == 0)
     (tmp_path / "earlier").mkdir()
@@ -329,12 +329,11 @@ def test_where_qins_is_not_installed(tmp_path):
     (tmp_path / "earlier" / "config.json").write_text(json.dumps(config))
     save_file(state, tmp_path / "earlier" / "model.safetensors", {"format": "pt"})
     assert without_qins(*cases, ("LlamaForCausalLM", tmp_path / "earlier")) == ["refused"] * len(cases) + ["loaded"]
-    # which files of earlier versions lack
     assert same_state(qins.load(tmp_path / "earlier", verify=True), qins.load(tmp_path / "llama"))
 
 
 def test_the_empty_tensor_is_no_weight(tiny):
-    """Whoever reads the file's tensors into a model of codes, or of floats."""
+    """It is skipped when the file's tensors are loaded into a quantized model, and refused by a float model."""
     _, path = tiny
     quantized = load(path / "float", quantization_config=qins.QinsConfig("golden"), device_map="auto")
     quantized.save_pretrained(path / "out")
@@ -372,7 +371,7 @@ def test_loading_codes_copies_nothing(tiny):
 @pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offload(tiny, where, buffers):
-    """accelerate's hooks bring weights, and codes if told to, when a module runs."""
+    """accelerate's hooks load weights, and codes if buffers are offloaded too, when a module runs."""
     accelerate = pytest.importorskip("accelerate")
     _, path = tiny
     config = qins.QinsConfig(lm_head=True, embeddings=True)

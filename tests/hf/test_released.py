@@ -1,4 +1,4 @@
-"""Checkpoints released in 8 and 4 bits, quantized while transformers loads them."""
+"""Checkpoints released in 8 and 4 bits: quantization while transformers loads them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_left_layers_are_floats(tmp_path):
     expected = cls.from_pretrained(floats, dtype=torch.float32).model.layers[0].self_attn.q_proj.weight
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected)
     assert isinstance(model.model.layers[0].self_attn.k_proj, qins.QINSLinear)
-    again = load(cls, floats, config, dtype=torch.float32)  # with the same config
+    again = load(cls, floats, config, dtype=torch.float32)  # reuses the config object
     assert again.hf_quantizer.report.source_format is None
 
 

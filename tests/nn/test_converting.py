@@ -1,4 +1,4 @@
-"""convert: what is replaced, what is not, and what the report says."""
+"""convert: which modules are replaced, which are not, and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import qins
 
 
 class Special(nn.Linear):
-    """Overrides forward, so must be left alone."""
+    """Overrides forward, so it must not be converted."""
 
     def forward(self, x):
         return super().forward(x) * 2
@@ -140,9 +140,9 @@ def test_meta_model():
 
 @pytest.mark.once
 def test_resident_memory_shrinks():
-    """A process that holds the converted model is smaller than one that holds the float model, by the codes' saving.
+    """A process with the converted model is smaller than one with the float model, by as much as the codes save.
 
-    Many small layers: what their conversion needs for a while must not leave the heap in fragments.
+    With many small layers, temporary memory of the conversion must not fragment the heap.
     """
     program = """
 import sys, gc, torch, qins

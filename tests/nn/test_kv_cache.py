@@ -1,4 +1,4 @@
-"""KV caches against the formats' reference and against transformers' own cache."""
+"""KV caches against the reference of the formats and against transformers' own cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_log8_rows_against_reference(isa, dim):
     f = cache._values.fields
     rows = {"codes": f["codes"].flatten(0, 2).numpy(), "scale": f["scale"].float().flatten().numpy(), "mu": 3.0}
     np.testing.assert_array_equal(d.flatten(0, 2).numpy(), reference.decode_log8(rows))
-    torch.testing.assert_close(k, d * 2, rtol=0, atol=0)  # a power of two changes nothing
+    torch.testing.assert_close(k, d * 2, rtol=0, atol=0)  # scaling by a power of two keeps the codes
     assert (d[0, 0, 0] == 0).all()
     if dim >= 64:
         for at in np.ndindex(2, 2, 9):
@@ -84,7 +84,7 @@ def test_updates_add_up(v_codec, dtype):
 def test_tokens_before_heads():
     k, v = states(2, 3, 11, 24), states(2, 3, 11, 24, seed=1)
     heads_first, tokens_first = qins.QINSKVCache(2, 16, 3, 24), qins.QINSKVCache(2, 16, 3, 24, device="cpu")
-    for a, b in ((0, 5), (5, 8), (8, 11)):  # three tokens: as many as heads
+    for a, b in ((0, 5), (5, 8), (8, 11)):  # also three tokens at once, the number of heads
         heads_first.update(k[:, :, a:b], v[:, :, a:b])
         tokens_first.update(k[:, :, a:b].transpose(1, 2), v[:, :, a:b].transpose(1, 2))
     for got, expected in zip(tokens_first.get_kv(2), heads_first.get_kv(2), strict=True):

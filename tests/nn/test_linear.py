@@ -62,7 +62,7 @@ def only_tiles():
 def test_tiles_cover_large_layers(layer):
     codec, group = layer.codec, layer.group_size
     big = nn.Linear(1 << 11, 1500, bias=False)
-    wide = nn.Linear(ops._SCRATCH_BYTES // 4 * 2 + 13, 3, bias=False)  # a row that no scratch buffer holds
+    wide = nn.Linear(ops._SCRATCH_BYTES // 4 * 2 + 13, 3, bias=False)  # a row larger than the scratch buffer
     for linear in (big, wide):
         q = qins.QINSLinear.from_linear(linear, codec, group_size=group)
         x = torch.randn(40, linear.in_features)
@@ -181,7 +181,7 @@ def test_meta_device(layer):
 
 
 def test_decode_with_torch_operations(layer):
-    """What another device than the CPU computes with, run on this one."""
+    """Run on the CPU the torch operations that other devices decode with."""
     decoded = decode_on_device(layer.codec, layer.group_size, fields(layer), torch.float32)
     assert torch.equal(decoded, layer.weight)
 
@@ -235,7 +235,7 @@ def test_threads_share_a_layer(layer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_and_tiles_agree(layer, dtype):
-    """On either side of the crossover the product is the same, within what the dtype holds."""
+    """On either side of the crossover the product is the same, within the precision of the dtype."""
     before = dict(ops._fused_rows)
     exact = layer.weight.double()
     try:

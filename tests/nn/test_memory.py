@@ -1,4 +1,4 @@
-"""memory_report: every byte once, and neither of the seed's two errors."""
+"""memory_report counts every byte once, and makes neither of the seed's two errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_float_model():
 
 
 def test_the_seeds_first_error():
-    """34x came from counting parameters only: the codes are buffers, and 1.48x is the truth."""
+    """The seed's 34x counted parameters only; codes are buffers, and the correct factor is 1.48x."""
     model = ToyModel()
     before = qins.memory_report(model)
     assert before.compression == 1.0
@@ -43,11 +43,11 @@ def test_the_seeds_first_error():
     assert report.buffer_bytes > 2 * weights
     assert not report.problems
     without_buffers = before.total_bytes / report.parameter_bytes
-    assert without_buffers > 2 > report.compression  # what the seed's sum amounts to
+    assert without_buffers > 2 > report.compression  # the factor by the seed's count
 
 
 def test_the_seeds_second_error():
-    """A layer that says it is quantized and keeps float32, four bytes a weight."""
+    """A layer claims to be quantized but keeps float32, four bytes per weight."""
 
     class QINSWeightLinear(nn.Module):
         def __init__(self, dtype):

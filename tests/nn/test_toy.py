@@ -34,7 +34,7 @@ def test_greedy_tokens(model, reference_tokens, codec, group):
     report = qins.convert(converted, codec, group_size=group)
     assert len(report.converted) == 6 * toy.LAYERS
     assert toy.greedy(converted, PROMPT, STEPS) == reference_tokens
-    # a random model repeats itself, so equal tokens say little: the logits must be close, too
+    # a random model repeats itself, so equal tokens prove little; the logits must be close too
     ids = torch.randint(toy.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, logits = model(ids), converted(ids)
@@ -42,7 +42,7 @@ def test_greedy_tokens(model, reference_tokens, codec, group):
 
 
 def counted(model):
-    """Bytes by (parameter or buffer, dtype), each storage once."""
+    """Return bytes by (parameter or buffer, dtype), each storage counted once."""
     seen, sizes = set(), {}
     for kind, tensors in (("parameter", model.parameters()), ("buffer", model.buffers())):
         for t in tensors:
@@ -63,7 +63,7 @@ def test_memory(model):
     coded = 12 * toy.HIDDEN**2 * toy.LAYERS
     embedding = toy.VOCABULARY * toy.HIDDEN * 4
     assert sizes["buffer", torch.uint8] == sizes["buffer", torch.int8] == coded
-    # the seed counts the embedding and the encoded layers; norms and biases (0.03) come on top
+    # the seed counts the embedding and the encoded layers, without norms and biases (0.03)
     assert round((embedding + 2 * coded) / MIB, 2) == 9.38
     assert round(before / sum(sizes.values()), 2) == 1.48
     expected = {"log9": 1.87, "log8": 1.94}

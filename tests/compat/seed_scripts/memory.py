@@ -1,4 +1,4 @@
-"""Memory of a converted model by dtype and by layer, parameters and buffers apart."""
+"""Memory of a converted model by dtype and by layer, with parameters and buffers separate."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Round trips through both codecs, and a KV cache, as the seed's tests took them."""
+"""Round trips through both codecs and a KV cache, as in the seed's tests."""
 
 import torch
 import torch.nn as nn
