@@ -261,6 +261,7 @@ static int take_activations(product *p, const void *x, int threads, preparation 
         packed = scales * p->step * 2;
         break;
     case QINS_TILES:
+        p->step = folded(e) ? 2 * QINS_DEPTH : p->step;
         scales = p->blocks * qins_few_panels(batch) * QINS_PANEL;
         packed = p->blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
         break;
@@ -348,7 +349,8 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     const qins_panels *form = qins_panels_of(kernels, way);
     qins_log8_words own;
     if (form != NULL) {
-        const int by_words = form != kernels->floats && e->codec == QINS_log8 && e->group_size % QINS_DEPTH == 0;
+        const int by_words =
+            form != kernels->floats && e->codec == QINS_log8 && (e->group_size % QINS_DEPTH == 0 || folded(e));
         const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }

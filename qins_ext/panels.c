@@ -23,6 +23,7 @@ typedef struct {
     const qins_codes *e;
     qins_decoder decoder;
     size_t batch, padded, step, steps; /* padded: columns; steps: per row */
+    size_t each;                       /* columns of weights that share a scale, at most `step` */
     size_t block, span;                /* rows and columns of weights that are prepared at a time */
     int few;                           /* so few rows of x that decoding is the bottleneck */
     const char *x;
@@ -68,11 +69,27 @@ static void pack_panels(void *context, size_t begin, size_t end)
     }
 }
 
-/* The value of 1 in words of a row's weights, for each `step` columns from k on. */
-static void word_factors(const panels *p, size_t row, size_t k, size_t steps, float *factor)
+/* The value of 1 in words of a row's weights, for each `each` columns from k on. */
+static void word_factors(const panels *p, size_t row, size_t k, size_t count, float *factor)
 {
+    for (size_t i = 0; i < count; i++) {
+        factor[i] = plane_unit(p->e, p->words, row, k + i * p->each);
+    }
+}
+
+/* Divides the factors of each step by the largest of them, which is its scale. */
+static void fold_factors(const panels *p, size_t steps, size_t count, float *factor, float *scale)
+{
+    const size_t parts = p->step / p->each;
     for (size_t s = 0; s < steps; s++) {
-        factor[s] = plane_unit(p->e, p->words, row, k + s * p->step);
+        const size_t begin = s * parts, end = least(begin + parts, count);
+        scale[s] = 0.0f;
+        for (size_t i = begin; i < end; i++) {
+            scale[s] = factor[i] > scale[s] ? factor[i] : scale[s];
+        }
+        for (size_t i = begin; i < end; i++) {
+            factor[i] = scale[s] > 0.0f ? factor[i] / scale[s] : 0.0f;
+        }
     }
 }
 
@@ -80,14 +97,19 @@ static void word_factors(const panels *p, size_t row, size_t k, size_t steps, fl
 static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t n, char *prepared, float *w_scale)
 {
     const qins_panels *form = p->form;
-    float values[QINS_WINDOW], factor[QINS_WINDOW / QINS_DEPTH + 1];
+    float values[QINS_WINDOW], factor[2 * QINS_WINDOW / QINS_DEPTH + 1], scale[QINS_WINDOW / QINS_DEPTH + 1];
     factor[0] = 0.0f;
     if (p->words != NULL) {
-        size_t steps = ceil_div(n, p->step), height = (size_t)form->rows;
-        word_factors(p, row, k, steps, factor);
-        form->prepare(p->e->codes + row * p->e->cols + k, n, p->words, factor, p->step, i, prepared);
-        for (size_t s = 0; s < steps && form->turn == NULL; s++) {
-            w_scale[(i / height * steps + s) * height + i % height] = factor[s];
+        const size_t steps = ceil_div(n, p->step), count = ceil_div(n, p->each), height = (size_t)form->rows;
+        const int planes = form->turn == NULL, fold = planes && p->each < p->step;
+        word_factors(p, row, k, count, factor);
+        if (fold) {
+            fold_factors(p, steps, count, factor, scale);
+        }
+        form->prepare(p->e->codes + row * p->e->cols + k, n, p->words, planes && !fold ? NULL : factor, p->each, i,
+                      prepared);
+        for (size_t s = 0; s < steps && planes; s++) {
+            w_scale[(i / height * steps + s) * height + i % height] = fold ? scale[s] : factor[s];
         }
         return;
     }
@@ -221,7 +243,8 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     panels p = {.kernels = kernels, .form = form, .words = words, .e = e, .dtype = dtype};
     atomic_init(&p.failed, 0);
     p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
-    p.step = scale_step(e);
+    p.step = folded(e) ? 2 * QINS_DEPTH : scale_step(e);
+    p.each = folded(e) ? e->group_size : p.step;
     p.steps = ceil_div(e->cols, p.step);
     p.block = form->block;
     p.span = form->depth;

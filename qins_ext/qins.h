@@ -63,7 +63,7 @@ typedef struct {
 /* The levels of one mu for products, as 16-bit fixed-point values (words). Each kernel uses one of these forms:
  *   word[c] = f(c & 127) * QINS_WORD_MAX, rounded so that the low byte is 0 only for 0; negated where c >= 128
  *
- *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX = plane[m], rounded; both parts can be negated in 8 bits
+ *   256 * plane_high[m] + plane_low[m] = f(m) * QINS_PLANE_MAX = plane[m], rounded so that plane_low is 0 only for 0
  *
  *   f(16h + l) = (((a[h] * b[l] + 2^14) >> 15) - c) * factor_unit, of words up to QINS_WORD_MAX, where a[h] with
  *   h = code >> 4 has the sign; exact enough only for mu >= QINS_FACTORS_MU
@@ -74,8 +74,8 @@ typedef struct {
     QINS_ALIGNED(64) uint8_t word_low[256];
     QINS_ALIGNED(64) uint8_t word_high[256];
     QINS_ALIGNED(64) float plane[QINS_LEVELS]; /* not rounded */
-    QINS_ALIGNED(64) int8_t plane_high[QINS_LEVELS];
-    QINS_ALIGNED(64) int8_t plane_low[QINS_LEVELS];
+    QINS_ALIGNED(64) uint8_t plane_high[QINS_LEVELS];
+    QINS_ALIGNED(64) uint8_t plane_low[QINS_LEVELS];
     QINS_ALIGNED(32) int16_t a[16];
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
@@ -176,7 +176,8 @@ typedef struct {
     /* Packs at most 16 rows of activations, `stride` apart; scale (planes): 16 per `step` columns */
     void (*pack)(const void *x, size_t stride, size_t rows, size_t cols, size_t step, void *packed, float *scale);
     /* Prepares one row of weights as row `row` of `prepared`: from codes of log8, or from float32 values if t is NULL
-     * (halves). factor, one per `step` columns, converts words to halves. NULL: multiply() takes float32 values. */
+     * (halves). factor, one per `step` columns: halves: converts words to halves; planes: multiplies words, at most
+     * 1, or NULL. prepare NULL: multiply() takes float32 values. */
     void (*prepare)(const void *w, size_t cols, const qins_log8_words *t, const float *factor, size_t step, size_t row,
                     void *prepared);
     /* If weights are the right factor: builds it from the first `rows` prepared rows; else NULL. */
@@ -217,7 +218,8 @@ typedef struct {
      * column, with columns padded with zeros to a multiple of QINS_DEPTH; scale: panels x 16 per `step` columns */
     void (*pack)(const float *x, size_t stride, int batch, size_t cols, size_t step, void *packed, float *scale);
     /* out[m][row] for 16 rows of codes, of which `rows` are valid; scale: 16. group_scale and group_size as in
-     * dot_log8, with group_size a multiple of step, which is 64 or 128. next: codes to prefetch, as many as these. */
+     * dot_log8, with group_size a multiple of step, which is 64 or 128, or 32 or 64 with a step of 128. next: codes to
+     * prefetch, as many as these. */
     void (*multiply)(const uint8_t *codes, size_t rows, size_t cols, const float *scale, const uint8_t *group_scale,
                      size_t group_size, const qins_log8_words *t, const void *packed, const float *x_scale, size_t step,
                      int batch, const uint8_t *next, float out[QINS_FEW][QINS_PANEL]);
@@ -447,8 +449,8 @@ int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_
 enum { QINS_SET = 3 };
 int qins_linear_set(const qins_kernels *k, const qins_codes *const *e, size_t count, const float *x, size_t batch,
                     float *const *y, int threads);
-/* panels.c: the same for many rows, in one of the forms of qins_panels. words: for log8 with a group_size that is a
- * multiple of QINS_DEPTH, else NULL; required for planes, unused for floats. */
+/* panels.c: the same for many rows, in one of the forms of qins_panels. words: for log8 with a group_size that is 32 or
+ * a multiple of QINS_DEPTH, else NULL; required for planes, unused for floats. */
 int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,
                        const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
                        int threads);

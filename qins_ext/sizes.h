@@ -43,6 +43,9 @@ static inline size_t scale_step(const qins_codes *e)
     return e->group_size % (2 * QINS_DEPTH) == 0 ? 2 * QINS_DEPTH : QINS_DEPTH;
 }
 
+/* Groups of 32 or 64, whose scales are folded into the words of planes. */
+static inline int folded(const qins_codes *e) { return e->group_size == QINS_DEPTH / 2 || e->group_size == QINS_DEPTH; }
+
 /* A row's group scales; NULL if the inputs are not grouped. */
 static inline const uint8_t *group_row(const qins_codes *e, size_t row)
 {

@@ -312,10 +312,9 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
     for (int m = 0; m < QINS_LEVELS; m++) {
         t->plane[m] = level[m] * (float)QINS_PLANE_MAX;
         int word = (int)((double)level[m] * QINS_PLANE_MAX + 0.5);
-        word += (word & 255) == 128; /* a low part of -128 could not be negated */
-        int low = ((word + 128) & 255) - 128;
-        t->plane_low[m] = (int8_t)low;
-        t->plane_high[m] = (int8_t)((word - low) / 256);
+        word += (word & 255) == 0 && word > 0; /* see planes64 */
+        t->plane_low[m] = (uint8_t)(word & 255);
+        t->plane_high[m] = (uint8_t)(word >> 8);
     }
 
     build_factors(t, level);

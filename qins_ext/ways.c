@@ -17,6 +17,7 @@ enum {
     WORD_BLOCKS = 8, /* likewise, in groups that need steps of 64 columns instead of the longest */
     PLANED = 16,     /* log8 with per-row scales, or groups of a multiple of 64 */
     PLANED_128 = 32, /* likewise, of a multiple of 128 */
+    FOLDED = 64,     /* in groups of 32 or 64 */
     ANY_CODES = DECODED | FACTORED | WORDED
 };
 
@@ -28,6 +29,7 @@ static unsigned kinds_of(const qins_kernels *k, const qins_codes *e)
     const size_t group = e->group_size;
     unsigned kinds = group % QINS_DEPTH == 0 ? PLANED : 0;
     kinds |= scale_step(e) > QINS_DEPTH ? PLANED_128 : 0;
+    kinds |= folded(e) ? FOLDED : 0;
     if (e->mu < k->least_mu || (group % QINS_BLOCK != 0 && group != QINS_BLOCK / 2)) {
         return kinds | DECODED;
     }
@@ -76,6 +78,9 @@ static const rule RULES[] = {
     {PLANED,       ANY,    ANY,           QINS_TILES,         4,        QINS_FEW},     /* Granite Rapids */
     {PLANED,       ANY,    ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
     {PLANED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   49,       ALL},   /* Granite Rapids */
+    {FOLDED,       ANY,    ANY,           QINS_TILES,         5,        QINS_FEW},     /* Granite Rapids */
+    {FOLDED,       ANY,    ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
+    {FOLDED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   73,       ALL},   /* Granite Rapids */
 };
 /* clang-format on */
 

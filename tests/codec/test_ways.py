@@ -59,7 +59,9 @@ def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_si
         ("amx", "log8", 128, "float32", {1: "BYTES", 2: "TILES", 129: "PLANE_PANELS"}),
         ("amx", "log8", 64, "float32", {1: "BYTES", 2: "WORDS", 4: "TILES", 129: "PLANE_PANELS"}),
         ("amx", "log8", 0, "bfloat16", {1: "BYTES", 2: "TILES", 49: "HALF_PANELS"}),
-        ("amx", "log8", 32, "bfloat16", {1: "WORDS", 16: "HALF_PANELS"}),
+        ("amx", "log8", 64, "bfloat16", {1: "BYTES", 2: "WORDS", 4: "TILES", 73: "HALF_PANELS"}),
+        ("amx", "log8", 32, "float32", {1: "WORDS", 5: "TILES", 129: "PLANE_PANELS"}),
+        ("amx", "log8", 32, "bfloat16", {1: "WORDS", 5: "TILES", 73: "HALF_PANELS"}),
     ],
 )
 def test_choice(name, codec, group_size, dtype, expected):

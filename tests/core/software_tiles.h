@@ -75,8 +75,9 @@ static inline void tile_move(int t, char *memory, size_t stride, int store)
     }
 }
 
-/* c += a * b; a 32-bit lane of a and b has 4 bytes, or 2 bfloat16. */
-static inline void tile_multiply(int c, int a, int b, int bytes)
+/* c += a * b; a 32-bit lane of a and b has 4 bytes, those of b signed, or 2 bfloat16. */
+enum { SIGNED, UNSIGNED, HALVES_ };
+static inline void tile_multiply(int c, int a, int b, int kind)
 {
     const tile_shapes *s = &tiles_.shape;
     tiles_demand(s->palette == 1 && s->rows[c] == s->rows[a] && s->bytes[c] == s->bytes[b]);
@@ -84,10 +85,12 @@ static inline void tile_multiply(int c, int a, int b, int bytes)
     for (size_t i = 0; i < s->rows[c]; i++) {
         for (size_t j = 0; j < s->bytes[c] / 4u; j++) {
             for (size_t k = 0; k < s->rows[b]; k++) {
-                for (size_t e = 0; bytes && e < 4; e++) {
-                    tiles_.tile[c].i32[i][j] += tiles_.tile[a].i8[i][4 * k + e] * tiles_.tile[b].i8[k][4 * j + e];
+                for (size_t e = 0; kind != HALVES_ && e < 4; e++) {
+                    const int8_t left = tiles_.tile[a].i8[i][4 * k + e];
+                    const int factor = kind == UNSIGNED ? (uint8_t)left : left;
+                    tiles_.tile[c].i32[i][j] += factor * tiles_.tile[b].i8[k][4 * j + e];
                 }
-                for (size_t e = 0; !bytes && e < 2; e++) {
+                for (size_t e = 0; kind == HALVES_ && e < 2; e++) {
                     uint32_t x = (uint32_t)tiles_.tile[a].bf16[i][2 * k + e] << 16;
                     uint32_t y = (uint32_t)tiles_.tile[b].bf16[k][2 * j + e] << 16;
                     float v, w;
@@ -106,14 +109,16 @@ static inline void tile_multiply(int c, int a, int b, int bytes)
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
+#undef _tile_dpbusd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(shapes) tiles_configure(shapes)
 #define _tile_release() memset(&tiles_, 0, sizeof tiles_)
 #define _tile_zero(t) memset(&tiles_.tile[t], 0, sizeof tiles_.tile[t])
 #define _tile_loadd(t, from, stride) tile_move(t, (char *)(uintptr_t)(from), stride, 0)
 #define _tile_stored(t, to, stride) tile_move(t, (char *)(to), stride, 1)
-#define _tile_dpbssd(c, a, b) tile_multiply(c, a, b, 1)
-#define _tile_dpbf16ps(c, a, b) tile_multiply(c, a, b, 0)
+#define _tile_dpbssd(c, a, b) tile_multiply(c, a, b, SIGNED)
+#define _tile_dpbusd(c, a, b) tile_multiply(c, a, b, UNSIGNED)
+#define _tile_dpbf16ps(c, a, b) tile_multiply(c, a, b, HALVES_)
 
 #endif
 #endif
