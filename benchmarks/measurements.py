@@ -342,7 +342,7 @@ DynamicCache holds float32. Read little into the greedy tokens of a single run: 
 ## Phi-3.5's architecture
 
 SmolLM2's weights in a Phi-3 model (qkv_proj and gate_up_proj fused): greedy tokens that match the float32 model's. The
-first different token changes all that follow. The prototype expected its layers to shrink 4x; `log8` reaches 3.95x or
+first different token changes all that follow. The prototype expected its layers to shrink 4x; `log8` reaches 3.9x or
 more.
 
 {phi_tokens(model, tokenizer)}

@@ -22,7 +22,7 @@ enum {
     QINS_LANES = 16,      /* every kernel processes 16 elements at a time, at any register width */
     QINS_WINDOW = 4096,   /* elements of the float32 scratch for other dtypes; a multiple of 16 */
     QINS_LEVELS = 128,    /* magnitudes of log8 */
-    QINS_CANDIDATES = 8,  /* most scales compared in one search */
+    QINS_CANDIDATES = 12, /* most scales compared in one search */
     QINS_LUT_CELLS = 4096 /* enough for every table that tables.c builds, see qins_lut_build */
 };
 

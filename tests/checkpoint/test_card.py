@@ -63,7 +63,7 @@ def test_beside_codes(source, tmp_path):
     assert (head["base_model"], head["base_model_relation"]) == ("some/ancestor", "quantized")
     assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
     assert 'This needs `pip install "qins[hf]"`' in text[:300]
-    assert "| codec | log8, groups of 128 inputs; golden, per-row scales |" in text
+    assert "| codec | log8, groups of 64 inputs; golden, per-row scales |" in text
     report = qins.inspect(tmp_path / "out")
     weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
     bits = 8 * sum(layer.bytes for layer in report.layers) / weights

@@ -147,7 +147,7 @@ def test_refusals(tmp_path):
     quantized.save_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
-    assert config["quantization_config"]["modules"]["lm_head"] == ["log8", 128, "model.embed_tokens"]
+    assert config["quantization_config"]["modules"]["lm_head"] == ["log8", 64, "model.embed_tokens"]
 
 
 def gemma3(dtype=torch.float32):

@@ -25,7 +25,7 @@ from qins.files import open_checkpoint
 pytestmark = pytest.mark.once
 
 
-CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 32), ("log8", 128), ("rational", None)]
+CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 32), ("log8", 64), ("rational", None)]
 
 
 @pytest.mark.parametrize(("codec", "group"), CODECS)
@@ -285,6 +285,21 @@ def test_histograms(tmp_path, codec):
     assert any(bar in str(report) for bar in "▇█")
     assert json.loads(report.to_json())["histograms"] == report.histograms
     assert not qins.inspect(tmp_path / "m.safetensors").histograms
+
+
+def test_group_sizes_without_a_config(tmp_path):
+    """Of sizes that give the same number of groups, one that has been the default is the likeliest."""
+    sizes = {"a": (320, 64), "b": (576, 192), "c": (384, 128), "d": (512, 256), "e": (320, 32)}
+    state = {
+        f"{name}.{k}": v
+        for name, (cols, size) in sizes.items()
+        for k, v in qins.QINSLinear.from_linear(nn.Linear(cols, 20), group_size=size).state_dict().items()
+    }
+    torch.save(state, tmp_path / "codes.pt")
+    report = qins.inspect(tmp_path / "codes.pt")
+    assert {layer.name: layer.group_size for layer in report.layers} == {
+        name: size for name, (_, size) in sizes.items()
+    }
 
 
 def test_group_sizes_are_those_of_the_config(tmp_path):

@@ -135,7 +135,7 @@ def test_meta_model():
     report = qins.convert(model)
     assert model[0].codes.is_meta
     assert math.isnan(report.converted[0].snr_db)
-    assert report.converted[0].bytes_after == 20 * 300 + 20 * 3 + 4 * 20 + 4
+    assert report.converted[0].bytes_after == 20 * 300 + 20 * 5 + 4 * 20 + 4
 
 
 @pytest.mark.once

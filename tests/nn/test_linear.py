@@ -119,6 +119,16 @@ def test_state_dict(layer):
     assert torch.equal(new(x), layer(x))
 
 
+def test_other_groups_are_refused_by_name():
+    """The default group size was larger once."""
+    old = nn.Sequential(qins.QINSLinear.from_linear(nn.Linear(576, 20), group_size=192)).state_dict()
+    new = nn.Sequential(qins.QINSLinear(576, 20))
+    expected = r"0.group_scale: expected 9 groups in a row, of group_size 64, got shape \(20, 3\); pass the group_size"
+    with pytest.raises(RuntimeError, match=expected):
+        new.load_state_dict(old)
+    nn.Sequential(qins.QINSLinear(576, 20, group_size=192)).load_state_dict(old)
+
+
 def test_load_state_dict_errors(layer):
     new = qins.QINSLinear(300, 200, codec=layer.codec, group_size=layer.group_size)
     state = layer.state_dict()

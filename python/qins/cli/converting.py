@@ -16,7 +16,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
     codec: Annotated[str, typer.Option(help="log8, log9, golden or rational.")] = "log8",
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for per-row scales.")
+        int | None, typer.Option(help="Inputs that share a scale (log8): default 64; 0 for per-row scales.")
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantize; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to skip; may be repeated.")] = None,

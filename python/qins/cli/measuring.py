@@ -20,7 +20,7 @@ def demo(
     ] = None,
     codec: Annotated[str, typer.Option(help="log8, log9 or golden.")] = "log8",
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale (log8): default 128; 0 for per-row scales.")
+        int | None, typer.Option(help="Inputs that share a scale (log8): default 64; 0 for per-row scales.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of English text to compare on.")] = 2048,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("qins-demo.png"),
@@ -41,7 +41,7 @@ def bench(
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; may be repeated.")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds of timing per figure.")] = 0.4,
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale: default 128; 0 for per-row scales.")
+        int | None, typer.Option(help="Inputs that share a scale: default 64; 0 for per-row scales.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:

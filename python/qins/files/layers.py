@@ -48,15 +48,23 @@ def is_stack(name: str) -> bool:
     return name.rpartition(".")[2] in EXPERT_STACKS
 
 
+# Earlier versions': the first that divides a row, else the first
+_EARLIER_DEFAULTS = (128, 192, 256)
+
+
 def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) -> int:
-    """Return a group size that gives this number of groups: the config's, else the default, else a power of two."""
+    """Return a group size that gives this number of groups: the config's, else a default, else a power of two."""
     about = config.get("quantization_config")
     about = about if isinstance(about, dict) else {}
     modules = about.get("modules")
     of_layer = modules.get(name) if isinstance(modules, dict) else None
     told = [of_layer[1] if isinstance(of_layer, list) and len(of_layer) > 1 else None, about.get("group_size")]
     candidates = [t for t in told if isinstance(t, int) and t > 0]
-    candidates += [default_group_size(cols), *(1 << i for i in range(20)), -(-cols // max(groups, 1))]
+    candidates += [
+        default_group_size(cols),
+        next((g for g in _EARLIER_DEFAULTS if cols % g == 0), _EARLIER_DEFAULTS[0]),
+    ]
+    candidates += [*(1 << i for i in range(20)), -(-cols // max(groups, 1))]
     return next((g for g in candidates if -(-cols // g) == groups), 0)
 
 

@@ -158,6 +158,13 @@ class CodedWeight(Coded):
                 f"{prefix}weight: expected codes ({', '.join(self._names)}), got a float weight; load it into an "
                 f"nn.{name[4:]} and use {name}.from_{name[4:].lower()}"
             )
+        groups, own = state_dict.get(prefix + "group_scale"), self._buffers.get("group_scale")
+        if isinstance(groups, torch.Tensor) and own is not None and groups.shape[1:] != own.shape[1:]:
+            raise RuntimeError(
+                f"{prefix}group_scale: expected {own.shape[1]} groups in a row, of group_size {self.group_size}, got "
+                f"shape {tuple(groups.shape)}; pass the group_size of the saved codes (earlier versions' default was "
+                "128, or 192 or 256 where these divide a row and 128 does not)"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _codec_repr(self) -> str:

@@ -1,0 +1,237 @@
+"""Every command on every kind of model and file, and with every option at the edges of its values.
+
+A command succeeds, or it says in one line what is wrong; an exception that `cli.main` does not turn into such a line
+ends the test.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("typer")
+import tiny  # noqa: E402
+import tiny_experts  # noqa: E402
+import torch  # noqa: E402
+import typer  # noqa: E402
+from click import Context  # noqa: E402
+from tokens import save_tokenizer  # noqa: E402
+
+from qins import cli  # noqa: E402
+from qins.cli.app import app  # noqa: E402
+
+pytestmark = [pytest.mark.once, pytest.mark.long]
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = " ".join(f"w{(7 * i * i + i) % 150}" for i in range(4000))
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=160, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_start_token_id=1, **SPECIAL,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def clip():
+    vision = {**SIZES, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config={**SIZES, "vocab_size": 160}, vision_config=vision)
+    return transformers.CLIPModel(config)
+
+
+def mamba():
+    config = transformers.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=1, state_size=4, **SPECIAL)
+    return transformers.MambaForCausalLM(config)
+
+
+def wav2vec2():
+    config = transformers.Wav2Vec2Config(
+        vocab_size=160, **SIZES, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+MAKERS = {
+    "classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=160, **SIZES)),
+    "masked": lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=160, **SIZES)),
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)),
+    "resnet": lambda: transformers.ResNetModel(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ),
+    "whisper": whisper,
+    "clip": clip,
+    "mamba": mamba,
+    "wav2vec2": wav2vec2,
+    "mixtral": lambda: tiny_experts.make("mixtral"),
+    **{
+        kind: (lambda kind=kind: tiny.make(kind))
+        for kind in ("llama", "phi3", "gpt2", "bert", "modernbert", "t5", "qwen2_vl")
+    },
+}
+
+
+def break_config(directory, change):
+    path = directory / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(change(config)), "utf-8")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# changes of a directory with a small Llama
+FAULTS = {
+    "config is a list": lambda d: break_config(d, lambda c: [c]),
+    "no architecture": lambda d: break_config(d, lambda c: {k: v for k, v in c.items() if k != "architectures"}),
+    "unknown architecture": lambda d: break_config(d, lambda c: c | {"architectures": ["NopeForCausalLM"]}),
+    "unknown model": lambda d: break_config(d, lambda c: c | {"model_type": "nope"}),
+    "no model type": lambda d: break_config(d, lambda c: {k: v for k, v in c.items() if k != "model_type"}),
+    "negative width": lambda d: break_config(d, lambda c: c | {"hidden_size": -32}),
+    "text for a width": lambda d: break_config(d, lambda c: c | {"hidden_size": "32"}),
+    "other width": lambda d: break_config(d, lambda c: c | {"hidden_size": 64}),
+    "no layers": lambda d: break_config(d, lambda c: c | {"num_hidden_layers": 0}),
+    "other quantization": lambda d: break_config(d, lambda c: c | {"quantization_config": {"quant_method": "nope"}}),
+    "codes that are not there": lambda d: break_config(
+        d, lambda c: c | {"quantization_config": {"quant_method": "qins", "modules": {"a": ["log8", 64]}}}
+    ),
+    "config is empty": lambda d: (d / "config.json").write_text(""),
+    "no config": lambda d: (d / "config.json").unlink(),
+    "no tokenizer": lambda d: [p.unlink() for p in d.glob("*token*")],
+    "tokenizer is empty": lambda d: [p.write_text("{}") for p in d.glob("*token*")],
+    "half of the weights": lambda d: cut(d / "model.safetensors"),
+    "no weights": lambda d: (d / "model.safetensors").unlink(),
+    "weights are empty": lambda d: (d / "model.safetensors").write_bytes(b""),
+    "nothing": lambda d: [p.unlink() for p in d.iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with a model of each kind, and faulty ones."""
+    root = tmp_path_factory.mktemp("models")
+    for kind, make in MAKERS.items():
+        torch.manual_seed(0)
+        make().save_pretrained(root / kind)
+        save_tokenizer(root / kind)
+    for fault, change in FAULTS.items():
+        shutil.copytree(root / "llama", root / fault)
+        change(root / fault)
+    (root / "text").write_text(TEXT)
+    (root / "empty").write_text("")
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line as a shell does; check that it succeeds or says what is wrong, and return its exit code."""
+
+    def run(*args):
+        arguments = [str(a) for a in args]
+        monkeypatch.setattr(sys, "argv", ["qins", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\n"))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        if e.value.code:
+            assert e.value.code in (1, 2), arguments
+            said = [line for line in err.splitlines() if line.startswith("error: ") or "Error" in line]
+            assert said, f"{arguments} failed without saying why: {err}"
+            assert not said[-1].endswith(("error: ", "error: None")), err
+        return e.value.code or 0
+
+    return run
+
+
+def commands(model, out, root):
+    """Return command lines for a model: those for the model, then those for its codes in `out`."""
+    short = ["--tokens", "3"]
+    text, window = ["--text", root / "text", "--tokens", "96"], []
+    return [
+        ["inspect", model],
+        ["eval", model, *text, *window],
+        ["generate", model, "-p", "w1 w2", *short],
+        ["chat", model, *short],
+        ["quantize", model, out],
+        ["quantize", model, f"{out}-all", "--lm-head", "--embeddings"],
+        ["quantize", model, f"{out}-calibrated", "--calibrate", root / "text", "--calibration-tokens", "512"],
+    ], [
+        ["inspect", out],
+        ["inspect", out, "--against", model, "--histogram", f"{out}.png"],
+        ["eval", out, "--against", model, *text],
+        ["generate", out, "-p", "w1 w2", *short],
+        ["chat", out, *short],
+    ]
+
+
+@pytest.mark.parametrize("kind", [*MAKERS, *FAULTS])
+def test_every_command(run, root, tmp_path, kind):
+    first, then = commands(root / kind, tmp_path / "out", root)
+    codes = [run(*c) for c in first]
+    if kind in MAKERS:
+        assert codes[0] == 0
+    if codes[4] == 0:
+        for c in then:
+            run(*c)
+
+
+EDGES = {
+    "integer": ["-1", "0", "1", "3", "x"],
+    "float": ["-1", "0", "0.5", "nan", "inf", "x"],
+    "text": ["", "nope", "[", "log8"],
+    "path": ["/nope/nope", ".", "empty", "text"],
+}
+
+
+def options():
+    """Return each option of each command that takes a value, with the kind of its values."""
+    kinds = {
+        "integer range": "integer",
+        "float range": "float",
+        "directory": "path",
+        "file": "path",
+        "filename": "path",
+    }
+    found = []
+    for name, command in typer.main.get_command(app).commands.items():
+        for p in command.get_params(Context(command)):
+            if p.param_type_name == "option" and not getattr(p, "is_flag", False) and p.name != "help":
+                kind = kinds.get(p.type.name, p.type.name)
+                found.append((name, p.opts[0], kind if kind in EDGES else "text"))
+    return found
+
+
+BASE = {
+    "demo": ["--model", "llama", "--tokens", "64"],
+    "bench": ["--shape", "16x64", "--rows", "1", "--seconds", "0.01"],
+    "inspect": ["llama"],
+    "quantize": ["llama", "OUT"],
+    "eval": ["OUT", "--against", "llama", "--text", "text", "--tokens", "64"],
+    "generate": ["llama", "-p", "w1 w2", "--tokens", "2"],
+    "chat": ["llama", "--tokens", "2"],
+}
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), options(), ids=lambda v: v)
+def test_every_option(run, root, tmp_path, monkeypatch, command, option, kind):
+    monkeypatch.chdir(root)
+    assert set(BASE) == set(typer.main.get_command(app).commands)
+    for i, value in enumerate(EDGES[kind]):
+        out = tmp_path / str(i)
+        base = [str(out) if a == "OUT" else a for a in BASE[command]]
+        if command == "eval":
+            assert run("quantize", "llama", out) == 0
+        if option in base:  # once more, with this value
+            at = base.index(option)
+            del base[at : at + 2]
+        run(command, *base, option, value)
