@@ -47,7 +47,7 @@ CODECS: dict[str, tuple[str, int | str | None]] = {
     "`log9`": ("log9", None),
     "`log8`, per row": ("log8", None),
     "`log8` (default groups)": ("log8", "default"),
-    "`log8`, group_size 64": ("log8", 64),
+    "`log8`, group_size 128": ("log8", 128),
     "`log8`, group_size 32": ("log8", 32),
     "`rational`, alpha 1": ("rational", None),
 }

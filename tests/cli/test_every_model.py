@@ -10,6 +10,8 @@ import io
 import json
 import shutil
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ import tiny  # noqa: E402
 import tiny_experts  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
-from click import Context  # noqa: E402
+import typer.models  # noqa: E402
 from tokens import save_tokenizer  # noqa: E402
 
 from qins import cli  # noqa: E402
@@ -186,28 +188,25 @@ def test_every_command(run, root, tmp_path, kind):
 
 
 EDGES = {
-    "integer": ["-1", "0", "1", "3", "x"],
-    "float": ["-1", "0", "0.5", "nan", "inf", "x"],
-    "text": ["", "nope", "[", "log8"],
-    "path": ["/nope/nope", ".", "empty", "text"],
+    int: ["-1", "0", "1", "3", "x"],
+    float: ["-1", "0", "0.5", "nan", "inf", "x"],
+    Path: ["/nope/nope", ".", "empty", "text"],
+    str: ["", "nope", "[", "log8"],
 }
 
 
 def options():
-    """Return each option of each command that takes a value, with the kind of its values."""
-    kinds = {
-        "integer range": "integer",
-        "float range": "float",
-        "directory": "path",
-        "file": "path",
-        "filename": "path",
-    }
+    """Return each option of each command that takes a value, with the type of its values."""
     found = []
-    for name, command in typer.main.get_command(app).commands.items():
-        for p in command.get_params(Context(command)):
-            if p.param_type_name == "option" and not getattr(p, "is_flag", False) and p.name != "help":
-                kind = kinds.get(p.type.name, p.type.name)
-                found.append((name, p.opts[0], kind if kind in EDGES else "text"))
+    for registered in app.registered_commands:
+        for name, annotation in typing.get_type_hints(registered.callback, include_extras=True).items():
+            options = [o for o in getattr(annotation, "__metadata__", ()) if isinstance(o, typer.models.OptionInfo)]
+            types = str(typing.get_type_hints(registered.callback)[name]) if options else ""
+            kind = next((k for k in (int, float, Path, str) if k.__name__ in types), None)
+            if options and kind is not None:
+                declared = [o for o in options[0].param_decls or () if o.startswith("--")]
+                option = declared[0] if declared else f"--{name.replace('_', '-')}"
+                found.append((registered.name or registered.callback.__name__, option, kind))
     return found
 
 
@@ -222,10 +221,10 @@ BASE = {
 }
 
 
-@pytest.mark.parametrize(("command", "option", "kind"), options(), ids=lambda v: v)
+@pytest.mark.parametrize(("command", "option", "kind"), options(), ids=str)
 def test_every_option(run, root, tmp_path, monkeypatch, command, option, kind):
     monkeypatch.chdir(root)
-    assert set(BASE) == set(typer.main.get_command(app).commands)
+    assert set(BASE) == {registered.name or registered.callback.__name__ for registered in app.registered_commands}
     for i, value in enumerate(EDGES[kind]):
         out = tmp_path / str(i)
         base = [str(out) if a == "OUT" else a for a in BASE[command]]

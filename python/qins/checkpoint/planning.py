@@ -18,6 +18,7 @@ from ..hf import (
     QinsHfQuantizer,
     guard,
     input_embedding,
+    loading,
     pending_experts,
     pending_layers,
     tied_output,
@@ -307,7 +308,8 @@ def _meta_model(checkpoint: Checkpoint) -> Any:
         raise ValueError(f"{checkpoint.path}: is quantized already: {checkpoint.config['quantization_config']}")
     config = getattr(checkpoint, "transformers_config", None)  # of a GGUF file
     if config is None:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+        with loading("the config.json of a model", checkpoint.path):
+            config = transformers.AutoConfig.from_pretrained(checkpoint.path)
     cls = architecture(checkpoint)
     with torch.device("meta"):
         return cls(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..hf import load_tokenizer, require_causal_lm, require_transformers
+from ..hf import load_tokenizer, loading, require_causal_lm, require_transformers
 
 
 class _Timed:
@@ -62,7 +62,8 @@ class Speaker:
         self.silent = silent
         self.last: dict[str, Any] = {}
         self.tokenizer = load_tokenizer(model)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+        with loading("the checkpoint of a causal language model", model):
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
         self._streamer = transformers.TextStreamer
         chosen = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         given = {k: v for k, v in sampling.items() if v is not None}

@@ -39,7 +39,7 @@ def demo(
 def bench(
     shape: Annotated[str, typer.Option(help="out_features x in_features of the layer.")] = "8192x3072",
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; may be repeated.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds of timing per figure.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=0.01, max=3600.0, help="Seconds of timing per figure.")] = 0.4,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: default 64; 0 for per-row scales.")
     ] = None,

@@ -21,7 +21,7 @@ from torch import nn
 from .. import _core
 from ..calibration import calibrate, cut, plan, split
 from ..codec import isa, snr_db
-from ..hf import find_model, load_tokenizer, require_transformers
+from ..hf import find_model, load_tokenizer, loading, require_transformers
 from ..nn import Coded, ConversionReport, QINSLinear, choose, convert
 from ..system import (
     cpu_name,
@@ -430,7 +430,8 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
         from lm_eval.models.huggingface import HFLM
     except ImportError as e:
         raise ImportError("--task needs lm-eval: pip install lm-eval") from e
-    loaded = require_transformers().AutoModelForCausalLM.from_pretrained(model).eval()
+    with loading("the checkpoint of a causal language model", model):
+        loaded = require_transformers().AutoModelForCausalLM.from_pretrained(model).eval()
     try:
         found = lm_eval.simple_evaluate(HFLM(pretrained=loaded, tokenizer=load_tokenizer(model)), tasks=list(tasks))
     except KeyError as e:

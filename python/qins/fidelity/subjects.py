@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..hf import load_floats, load_tokenizer, require_transformers
+from ..hf import load_floats, load_tokenizer, loading, require_transformers
 from .metrics import greedy, windows
 
 Tensor = torch.Tensor
@@ -99,12 +99,8 @@ class Subject:
             ValueError: weights are missing, or the checkpoint cannot be read.
 
         """
-        try:
+        with loading(f"a checkpoint of {self.architecture.__name__}", path):
             model, info = load_floats(self.architecture, path, output_loading_info=True, **kwargs)
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError):
-            raise
-        except Exception as e:  # damaged files
-            raise ValueError(f"{path}: expected a checkpoint of {self.architecture.__name__}: {_first_line(e)}") from e
         missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)  # the pooler makes no hidden state
         if missing:
             raise ValueError(

@@ -40,7 +40,9 @@ def tied_to(model: Any, source: str) -> list[str]:
 
 def input_embedding(model: Any, config: QinsConfig) -> tuple[str, nn.Embedding, str, int | None]:
     """Return name and module of the input embedding, and codec and group size for it and for what is tied to it."""
-    source: nn.Embedding = model.get_input_embeddings()
+    source = model.get_input_embeddings()
+    if not isinstance(source, nn.Embedding):
+        raise ValueError(f"embeddings: expected an nn.Embedding in {type(model).__name__}, got {type(source).__name__}")
     name = name_of(model, source)
     return name, source, *config.layer(name, source.embedding_dim)
 

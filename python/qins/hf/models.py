@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,21 @@ def require_transformers() -> Any:
 def not_found(name: str | Path, error: Exception) -> FileNotFoundError:
     """Return the error for a name that is neither a directory nor an available model on the hub."""
     return FileNotFoundError(f"{name}: neither a directory nor an available model on the hub: {error}")
+
+
+@contextmanager
+def loading(what: str, where: str | Path) -> Iterator[None]:
+    """Turn what other libraries raise for damaged files, such as a KeyError, into a ValueError that names the files.
+
+    Errors that the command line shows as they are pass unchanged.
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError):
+        raise
+    except Exception as e:
+        said = " ".join(str(e).split()) or "no message"
+        raise ValueError(f"{where}: expected {what}: {type(e).__name__}: {said}") from e
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -71,7 +88,8 @@ def require_causal_lm(name: str) -> None:
 
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a directory or hub name."""
-    return require_transformers().AutoTokenizer.from_pretrained(name)
+    with loading("the files of a tokenizer", name):
+        return require_transformers().AutoTokenizer.from_pretrained(name)
 
 
 def load_causal_lm(name: str) -> tuple[Any, Any]:
@@ -85,6 +103,7 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
 
     transformers = require_transformers()
     require_causal_lm(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(name)
+    with loading("the checkpoint of a causal language model", name):
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     return model, tokenizer
