@@ -64,6 +64,9 @@ def race(contestants: Contestants, seconds: float = 1.0, rounds: int = 3) -> dic
     return best
 
 
+_MOST_COPIES = 1024  # of one weight: those of a few kilobytes would take minutes to make
+
+
 def _contestants(
     shape: tuple[int, int], rotation: int, group_size: int | str | None
 ) -> dict[str, Callable[[Any], Callable[[int], object]]]:
@@ -76,7 +79,7 @@ def _contestants(
     linear = nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)
 
     def copies(size: int) -> range:
-        return range(max(2, rotation // size))
+        return range(min(max(2, rotation // size), _MOST_COPIES))
 
     layers = [QINSLinear.from_linear(linear, group_size=group_size)]
     for _ in copies(shape[0] * shape[1])[1:]:
