@@ -188,9 +188,20 @@ static float masked(const run *r, size_t m, size_t t, float score)
 
 /* A batch of queries that share a KV head: query i is that of token row row[i] and head head[i]. */
 typedef struct {
-    float q[QINS_BATCH][512], out[QINS_BATCH][512];
+    float q[QINS_BATCH][QINS_DECODER_HEAD_DIM], out[QINS_BATCH][QINS_DECODER_HEAD_DIM];
     size_t row[QINS_BATCH], head[QINS_BATCH];
 } queries;
+
+/* A head's tokens [t, t + n) in the cache, as float32; `window` has room for them. */
+static const float *cached(const run *r, const void *cache, size_t begin, size_t t, size_t n, float *window)
+{
+    const size_t dim = r->layer->head_dim, at = begin + t * dim;
+    if (r->call->dtype == QINS_F32) {
+        return (const float *)cache + at;
+    }
+    widen_at(r, cache, at, n * dim, window);
+    return window;
+}
 
 static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores,
                         float *window)
@@ -198,17 +209,12 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
     const qins_decoder_call *call = r->call;
     const qins_decoder_layer *layer = r->layer;
     const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = cache_at(r, sequence, kv_head, 0);
-    const int wide = call->dtype == QINS_F32;
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *keys = (const float *)call->keys + (wide ? begin + t * dim : 0);
-        if (!wide) {
-            widen_at(r, call->keys, begin + t * dim, n * dim, window);
-            keys = window;
-        }
+        const float *keys = cached(r, call->keys, begin, t, n, window);
         for (size_t i = 0; i < n; i++) {
             float of_key[QINS_BATCH];
-            r->kernels->dot_f32(keys + i * dim, dim, some->q[0], 512, batch, of_key);
+            r->kernels->dot_f32(keys + i * dim, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, of_key);
             for (int j = 0; j < batch; j++) {
                 float score = of_key[j] * layer->scaling;
                 score = layer->softcap > 0.0f ? layer->softcap * tanhf(score / layer->softcap) : score;
@@ -231,12 +237,8 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
     }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *values = (const float *)call->values + (wide ? begin + t * dim : 0);
-        if (!wide) {
-            widen_at(r, call->values, begin + t * dim, n * dim, window);
-            values = window;
-        }
-        r->kernels->weigh_rows(values, n, dim, scores + t, total, batch, dim, some->out[0], 512);
+        const float *values = cached(r, call->values, begin, t, n, window);
+        r->kernels->weigh_rows(values, n, dim, scores + t, total, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
     }
     for (int j = 0; j < batch; j++) {
         float *out = r->attended + some->row[j] * layer->heads * dim + some->head[j] * dim;

@@ -4,7 +4,10 @@
 
 #include "qins.h"
 
-enum { QINS_DECODER_ROWS = 16 }; /* most tokens of one call, over all sequences */
+enum {
+    QINS_DECODER_ROWS = 16,     /* most tokens of one call, over all sequences */
+    QINS_DECODER_HEAD_DIM = 512 /* most elements of a head */
+};
 
 /* A matrix and its bias, which may be NULL. A product without codes is absent, except that k and v may be rows of q's
  * matrix, below its own, and up may be rows of gate's matrix, below its own. Without gate, the layer ends after

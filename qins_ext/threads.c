@@ -68,7 +68,7 @@ static mutex caller = MUTEX_INIT; /* held by the one call that uses the pool */
 static mutex state = MUTEX_INIT;  /* guards the rest */
 static condition posted = CONDITION_INIT, left = CONDITION_INIT;
 static job *current;           /* NULL: nothing to join */
-static int helping;            /* workers inside `current` */
+static atomic_int helping;     /* workers inside `current`; changes under `state`, read also while spinning */
 static int workers;            /* threads that exist */
 static atomic_uint generation; /* changes with every posted job, for spinning */
 static _Atomic(qins_fork_join) fork_join;
@@ -100,12 +100,12 @@ static THREAD_RETURN work(void *unused)
         }
         seen = atomic_load(&generation);
         job *j = current;
-        helping += j != NULL;
+        atomic_fetch_add(&helping, j != NULL);
         unlock(&state);
         if (j != NULL) {
             run_parts(j);
             lock(&state);
-            if (--helping == 0) {
+            if (atomic_fetch_sub(&helping, 1) == 1) {
                 wake_all(&left);
             }
             unlock(&state);
@@ -123,7 +123,7 @@ static void after_fork_in_child(void)
     pthread_cond_init(&posted, NULL);
     pthread_cond_init(&left, NULL);
     current = NULL;
-    helping = 0;
+    atomic_store(&helping, 0);
     workers = 0;
     atomic_store(&fork_join, NULL);
 }
@@ -151,7 +151,12 @@ static void run_on_pool(job *j, int threads)
 
     lock(&state);
     current = NULL; /* workers that have not joined by now stay out */
-    while (helping > 0) {
+    unlock(&state);
+    for (int i = 0; i < SPINS && atomic_load(&helping) > 0; i++) { /* the last part is short; sleeping takes longer */
+        QINS_SPIN();
+    }
+    lock(&state);
+    while (atomic_load(&helping) > 0) {
         wait_for(&left, &state);
     }
     unlock(&state);

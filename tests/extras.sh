@@ -68,6 +68,10 @@ expect "(2, 3)" "$bin/python" -c "
 import numpy as np, qins
 w = np.ones((3, 64), np.float32)
 print(qins.matmul(w[:2], qins.encode(w)).shape)"
+expect "token" "$bin/python" -c "
+import qins
+decoder = qins.Decoder.open('$work/out')
+print('token', decoder.logits([1, 2, 3]).argmax())"
 for name in QINSLinear convert inspect load QinsConfig QINSCache calibrate; do
     refuse "qins[torch]" "$bin/python" -c "
 import sys, qins
@@ -90,6 +94,7 @@ for command in "demo" "bench" "inspect x" "quantize x y" "eval x" "generate x -p
     # shellcheck disable=SC2086
     refuse "pip install 'qins[" "$bin/qins" $command
 done
+expect "Paris" "$bin/qins" generate "$work/out" -p "The capital of France is" --tokens 8 --engine core
 echo "== .[torch]"
 make_venv torch
 install torch

@@ -1,7 +1,8 @@
 """8-bit weights for language models, as logarithmic codes.
 
-`encode` and `decode` work on NumPy arrays; `QINSLinear` and `convert` quantize torch models; `QinsConfig` quantizes
-models as transformers loads them. Importing this package imports only NumPy.
+`encode` and `decode` work on NumPy arrays, and `Decoder` runs converted language models with NumPy alone. `QINSLinear`
+and `convert` quantize torch models; `QinsConfig` quantizes models as transformers loads them. Importing this package
+imports only NumPy.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .system import VERSION, get_num_threads, lazily, set_num_threads
 if TYPE_CHECKING:
     from .calibration import CalibrationReport, Plan, calibrate, plan
     from .compat import load_seed_checkpoint
+    from .decoder import Decoder
     from .files import InspectionReport, inspect
     from .hf import QINSCache, QinsConfig, load
     from .nn import (
@@ -47,6 +49,7 @@ __version__ = VERSION
 __all__ = [
     "CalibrationReport",
     "ConversionReport",
+    "Decoder",
     "EncodedArray",
     "ErrorFeedback",
     "InspectionReport",
@@ -78,10 +81,11 @@ __all__ = [
     "use_isa",
 ]
 
-# Names that need torch or transformers, and their rooms.
+# Names that are imported on first use, most of which need torch or transformers, and their rooms.
 _LAZY = {
     "CalibrationReport": "calibration",
     "ConversionReport": "nn",
+    "Decoder": "decoder",
     "InspectionReport": "files",
     "MemoryReport": "nn",
     "Plan": "calibration",

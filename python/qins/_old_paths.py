@@ -32,7 +32,7 @@ MOVED = {
     "linear": ("nn.linear", "nn.embedding"),
     "machine": ("system.machine",),
     "memory": ("nn.memory",),
-    "models": ("hf.models", "hf.packaged", "files.text"),
+    "models": ("hf.models", "hf.packaged", "system.text"),
     "ops": ("nn.ops", "codec.tensors", "codec.fields"),
     "peers": ("fidelity.peers",),
     "planning": ("calibration.planning",),

@@ -35,8 +35,8 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Quantize a checkpoint on disk, one tensor at a time: checkpoints of any size, without building the model."""
-    from ..files import read_text
     from ..hf import require_transformers
+    from ..system import read_text
 
     require_transformers()
     from ..checkpoint import quantize_checkpoint

@@ -107,7 +107,7 @@ def evaluate(
     """
     require("torch", "transformers", *(["matplotlib", "jinja2"] if report is not None else []))
     from .. import fidelity
-    from ..files import read_text
+    from ..system import read_text
 
     settings = fidelity.Settings(
         text=None if text is None else read_text(text),

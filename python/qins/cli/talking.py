@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -26,13 +28,36 @@ System = Annotated[str | None, typer.Option(help="System prompt.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tokens per second, on stderr.")]
 
 
-def _speaker(model: str, tokens: int, temperature: float, **options: Any) -> Any:
+def _check_sampling(temperature: float, options: dict[str, Any]) -> None:
     for name in ("top_p", "top_k", "min_p"):
         if options[name] is not None and temperature == 0:
             raise ValueError(f"{name.replace('_', '-')}: expected --temperature above 0 with it")
+
+
+def _speaker(model: str, tokens: int, temperature: float, **options: Any) -> Any:
+    _check_sampling(temperature, options)
     from .chat import Speaker
 
     return Speaker(model, tokens, temperature, **options)
+
+
+class Engine(str, enum.Enum):
+    """What runs the model."""
+
+    torch = "torch"
+    core = "core"
+
+
+def _core_speaker(model: str, tokens: int, temperature: float, *, as_chat: bool, **options: Any) -> Any:
+    from .core_speaker import CoreSpeaker
+
+    _check_sampling(temperature, options)
+    refused = {"chat": as_chat, "repetition-penalty": options.pop("repetition_penalty") is not None}
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{name}: --engine core does not have it; omit --engine")
+    options["stop"] = options.pop("stop_strings") or ()
+    return CoreSpeaker(model, tokens, temperature, **options)
 
 
 def _said(last: dict[str, Any], as_json: bool, verbose: bool) -> None:
@@ -58,7 +83,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("prompt: expected one of --prompt and --file, got both")
     if file is not None:
-        from ..files import read_text
+        from ..system import read_text
 
         return read_text(file)
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
@@ -84,17 +109,22 @@ def generate(
     seed: Seed = None,
     repetition_penalty: Penalty = None,
     stop: Stop = None,
+    engine: Annotated[
+        Engine, typer.Option(help="core: without torch, for directories that qins quantize wrote.")
+    ] = Engine.torch,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, counts, seconds.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a prompt, printing tokens as they are generated."""
     with _interruptible():
         text = _prompt(prompt, file)
-        speaker = _speaker(
+        chats = as_chat or system is not None
+        make = functools.partial(_core_speaker, as_chat=chats) if engine is Engine.core else _speaker
+        speaker = make(
             model, tokens, temperature, silent=as_json, seed=seed, stop_strings=stop or None,
             top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         )  # fmt: skip
-        if as_chat or system is not None:
+        if chats:
             from .chat import Conversation
 
             Conversation(speaker, system).answer(text)

@@ -9,7 +9,6 @@ from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_check
 from .scaled import ScaledCheckpoint
 from .shards import DTYPE_CODES, ShardWriter, Target
 from .source_formats import open_scaled, require_decodable, source_quantization
-from .text import read_json, read_text
 
 __all__ = [
     "DTYPE_CODES",
@@ -31,8 +30,6 @@ __all__ = [
     "open_files",
     "open_gguf",
     "open_scaled",
-    "read_json",
-    "read_text",
     "require_decodable",
     "source_quantization",
     "verify",

@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..system import naming_extras
-from .text import read_json
+from ..system import naming_extras, read_json
 
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,

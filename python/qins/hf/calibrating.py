@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..calibration import Choice, Layer, Store, Text, choose_codes, cut, plan_layers, split
-from ..files import read_text
 from ..nn import ConversionReport, QINSExperts, QINSLinear, projections
-from ..system import progress, write_json
+from ..system import progress, read_text, write_json
 from .choosing import chosen_layers
 from .config import QinsConfig
 from .embeddings import loaded

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .. import _core
 from ..codec import DTYPE_NUMBER
-from ..system import get_num_threads
+from ..system import get_num_threads, switch
 from .growing_cache import Room, room_for
 from .layer_description import LayerDescription, UnfitError, describe, mlp_of
 
@@ -253,10 +252,7 @@ def decode_in_steps(model: nn.Module) -> None:
         ValueError: QINS_DECODE_STEP is neither 0 nor 1.
 
     """
-    told = os.environ.get("QINS_DECODE_STEP", "")
-    if told not in ("", "0", "1"):
-        raise ValueError(f"environment variable QINS_DECODE_STEP: expected 0 or 1, got {told!r}")
-    if told == "0":
+    if not switch("QINS_DECODE_STEP", True):
         return
     for module in model.modules():
         kind: Any = type(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -129,11 +128,3 @@ def verify_files(config: QinsConfig, files: Iterable[str | Path] | None) -> None
         problems += verify(open_checkpoint(file), checksums)[1]
     if problems:
         raise ValueError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else ""))
-
-
-def environment_asks_to_verify() -> bool:
-    """Return whether QINS_VERIFY is 1; raise a ValueError if it is anything but empty, 0 or 1."""
-    told = os.environ.get("QINS_VERIFY", "")
-    if told not in ("", "0", "1"):
-        raise ValueError(f"environment variable QINS_VERIFY: expected 0 or 1, got {told!r}")
-    return told == "1"

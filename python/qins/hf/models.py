@@ -47,7 +47,7 @@ def read_config(name: str) -> dict[str, Any]:
     """
     from huggingface_hub import hf_hub_download
 
-    from ..files import read_json
+    from ..system import read_json
 
     path = Path(name) / "config.json"
     if not Path(name).exists():

@@ -10,19 +10,19 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled, read_text
+from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled
 from ..nn import (
     Coded,
     CodedWeight,
     ConversionReport,
 )
-from ..system import page_out
+from ..system import page_out, read_text, switch
 from .auditing import audit
 from .config import QinsConfig
 from .decoding import decode_in_steps
 from .dequantizing import dequantize
 from .embeddings import encode_embeddings, expect_embeddings
-from .expecting import environment_asks_to_verify, expect_codes, expect_floats, verify_files
+from .expecting import expect_codes, expect_floats, verify_files
 from .modules import (
     PendingExperts,
     PendingLinear,
@@ -100,7 +100,7 @@ class QinsHfQuantizer(HfQuantizer):
             with suppress(OSError, ValueError):  # a hub name, or files that open_checkpoint finds ambiguous
                 files = open_checkpoint(model.config._name_or_path).files
         if self.pre_quantized:
-            if self.quantization_config.verify or environment_asks_to_verify():
+            if self.quantization_config.verify or switch("QINS_VERIFY", False):
                 verify_files(self.quantization_config, files)
             self._shared = expect_codes(model, self.quantization_config)
             return

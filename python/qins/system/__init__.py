@@ -5,11 +5,13 @@ The lowest room: it imports no other room.
 
 from . import threads
 from .atomic import atomically, locked, write_json
+from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
 from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
 from .pages import give_back_freed_memory, is_resident, page_in, page_out
 from .progress_bar import allow_bars, progress
+from .text import read_json, read_text
 from .threads import get_num_threads, set_num_threads
 from .version import VERSION
 
@@ -28,9 +30,12 @@ __all__ = [
     "page_out",
     "peak_resident_bytes",
     "progress",
+    "read_json",
+    "read_text",
     "require",
     "reset_peak_resident_bytes",
     "set_num_threads",
+    "switch",
     "threads",
     "write_json",
 ]

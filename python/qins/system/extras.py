@@ -14,6 +14,7 @@ EXTRAS = {
     "gguf": "hf",
     "accelerate": "hf",
     "huggingface_hub": "hf",
+    "tokenizers": "cli",
     "typer": "cli",
     "rich": "cli",
     "matplotlib": "plot",

@@ -1,0 +1,211 @@
+"""What the layers of a family compute, from config.json alone: a table of families, and numbers from the config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+_BOTH = ("input_layernorm", None, "post_attention_layernorm", None)
+_FOUR = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family differs from Llama.
+
+    Attributes:
+        norms: names of the norms before and after attention, and before and after the MLP.
+        gemma: norm weights are stored without their 1, and embeddings are multiplied by sqrt(hidden_size).
+        head_norms: queries and keys are normalized: "head", each head by itself; "row", all heads as one row.
+        fused: q, k and v are one matrix, and so are gate and up.
+        all_slide: without layer_types, a sliding_window holds for every layer.
+
+    """
+
+    norms: tuple[str | None, ...] = _BOTH
+    gemma: bool = False
+    head_norms: str = ""
+    fused: bool = False
+    all_slide: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(all_slide=True),
+    "qwen2": Family(),
+    "qwen3": Family(head_norms="head"),
+    "smollm3": Family(),
+    "phi3": Family(fused=True, all_slide=True),
+    "olmo2": Family(norms=_AFTER, head_norms="row"),
+    "granite": Family(),
+    "gemma": Family(gemma=True),
+    "gemma2": Family(norms=_FOUR, gemma=True),
+    "gemma3_text": Family(norms=_FOUR, gemma=True, head_norms="head"),
+}
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and factors of a model.
+
+    Attributes:
+        family: its row of the table.
+        vocabulary, layers, hidden, heads, kv_heads, head_dim, inner: sizes.
+        activation: the core's number of the MLP's activation.
+        epsilon: of norms.
+        scaling: factor of scores in attention.
+        softcap, final_softcap: bounds of scores and of logits; 0: none.
+        residual: factor of what a layer adds.
+        embedding: factor of embeddings.
+        logits: divisor of logits.
+        windows: of each layer, the most tokens that a token sees, itself included; 0: all.
+        rotations: of each layer, its frequencies in radians per token; None: no rotation.
+        tied: whether the output embedding is the input embedding.
+
+    """
+
+    family: Family
+    vocabulary: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    activation: int
+    epsilon: float
+    scaling: float
+    softcap: float
+    final_softcap: float
+    residual: float
+    embedding: float
+    logits: float
+    windows: list[int]
+    rotations: list[Array | None]
+    tied: bool
+
+
+class _Config:
+    """config.json, whose values are checked as they are read."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise ValueError(f"config.json: {name}: expected a positive integer, got {value!r}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"config.json: {name}: expected a finite number, got {value!r}")
+        return float(value)
+
+    def list_of(self, name: str, count: int) -> list[Any] | None:
+        value = self.values.get(name)
+        if value is not None and (not isinstance(value, list) or len(value) != count):
+            raise ValueError(f"config.json: {name}: expected one entry for each of {count} layers, got {value!r}")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"config.json: {name}: expected an object, got {value!r}")
+        return value or {}
+
+
+def shape_of(values: dict[str, Any]) -> Shape:
+    """Return what config.json says of a model.
+
+    Raises:
+        ValueError: the family is not supported, or a value is missing or out of range.
+
+    """
+    kind = values.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise ValueError(f"config.json: model_type: expected one of {', '.join(FAMILIES)}, got {kind!r}")
+    c = _Config(values)
+    layers, hidden, heads = (c.integer(n) for n in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    kv_heads, head_dim = c.integer("num_key_value_heads", heads), c.integer("head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"config.json: expected num_key_value_heads that divide {heads} heads and an even head_dim, got {kv_heads} "
+            f"and {head_dim}"
+        )
+    told = values.get("hidden_activation") or values.get("hidden_act", "silu")
+    if told not in ACTIVATIONS:
+        raise ValueError(f"config.json: activation: expected one of {', '.join(ACTIVATIONS)}, got {told!r}")
+    scaling = c.number("query_pre_attn_scalar", head_dim) ** -0.5
+    return Shape(
+        family, c.integer("vocab_size"), layers, hidden, heads, kv_heads, head_dim, c.integer("intermediate_size"),
+        ACTIVATIONS[told], c.number("rms_norm_eps", 1e-6), c.number("attention_multiplier", scaling),
+        c.number("attn_logit_softcapping", 0.0), c.number("final_logit_softcapping", 0.0),
+        c.number("residual_multiplier", 1.0),
+        math.sqrt(hidden) if family.gemma else c.number("embedding_multiplier", 1.0),
+        c.number("logits_scaling", 1.0), _windows(c, kind, family, layers), _rotations(c, layers, head_dim),
+        bool(values.get("tie_word_embeddings", family.gemma)),
+    )  # fmt: skip
+
+
+def _layer_types(c: _Config, layers: int) -> list[Any] | None:
+    return c.list_of("layer_types", layers)
+
+
+def _windows(c: _Config, kind: Any, family: Family, layers: int) -> list[int]:
+    if c.values.get("sliding_window") is None or c.values.get("use_sliding_window") is False:
+        return [0] * layers
+    window = c.integer("sliding_window")
+    types = _layer_types(c, layers)
+    if types is not None:
+        return [window if t == "sliding_attention" else 0 for t in types]
+    if family.all_slide:
+        return [window] * layers
+    raise ValueError("config.json: layer_types: expected the kind of each layer beside sliding_window, got none")
+
+
+def _rotations(c: _Config, layers: int, head_dim: int) -> list[Array | None]:
+    types = _layer_types(c, layers) or ["full_attention"] * layers
+    given = c.mapping("rope_parameters") or {
+        "rope_theta": c.number("rope_theta", 1e4),
+        **c.mapping("rope_scaling"),
+        "partial_rotary_factor": c.number("partial_rotary_factor", 1.0),
+    }
+    by_type = {t: given[t] for t in set(types) if isinstance(given.get(t), dict)}
+    found: dict[Any, Array] = {}
+    for t in set(types):
+        of_type = by_type.get(t, given)
+        local = c.values.get("rope_local_base_freq")
+        if t == "sliding_attention" and local is not None and t not in by_type:  # Gemma 3, as transformers 4 saves it
+            of_type = {"rope_theta": c.number("rope_local_base_freq", 1e4)}
+        found[t] = _frequencies(_Config(of_type), head_dim)
+    rotates = c.list_of("no_rope_layers", layers) or [1] * layers
+    return [found[t] if r else None for t, r in zip(types, rotates, strict=True)]
+
+
+def _frequencies(c: _Config, head_dim: int) -> Array:
+    """Return the rotary embedding's frequencies, as transformers' modeling_rope_utils computes them."""
+    dim = int(head_dim * c.number("partial_rotary_factor", 1.0))
+    frequency = 1.0 / c.number("rope_theta", 1e4) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+    kind = c.values.get("rope_type") or c.values.get("type") or "default"
+    if kind == "linear":
+        frequency = frequency / c.number("factor", 1.0)
+    elif kind == "llama3":
+        low, high = c.number("low_freq_factor", 1.0), c.number("high_freq_factor", 4.0)
+        turns = c.number("original_max_position_embeddings", 8192) * frequency / (2 * math.pi)
+        part = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = part * frequency + (1.0 - part) * frequency / c.number("factor", 8.0)
+    elif kind != "default":
+        raise ValueError(f"config.json: rope_type: expected default, linear or llama3, got {kind!r}")
+    return frequency.astype(np.float32)

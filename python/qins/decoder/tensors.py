@@ -1,0 +1,140 @@
+"""Tensors of a converted checkpoint as NumPy arrays, mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..codec import EncodedArray, field_names
+from ..system import read_json
+
+Array = np.ndarray[Any, Any]
+
+_DTYPES = {
+    "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64,
+    "U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_,
+}  # fmt: skip
+_MOST_HEADER = 100 << 20  # the format's own limit
+
+
+class Tensors:
+    """The tensors of a directory of safetensors files.
+
+    Attributes:
+        path: the directory.
+        config: its config.json.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the headers.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: a file is damaged, or qins did not write the checkpoint.
+
+        """
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: expected the directory of a converted model, found no config.json in it")
+        self.config = config = read_json(path / "config.json")
+        about = config.get("quantization_config")
+        if (
+            not isinstance(about, dict)
+            or about.get("quant_method") != "qins"
+            or not isinstance(about.get("modules"), dict)
+        ):
+            raise ValueError(
+                f"{path}: expected a checkpoint that `qins quantize` wrote, config.json has no codes of qins"
+            )
+        self._modules: dict[str, Any] = about["modules"]
+        self._arrays: dict[str, tuple[Array, bool]] = {}
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{path}: expected safetensors files, found none")
+        for file in files:
+            self._read_header(file)
+
+    def _read_header(self, file: Path) -> None:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            start = f.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(size - 8, _MOST_HEADER):
+                raise ValueError(f"{file}: expected a safetensors file, got {size} bytes with a header of {length}")
+            try:
+                header = json.loads(f.read(length))
+            except ValueError as e:
+                raise ValueError(f"{file}: expected a safetensors header of JSON: {e}") from None
+        memory = np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
+        if not isinstance(header, dict):
+            raise ValueError(f"{file}: expected a safetensors header that is an object")
+        for name, about in header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                dtype, shape = np.dtype(_DTYPES[about["dtype"]]), tuple(int(n) for n in about["shape"])
+                begin, end = (int(n) for n in about["data_offsets"])
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f"{file}: {name}: expected dtype, shape and offsets, got {about!r}") from e
+            count = int(np.prod(shape, dtype=object)) if shape else 1
+            if (
+                not 0 <= begin <= end <= size - 8 - length
+                or min(shape, default=0) < 0
+                or end - begin != count * dtype.itemsize
+            ):
+                raise ValueError(f"{file}: {name}: offsets {begin} to {end} do not fit shape {shape} and the file")
+            data = memory[8 + length + begin : 8 + length + end]
+            self._arrays[name] = data.view(dtype).reshape(shape), about["dtype"] == "BF16"
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a tensor of this name."""
+        return name in self._arrays
+
+    def floats(self, name: str, shape: tuple[int, ...] | None = None) -> Array:
+        """Return a tensor as float32, a copy unless it is stored so.
+
+        Raises:
+            ValueError: it is missing, or has another shape than expected.
+
+        """
+        if name not in self._arrays:
+            raise ValueError(f"{self.path}: expected a tensor {name}, found none")
+        array, is_bfloat16 = self._arrays[name]
+        if shape is not None and array.shape != shape:
+            raise ValueError(f"{self.path}: {name}: expected shape {shape}, got {array.shape}")
+        if is_bfloat16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(array, np.float32)
+
+    def codes(self, module: str, shape: tuple[int, int]) -> EncodedArray | None:
+        """Return a module's codes, shared ones included, after checking every field; None if it has none.
+
+        Raises:
+            ValueError, TypeError: they are damaged or of another shape.
+
+        """
+        entry = self._modules.get(module)
+        if entry is None:
+            return None
+        if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str):
+            raise ValueError(f"{self.path}: modules: {module}: expected a codec and a group size, got {entry!r}")
+        codec, group_size = entry[0], entry[1]
+        owner = entry[2] if len(entry) > 2 else module
+        fields = {}
+        for name in field_names(codec, group_size):
+            key = f"{owner}.{name}"
+            if key not in self._arrays:
+                raise ValueError(f"{self.path}: expected a tensor {key}, found none")
+            fields[name] = self._arrays[key][0]
+        try:
+            encoded = EncodedArray.from_fields(codec, fields, group_size)
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{self.path}: {owner}: {e}") from None
+        if encoded.shape != shape:
+            raise ValueError(f"{self.path}: {owner}: expected codes of shape {shape}, got {encoded.shape}")
+        return encoded

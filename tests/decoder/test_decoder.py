@@ -1,0 +1,210 @@
+"""Decoder with NumPy alone: a small Llama written by hand, against its formulas in float64; and wrong input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import qins
+from qins.decoder import Decoder
+
+numpy_files = pytest.importorskip("safetensors.numpy")
+
+HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 160, 4
+DIM = HIDDEN // HEADS
+CONFIG = {
+    "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False,
+}  # fmt: skip
+SHAPES = {
+    "self_attn.q_proj": (HEADS * DIM, HIDDEN), "self_attn.k_proj": (KV_HEADS * DIM, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * DIM),
+    "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
+}  # fmt: skip
+IDS = [(7 * i * i + 3 * i) % 157 + 3 for i in range(45)]
+
+
+def write(path):
+    """Write a checkpoint; return its dequantized weights in float64."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "model.embed_tokens.weight": rng.normal(0, 1, (VOCABULARY, HIDDEN)).astype(np.float32),
+        "model.norm.weight": rng.normal(1, 0.2, HIDDEN).astype(np.float32),
+        "lm_head.weight": rng.normal(0, 0.2, (VOCABULARY, HIDDEN)).astype(np.float16),
+    }
+    weights = {k: v.astype(np.float64) for k, v in tensors.items()}
+    modules = {}
+    for i in range(LAYERS):
+        prefix = f"model.layers.{i}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = rng.normal(1, 0.2, HIDDEN).astype(np.float32)
+            weights[f"{prefix}{name}.weight"] = tensors[f"{prefix}{name}.weight"].astype(np.float64)
+        for name, shape in SHAPES.items():
+            e = qins.encode(rng.normal(0, 0.2, shape).astype(np.float32), group_size=64)
+            modules[prefix + name] = ["log8", 64]
+            tensors |= {f"{prefix}{name}.{field}": value for field, value in e.fields.items()}
+            weights[f"{prefix}{name}.weight"] = e.decode().astype(np.float64)
+    path.mkdir(parents=True, exist_ok=True)
+    numpy_files.save_file(tensors, path / "model.safetensors")
+    config = CONFIG | {"quantization_config": {"quant_method": "qins", "modules": modules}}
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    return weights
+
+
+def reference(w, ids):
+    """Return the logits after each token."""
+
+    def norm(x, name):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * w[f"{name}.weight"]
+
+    def turned(x):  # (tokens, heads, dim), by halves
+        angle = np.arange(len(ids))[:, None] / 1e4 ** (np.arange(0, DIM, 2) / DIM)
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        a, b = x[..., : DIM // 2], x[..., DIM // 2 :]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = w["model.embed_tokens.weight"][ids]
+    seen = np.tril(np.ones((len(ids), len(ids)), bool))
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+
+        def times(x, name, layer=layer):
+            return x @ w[f"{layer}{name}.weight"].T
+
+        n = norm(x, f"{layer}input_layernorm")
+        q, k, v = (times(n, f"self_attn.{p}_proj").reshape(len(ids), -1, DIM) for p in "qkv")
+        q, k, v = turned(q), turned(k).repeat(HEADS // KV_HEADS, 1), v.repeat(HEADS // KV_HEADS, 1)
+        scores = np.where(seen, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(DIM), -np.inf)
+        weight = np.exp(scores - scores.max(-1, keepdims=True))
+        attended = np.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdims=True), v)
+        x = x + times(attended.reshape(len(ids), -1), "self_attn.o_proj")
+        n = norm(x, f"{layer}post_attention_layernorm")
+        gate = times(n, "mlp.gate_proj")
+        x = x + times(gate / (1 + np.exp(-gate)) * times(n, "mlp.up_proj"), "mlp.down_proj")
+    return norm(x, "model.norm") @ w["lm_head.weight"].T
+
+
+def divergence(a, b):
+    a, b = (x - x.max(-1, keepdims=True) for x in (a.astype(np.float64), b.astype(np.float64)))
+    a, b = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (a, b))
+    return (np.exp(a) * (a - b)).sum(-1).max()
+
+
+def test_against_the_formulas(isa, tmp_path):
+    expected = reference(write(tmp_path), IDS)
+    decoder = Decoder.open(tmp_path)
+    got = decoder.logits(IDS[:20], every=True)
+    assert divergence(expected[:20], got) < 1e-5  # products round activations to 13 bits and more
+    for i in range(20, len(IDS)):
+        assert divergence(expected[i], decoder.logits([IDS[i]])) < 1e-5
+
+
+def test_a_cache_that_grows(tmp_path):
+    write(tmp_path)
+    decoder = Decoder.open(tmp_path)
+    made = list(decoder.generate(IDS, 100))
+    again = Decoder.open(tmp_path)
+    assert list(again.generate([*IDS, *made[:60]], 40)) == made[60:]
+    assert again.past == decoder.past == 144
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([], "expected a sequence of integers"),
+        ([1.5], "expected a sequence of integers, got dtype float64"),
+        ([[1, 2]], r"shape \(1, 2\)"),
+        ([1, 160], "expected 0 to 159, got 160"),
+        ([-1], "expected 0 to 159, got -1"),
+    ],
+)
+def test_wrong_ids(saved, ids, said):
+    decoder = Decoder.open(saved)
+    decoder.logits([1, 2, 3])
+    with pytest.raises(ValueError, match=said):
+        decoder.logits(ids)
+    assert decoder.past == 3
+
+
+def test_wrong_arguments(saved):
+    decoder = Decoder.open(saved)
+    wrong = [("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 1.1), ("min_p", -1.0)]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"expected .*{name}|{name}: expected 0 to 1"):
+            decoder.generate([1], **{name: value})
+    with pytest.raises(ValueError, match="tokens: expected 0 to 0, got 1"):
+        decoder.crop(1)
+
+
+def changed(saved, path, **changes):
+    path = path / "changed"
+    path.mkdir()
+    for file in saved.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    (path / "config.json").write_text(json.dumps(config | changes), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "bert"}, "model_type: expected one of llama, .*, got 'bert'"),
+        ({"model_type": ["llama"]}, "model_type: expected one of"),
+        ({"hidden_size": 32}, r"expected codes of shape|expected shape"),
+        ({"hidden_size": "64"}, "hidden_size: expected a positive integer, got '64'"),
+        ({"num_hidden_layers": 5}, "layers.4.*expected codes"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_act": "relu"}, "activation: expected one of silu, gelu_pytorch_tanh, got 'relu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected default, linear or llama3, got 'yarn'"),
+        ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected one entry for each of 4 layers"),
+        ({"quantization_config": None}, "expected a checkpoint that `qins quantize` wrote"),
+        ({"quantization_config": {"quant_method": "qins", "modules": {}}}, "expected codes"),
+    ],
+    ids=str,
+)
+def test_wrong_configs(saved, tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        Decoder.open(changed(saved, tmp_path, **changes))
+
+
+def test_damaged_files(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"found no config\.json"):
+        Decoder.open(tmp_path / "nope")
+    path = changed(saved, tmp_path)
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    for some in (
+        b"",
+        whole[:5],
+        whole[:100],
+        whole[: len(whole) // 2],
+        b"\xff" * 8 + whole[8:],
+        whole[:8] + b"[" + whole[9:],
+    ):
+        file.write_bytes(some)
+        with pytest.raises(ValueError, match=r"model\.safetensors|expected a tensor"):
+            Decoder.open(path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="expected safetensors files"):
+        Decoder.open(path)
+
+
+def test_nan_gives_nan(saved, tmp_path):
+    """As the modules do: never an error, never memory."""
+    decoder = Decoder.open(changed(saved, tmp_path))
+    decoder._table = decoder._table.copy()
+    decoder._table[IDS[0]] = np.nan
+    assert np.isnan(decoder.logits(IDS)).all()
