@@ -47,21 +47,24 @@ def test_signal_to_noise(loaded, codec, group, least):
     assert 10 * math.log10(signal / noise) >= least
 
 
-# Measured over 2,044 predictions: mean KL 1.1e-2 (golden), 3.3e-3 (log8, per row) and 2.3e-3 (log8/128);
-# teacher-forced greedy agreement, which is `top1`: 95.5, 97.5 and 98.0 %. The limits leave room for another BLAS.
+# Measured over 2,044 predictions: mean KL 1.1e-2 (golden), 3.3e-3 (log8, per row), 1.7e-3 (the default) and 2.6e-3
+# (log8/128); teacher-forced greedy agreement, which is `top1`: 95.5, 97.5, 97.5 and 97.7 %. The limits leave room for
+# another BLAS. Codes are the same on every instruction set, so all but the best one get by with fewer predictions.
 @pytest.mark.parametrize(
     ("codec", "group", "kl", "agree"),
-    [("golden", None, 1.6e-2, 0.94), ("log8", None, 5e-3, 0.96), ("log8", 128, 4e-3, 0.96)],
+    [("golden", None, 1.6e-2, 0.94), ("log8", None, 5e-3, 0.96), ("log8", 64, 3e-3, 0.965), ("log8", 128, 4e-3, 0.96)],
 )
 def test_next_tokens(loaded, ids, codec, group, kl, agree):
     reference, tokenizer = loaded
+    whole = qins.isa() == qins.isas()[0]
+    predictions, kl, agree = (1024, kl, agree) if whole else (256, 2 * kl, agree - 0.03)
     model = copy.deepcopy(reference)
     qins.convert(model, codec, group_size=group)
-    f = metrics.fidelity(reference, model, metrics.windows(ids, 1024))
-    assert f.tokens >= 1000
+    f = metrics.fidelity(reference, model, metrics.windows(ids, predictions))
+    assert f.tokens >= predictions - 24
     assert f.kl_mean < kl
     assert f.top1 > agree
-    assert abs(math.log(f.perplexity / f.reference_perplexity)) < 0.02
+    assert abs(math.log(f.perplexity / f.reference_perplexity)) < (0.02 if whole else 0.05)
     # free-running: correct models may diverge at some point, but both must begin the answer the same way
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     a, _ = metrics.greedy(reference, prompt, 24)

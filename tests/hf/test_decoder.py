@@ -17,6 +17,7 @@ import qins  # noqa: E402
 from qins.decoder import Decoder  # noqa: E402
 from qins.decoder.families import FAMILIES  # noqa: E402
 
+pytestmark = pytest.mark.once  # tests/decoder has every instruction set
 WINDOW = 8
 SIZES = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 _MOST_TOKENS = 16  # of one call of the core
 _LEAST_ROOM = 64  # tokens that the cache has room for at first
 _FLOAT32 = 0  # the core's number of this dtype
+_NO_ROTATION = (0, 0, 0)
 
 
 class Decoder:
@@ -250,18 +251,16 @@ class Decoder:
         s, count, past = self._shape, len(tokens), self.past
         x = self._embed(tokens)
         position = np.arange(past, past + count, dtype=np.float32)[:, None]
-        turned = {}
-        for key, frequencies in self._turns.items():
-            angle = np.concatenate([position * frequencies] * 2, axis=1)
-            turned[key] = np.cos(angle), np.sin(angle)
+        rotations = {key: _Rotation(position * frequencies) for key, frequencies in self._turns.items()}
         masks: dict[int, Array] = {}
-        threads = get_num_threads()
+        # addresses are computed from the first ones: asking an array for its own takes a microsecond
+        x_at, keys_at, threads = x.ctypes.data, self._cache.ctypes.data, get_num_threads()
+        of_token = s.head_dim * self._cache.itemsize
+        next_tensor = s.kv_heads * self._room * of_token
         for i, layer in enumerate(self._layers):
             frequency, window = s.rotations[i], s.windows[i]
-            cos_at = sin_at = rotary_dim = mask_at = skipped = 0
-            if frequency is not None:
-                cos, sin = turned[id(frequency)]
-                cos_at, sin_at, rotary_dim = cos.ctypes.data, sin.ctypes.data, cos.shape[1]
+            cos, sin, dim = _NO_ROTATION if frequency is None else rotations[id(frequency)].numbers
+            mask_at = skipped = 0
             if count > 1:
                 window = window if window < past + count else 0
                 if window not in masks:
@@ -269,12 +268,10 @@ class Decoder:
                 mask_at = masks[window].ctypes.data
             elif window:  # one token sees the end of the cache
                 skipped = max(0, past + 1 - window)
-            keys, values = self._cache[i]
-            offset = skipped * s.head_dim * keys.itemsize
+            at = keys_at + 2 * i * next_tensor + skipped * of_token
             _core.decode_layer(
-                layer, _FLOAT32, x.ctypes.data, x.ctypes.data, 1, count,
-                keys.ctypes.data + offset, values.ctypes.data + offset, self._room, past - skipped,
-                cos_at, sin_at, rotary_dim, 0, mask_at, 1, 0, past + count, threads,
+                layer, _FLOAT32, x_at, x_at, 1, count, at, at + next_tensor, self._room, past - skipped,
+                cos, sin, dim, 0, mask_at, 1, 0, past + count, threads,
             )  # fmt: skip
         self.past = past + count
         return x
@@ -304,6 +301,15 @@ class Decoder:
         if s.final_softcap:
             logits = np.tanh(logits / np.float32(s.final_softcap)) * np.float32(s.final_softcap)
         return logits
+
+
+class _Rotation:
+    """Cosines and sines of a rotary embedding, by halves of a head; `numbers` are their addresses and their number."""
+
+    def __init__(self, angles: Array) -> None:
+        both = np.concatenate([angles, angles], axis=1)
+        self._cos, self._sin = np.cos(both), np.sin(both)
+        self.numbers = (self._cos.ctypes.data, self._sin.ctypes.data, both.shape[1])
 
 
 def _mask(count: int, past: int, window: int) -> Array:
