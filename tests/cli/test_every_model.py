@@ -194,7 +194,7 @@ def test_every_command(run, root, tmp_path, kind):
 EDGES = {
     int: ["-1", "0", "1", "3", "x"],
     float: ["-1", "0", "0.5", "nan", "inf", "x"],
-    Path: ["/nope/nope", ".", "empty", "text"],
+    Path: ["text/nope", ".", "empty", "text"],
     str: ["", "nope", "[", "log8"],
 }
 

@@ -1,5 +1,6 @@
 """Checkpoints on disk: reading files that may be damaged or hostile, inspecting them, and writing shards."""
 
+from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
 from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
@@ -30,6 +31,8 @@ __all__ = [
     "open_files",
     "open_gguf",
     "open_scaled",
+    "read_json",
+    "read_text",
     "require_decodable",
     "source_quantization",
     "verify",
