@@ -92,12 +92,13 @@ def test_fused_and_decoded_paths_agree(loaded, ids):
     model = copy.deepcopy(loaded[0])
     qins.convert(model)
     before = dict(ops._fused_rows)
+    part = ids[:, : 512 if qins.isa() == qins.isas()[0] else 128]
     results = []
     try:
         for rows in (8, 0):
             ops.set_fused_rows(rows)
             with torch.no_grad():
-                results.append(torch.cat([model(part).logits[0].log_softmax(-1) for part in ids[:, :512].split(8, 1)]))
+                results.append(torch.cat([model(some).logits[0].log_softmax(-1) for some in part.split(8, 1)]))
     finally:
         ops._fused_rows.update(before)
     fused, decoded = results
