@@ -67,7 +67,8 @@ class Shape:
         logits: divisor of logits.
         windows: of each layer, the most tokens that a token sees, itself included; 0: all.
         rotations: of each layer, its frequencies in radians per token; None: no rotation.
-        tied: whether the output embedding is the input embedding.
+        tied: whether the output embedding may be the input embedding, where it has no tensors of its own; config.json
+            does not repeat a family's default.
 
     """
 
@@ -155,7 +156,7 @@ def shape_of(values: dict[str, Any]) -> Shape:
         c.number("residual_multiplier", 1.0),
         math.sqrt(hidden) if family.gemma else c.number("embedding_multiplier", 1.0),
         c.number("logits_scaling", 1.0), _windows(c, kind, family, layers), _rotations(c, layers, head_dim),
-        bool(values.get("tie_word_embeddings", family.gemma)),
+        values.get("tie_word_embeddings") is not False,
     )  # fmt: skip
 
 

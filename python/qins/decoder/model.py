@@ -45,13 +45,12 @@ class Decoder:
         self._table = tensors.floats("model.embed_tokens.weight", table) if self._embedding is None else None
         self._layers = [self._layer(tensors, i) for i in range(shape.layers)]
         self._norm = self._weight(tensors, "model.norm.weight", shape.hidden)
-        head = tensors.codes("lm_head", table)
-        if head is None and shape.tied:
-            head = self._embedding
-        self._head = head
-        self._float_head = None
-        if head is None:
-            self._float_head = self._table if shape.tied else tensors.floats("lm_head.weight", table)
+        self._head = tensors.codes("lm_head", table)
+        self._float_head: Array | None = None
+        if self._head is None and shape.tied and "lm_head.weight" not in tensors:
+            self._head, self._float_head = self._embedding, self._table
+        elif self._head is None:
+            self._float_head = tensors.floats("lm_head.weight", table)
         self._turns = {id(f): f for f in shape.rotations if f is not None}
         self._room = 0
         self._cache: Array = np.empty((0,), np.float32)
