@@ -261,7 +261,7 @@ static int take_activations(product *p, const void *x, int threads, preparation 
         packed = scales * p->step * 2;
         break;
     case QINS_TILES:
-        p->step = folded(e) ? 2 * QINS_DEPTH : p->step;
+        p->step = folding_step(e);
         scales = p->blocks * qins_few_panels(batch) * QINS_PANEL;
         packed = p->blocks * QINS_DEPTH * qins_few_panels(batch) * qins_few_lanes(batch);
         break;

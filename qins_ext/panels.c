@@ -83,8 +83,8 @@ static void fold_factors(const panels *p, size_t steps, size_t count, float *fac
     const size_t parts = p->step / p->each;
     for (size_t s = 0; s < steps; s++) {
         const size_t begin = s * parts, end = least(begin + parts, count);
-        scale[s] = 0.0f;
-        for (size_t i = begin; i < end; i++) {
+        scale[s] = factor[begin];
+        for (size_t i = begin + 1; i < end; i++) {
             scale[s] = factor[i] > scale[s] ? factor[i] : scale[s];
         }
         for (size_t i = begin; i < end; i++) {
@@ -101,15 +101,16 @@ static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t 
     factor[0] = 0.0f;
     if (p->words != NULL) {
         const size_t steps = ceil_div(n, p->step), count = ceil_div(n, p->each), height = (size_t)form->rows;
-        const int planes = form->turn == NULL, fold = planes && p->each < p->step;
+        const uint8_t *codes = p->e->codes + row * p->e->cols + k;
         word_factors(p, row, k, count, factor);
-        if (fold) {
-            fold_factors(p, steps, count, factor, scale);
+        if (form->turn != NULL) {
+            form->prepare(codes, n, p->words, factor, p->each, i, prepared);
+            return;
         }
-        form->prepare(p->e->codes + row * p->e->cols + k, n, p->words, planes && !fold ? NULL : factor, p->each, i,
-                      prepared);
-        for (size_t s = 0; s < steps && planes; s++) {
-            w_scale[(i / height * steps + s) * height + i % height] = fold ? scale[s] : factor[s];
+        fold_factors(p, steps, count, factor, scale);
+        form->prepare(codes, n, p->words, p->each < p->step ? factor : NULL, p->each, i, prepared);
+        for (size_t s = 0; s < steps; s++) {
+            w_scale[(i / height * steps + s) * height + i % height] = scale[s];
         }
         return;
     }
@@ -243,7 +244,7 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     panels p = {.kernels = kernels, .form = form, .words = words, .e = e, .dtype = dtype};
     atomic_init(&p.failed, 0);
     p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
-    p.step = folded(e) ? 2 * QINS_DEPTH : scale_step(e);
+    p.step = folding_step(e);
     p.each = folded(e) ? e->group_size : p.step;
     p.steps = ceil_div(e->cols, p.step);
     p.block = form->block;

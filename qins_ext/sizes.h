@@ -46,6 +46,9 @@ static inline size_t scale_step(const qins_codes *e)
 /* Groups of 32 or 64, whose scales are folded into the words of planes. */
 static inline int folded(const qins_codes *e) { return e->group_size == QINS_DEPTH / 2 || e->group_size == QINS_DEPTH; }
 
+/* Columns that share one activation scale in kernels that fold. */
+static inline size_t folding_step(const qins_codes *e) { return folded(e) ? 2 * QINS_DEPTH : scale_step(e); }
+
 /* A row's group scales; NULL if the inputs are not grouped. */
 static inline const uint8_t *group_row(const qins_codes *e, size_t row)
 {

@@ -312,7 +312,7 @@ void qins_log8_words_build(qins_log8_words *t, float mu)
     for (int m = 0; m < QINS_LEVELS; m++) {
         t->plane[m] = level[m] * (float)QINS_PLANE_MAX;
         int word = (int)((double)level[m] * QINS_PLANE_MAX + 0.5);
-        word += (word & 255) == 0 && word > 0; /* see planes64 */
+        word += (word & 255) == 0 && word > 0; /* see look_up_planes */
         t->plane_low[m] = (uint8_t)(word & 255);
         t->plane_high[m] = (uint8_t)(word >> 8);
     }

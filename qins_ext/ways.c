@@ -76,10 +76,9 @@ static const rule RULES[] = {
     {PLANED,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
     {PLANED_128,   ANY,    ANY,           QINS_TILES,         2,        QINS_FEW},     /* Granite Rapids */
     {PLANED,       ANY,    ANY,           QINS_TILES,         4,        QINS_FEW},     /* Granite Rapids */
-    {PLANED,       ANY,    ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
+    {PLANED | FOLDED, ANY, ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
     {PLANED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   49,       ALL},   /* Granite Rapids */
     {FOLDED,       ANY,    ANY,           QINS_TILES,         5,        QINS_FEW},     /* Granite Rapids */
-    {FOLDED,       ANY,    ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
     {FOLDED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   73,       ALL},   /* Granite Rapids */
 };
 /* clang-format on */

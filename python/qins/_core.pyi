@@ -7,6 +7,8 @@ Array = np.ndarray[Any, Any]
 CODECS: tuple[str, ...]
 WAYS: tuple[str, ...]
 MU_MAX: float
+DECODER_ROWS: int  # most tokens of one call of decode_layer
+DECODER_HEAD_DIM: int  # most elements of a head
 
 def encode(
     codec: str,

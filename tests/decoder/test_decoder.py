@@ -165,6 +165,10 @@ def changed(saved, path, **changes):
         ({"hidden_size": "64"}, "hidden_size: expected a positive integer, got '64'"),
         ({"num_hidden_layers": 5}, "layers.4.*expected codes"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 1024}, "head_dim: expected at most 512, got 1024"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor: expected an even part of 16, got 32"),
+        ({"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "layer_types: .* got 'linear_attention'"),
+        ({"layer_types": ["full_attention"] * 3 + [[]]}, "layer_types: expected full_attention or"),
         ({"hidden_act": "relu"}, "activation: expected one of silu, gelu_pytorch_tanh, got 'relu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected default, linear or llama3, got 'yarn'"),
         ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
@@ -199,6 +203,32 @@ def test_damaged_files(saved, tmp_path):
             Decoder.open(path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="expected safetensors files"):
+        Decoder.open(path)
+
+
+def test_several_files(saved, tmp_path):
+    path = changed(saved, tmp_path)
+    tensors = numpy_files.load_file(path / "model.safetensors")
+    expected = Decoder.open(path).logits(IDS)
+    halves = {f"model-{i}.safetensors": {k: tensors[k] for k in sorted(tensors)[i::2]} for i in (0, 1)}
+    (path / "model.safetensors").unlink()
+    for name, part in halves.items():
+        numpy_files.save_file(part, path / name)
+    with pytest.raises(ValueError, match="expected one model, got 2 files and no index"):
+        Decoder.open(path)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {k: name for name, part in halves.items() for k in part}}))
+    (path / "other.safetensors").write_bytes(b"none of the index's")
+    assert np.array_equal(Decoder.open(path).logits(IDS), expected)
+    index.write_text(json.dumps({"weight_map": {"a": "../model-0.safetensors"}}))
+    with pytest.raises(ValueError, match="expected a weight_map"):
+        Decoder.open(path)
+    index.write_text(json.dumps({"weight_map": {"a": "nope.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"nope\.safetensors"):
+        Decoder.open(path)
+    numpy_files.save_file(tensors, path / "model-0.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}))
+    with pytest.raises(ValueError, match="is also in another file"):
         Decoder.open(path)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import _core
+
 Array = np.ndarray[Any, Any]
 
 _BOTH = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -66,7 +68,9 @@ class Shape:
         embedding: factor of embeddings.
         logits: divisor of logits.
         windows: of each layer, the most tokens that a token sees, itself included; 0: all.
-        rotations: of each layer, its frequencies in radians per token; None: no rotation.
+        layer_types: of each layer, "full_attention" or "sliding_attention".
+        rotates: of each layer, whether queries and keys are rotated.
+        frequencies: of the rotation by layer type, in radians per token.
         tied: whether the output embedding may be the input embedding, where it has no tensors of its own; config.json
             does not repeat a family's default.
 
@@ -89,7 +93,9 @@ class Shape:
     embedding: float
     logits: float
     windows: list[int]
-    rotations: list[Array | None]
+    layer_types: list[str]
+    rotates: list[bool]
+    frequencies: dict[str, Array]
     tied: bool
 
 
@@ -148,27 +154,31 @@ def shape_of(values: dict[str, Any]) -> Shape:
     told = values.get("hidden_activation") or values.get("hidden_act", "silu")
     if told not in ACTIVATIONS:
         raise ValueError(f"config.json: activation: expected one of {', '.join(ACTIVATIONS)}, got {told!r}")
+    if head_dim > _core.DECODER_HEAD_DIM:
+        raise ValueError(f"config.json: head_dim: expected at most {_core.DECODER_HEAD_DIM}, got {head_dim}")
     scaling = c.number("query_pre_attn_scalar", head_dim) ** -0.5
+    types = c.list_of("layer_types", layers)
+    windows = _windows(c, family, layers, types)
+    types = types or ["full_attention"] * layers
+    if wrong := [t for t in types if t not in ("full_attention", "sliding_attention")]:
+        raise ValueError(f"config.json: layer_types: expected full_attention or sliding_attention, got {wrong[0]!r}")
     return Shape(
         family, c.integer("vocab_size"), layers, hidden, heads, kv_heads, head_dim, c.integer("intermediate_size"),
         ACTIVATIONS[told], c.number("rms_norm_eps", 1e-6), c.number("attention_multiplier", scaling),
         c.number("attn_logit_softcapping", 0.0), c.number("final_logit_softcapping", 0.0),
         c.number("residual_multiplier", 1.0),
         math.sqrt(hidden) if family.gemma else c.number("embedding_multiplier", 1.0),
-        c.number("logits_scaling", 1.0), _windows(c, kind, family, layers), _rotations(c, layers, head_dim),
+        c.number("logits_scaling", 1.0), windows, types,
+        [bool(r) for r in c.list_of("no_rope_layers", layers) or [1] * layers],
+        {t: _frequencies(_rotation(c, t), head_dim) for t in set(types)},
         values.get("tie_word_embeddings") is not False,
     )  # fmt: skip
 
 
-def _layer_types(c: _Config, layers: int) -> list[Any] | None:
-    return c.list_of("layer_types", layers)
-
-
-def _windows(c: _Config, kind: Any, family: Family, layers: int) -> list[int]:
+def _windows(c: _Config, family: Family, layers: int, types: list[Any] | None) -> list[int]:
     if c.values.get("sliding_window") is None or c.values.get("use_sliding_window") is False:
         return [0] * layers
     window = c.integer("sliding_window")
-    types = _layer_types(c, layers)
     if types is not None:
         return [window if t == "sliding_attention" else 0 for t in types]
     if family.all_slide:
@@ -176,28 +186,24 @@ def _windows(c: _Config, kind: Any, family: Family, layers: int) -> list[int]:
     raise ValueError("config.json: layer_types: expected the kind of each layer beside sliding_window, got none")
 
 
-def _rotations(c: _Config, layers: int, head_dim: int) -> list[Array | None]:
-    types = _layer_types(c, layers) or ["full_attention"] * layers
-    given = c.mapping("rope_parameters") or {
-        "rope_theta": c.number("rope_theta", 1e4),
-        **c.mapping("rope_scaling"),
-        "partial_rotary_factor": c.number("partial_rotary_factor", 1.0),
-    }
-    by_type = {t: given[t] for t in set(types) if isinstance(given.get(t), dict)}
-    found: dict[Any, Array] = {}
-    for t in set(types):
-        of_type = by_type.get(t, given)
-        local = c.values.get("rope_local_base_freq")
-        if t == "sliding_attention" and local is not None and t not in by_type:  # Gemma 3, as transformers 4 saves it
-            of_type = {"rope_theta": c.number("rope_local_base_freq", 1e4)}
-        found[t] = _frequencies(_Config(of_type), head_dim)
-    rotates = c.list_of("no_rope_layers", layers) or [1] * layers
-    return [found[t] if r else None for t, r in zip(types, rotates, strict=True)]
+def _rotation(c: _Config, layer_type: str) -> _Config:
+    """Return the parameters of the rotary embedding of one type of layers, as transformers 4 or 5 saves them."""
+    given = c.mapping("rope_parameters")
+    if isinstance(given.get(layer_type), dict):
+        return _Config(given[layer_type])
+    if layer_type == "sliding_attention" and c.values.get("rope_local_base_freq") is not None:  # Gemma 3
+        return _Config({"rope_theta": c.values["rope_local_base_freq"]})
+    if given:
+        return _Config(given)
+    told = {name: c.values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    return _Config(told | c.mapping("rope_scaling"))
 
 
 def _frequencies(c: _Config, head_dim: int) -> Array:
     """Return the rotary embedding's frequencies, as transformers' modeling_rope_utils computes them."""
     dim = int(head_dim * c.number("partial_rotary_factor", 1.0))
+    if not 0 < dim <= head_dim or dim % 2:
+        raise ValueError(f"config.json: partial_rotary_factor: expected an even part of {head_dim}, got {dim}")
     frequency = 1.0 / c.number("rope_theta", 1e4) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     kind = c.values.get("rope_type") or c.values.get("type") or "default"
     if kind == "linear":

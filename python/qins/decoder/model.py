@@ -17,7 +17,6 @@ from .tensors import Tensors
 
 Array = np.ndarray[Any, Any]
 
-_MOST_TOKENS = 16  # of one call of the core
 _LEAST_ROOM = 64  # tokens that the cache has room for at first
 _FLOAT32 = 0  # the core's number of this dtype
 _NO_ROTATION = (0, 0, 0)
@@ -51,7 +50,6 @@ class Decoder:
             self._head, self._float_head = self._embedding, self._table
         elif self._head is None:
             self._float_head = tensors.floats("lm_head.weight", table)
-        self._turns = {id(f): f for f in shape.rotations if f is not None}
         self._room = 0
         self._cache: Array = np.empty((0,), np.float32)
 
@@ -173,8 +171,8 @@ class Decoder:
         self._grow(self.past + len(tokens))
         before, states = self.past, []
         try:
-            for begin in range(0, len(tokens), _MOST_TOKENS):
-                states.append(self._run(tokens[begin : begin + _MOST_TOKENS]))
+            for begin in range(0, len(tokens), _core.DECODER_ROWS):
+                states.append(self._run(tokens[begin : begin + _core.DECODER_ROWS]))
         except BaseException:
             self.past = before
             raise
@@ -246,19 +244,19 @@ class Decoder:
         self._cache, self._room = cache, room
 
     def _run(self, tokens: Array) -> Array:
-        """Run up to _MOST_TOKENS tokens; return their hidden states."""
+        """Run up to _core.DECODER_ROWS tokens; return their hidden states."""
         s, count, past = self._shape, len(tokens), self.past
         x = self._embed(tokens)
         position = np.arange(past, past + count, dtype=np.float32)[:, None]
-        rotations = {key: _Rotation(position * frequencies) for key, frequencies in self._turns.items()}
+        rotations = {key: _Rotation(position * frequencies) for key, frequencies in s.frequencies.items()}
         masks: dict[int, Array] = {}
         # addresses are computed from the first ones: asking an array for its own takes a microsecond
         x_at, keys_at, threads = x.ctypes.data, self._cache.ctypes.data, get_num_threads()
         of_token = s.head_dim * self._cache.itemsize
         next_tensor = s.kv_heads * self._room * of_token
         for i, layer in enumerate(self._layers):
-            frequency, window = s.rotations[i], s.windows[i]
-            cos, sin, dim = _NO_ROTATION if frequency is None else rotations[id(frequency)].numbers
+            window = s.windows[i]
+            cos, sin, dim = rotations[s.layer_types[i]].numbers if s.rotates[i] else _NO_ROTATION
             mask_at = skipped = 0
             if count > 1:
                 window = window if window < past + count else 0

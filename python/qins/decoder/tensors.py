@@ -53,10 +53,7 @@ class Tensors:
             )
         self._modules: dict[str, Any] = about["modules"]
         self._arrays: dict[str, tuple[Array, bool]] = {}
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{path}: expected safetensors files, found none")
-        for file in files:
+        for file in _files(path):
             self._read_header(file)
 
     def _read_header(self, file: Path) -> None:
@@ -88,6 +85,8 @@ class Tensors:
                 or end - begin != count * dtype.itemsize
             ):
                 raise ValueError(f"{file}: {name}: offsets {begin} to {end} do not fit shape {shape} and the file")
+            if name in self._arrays:
+                raise ValueError(f"{file}: {name}: is also in another file")
             data = memory[8 + length + begin : 8 + length + end]
             self._arrays[name] = data.view(dtype).reshape(shape), about["dtype"] == "BF16"
 
@@ -138,3 +137,28 @@ class Tensors:
         if encoded.shape != shape:
             raise ValueError(f"{self.path}: {owner}: expected codes of shape {shape}, got {encoded.shape}")
         return encoded
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of a checkpoint: those of the index if there is one, else the one file.
+
+    Raises:
+        FileNotFoundError: there is none, or one of the index is missing.
+        ValueError: the index is damaged, or there are several files and no index.
+
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ValueError(f"{index}: expected a weight_map of names to files beside it")
+        files = [path / n for n in sorted(set(names.values()))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+        files = [f for f in files if f.name == "model.safetensors"] or files
+    if len(files) > 1 and not index.is_file():
+        raise ValueError(f"{path}: expected one model, got {len(files)} files and no index")
+    missing = [f for f in files if not f.is_file()] if files else [path / "model.safetensors"]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: expected safetensors files, found none")
+    return files

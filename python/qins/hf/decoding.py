@@ -30,7 +30,7 @@ logger = logging.getLogger("qins")
 Tensor = torch.Tensor
 
 # Maximum number of tokens of a step, over all sequences; larger calls run the modules.
-MOST_ROWS = 16
+MOST_ROWS = _core.DECODER_ROWS
 # Relative error allowed between a step and the modules, which round to the dtype after each operation.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Arguments that a step accepts; a call with any other truthy argument runs the modules.

@@ -14,8 +14,6 @@ from ..nn import QINSLinear, numbers_of
 
 Tensor = torch.Tensor
 
-_MOST_HEAD_DIM = 512
-
 # Layers whose source was reviewed: comparing a few tokens would not reveal, say, what depends on the position.
 _FAMILIES = {
     f"{family}DecoderLayer"
@@ -265,7 +263,7 @@ def _attention(reader: _Reader, attention: Any) -> tuple[list[tuple[int, ...] | 
     width = (attention.qkv_proj if fused else attention.q_proj).out_features
     kv_heads: int = (width // dim - heads) // 2 if fused else attention.k_proj.out_features // dim
     fits = width == (heads + 2 * kv_heads if fused else heads) * dim
-    if not fits or dim > _MOST_HEAD_DIM or dim % 2 or kv_heads < 1 or heads % kv_heads:
+    if not fits or dim > _core.DECODER_HEAD_DIM or dim % 2 or kv_heads < 1 or heads % kv_heads:
         raise UnfitError("unsupported sizes")
     return found, kv_heads
 
