@@ -33,7 +33,7 @@ def layers(model):
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("codec", "group", "least"),
-    [("golden", None, 37.4), ("log8", None, 43.6), ("log8", 128, 45.0), ("log8", 64, 45.7), ("log8", 32, 46.5)],
+    [("golden", None, 37.4), ("log8", None, 43.6), ("log8", 128, 45.5), ("log8", 64, 46.4), ("log8", 32, 47.8)],
 )
 def test_signal_to_noise(loaded, codec, group, least):
     signal = noise = 0.0

@@ -136,6 +136,29 @@ def test_wrong_ids(saved, ids, said):
     assert decoder.past == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "probabilities"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_k": 3}, [0.5, 0.3, 0.15]),
+        ({"top_p": 0.6}, [0.5, 0.3]),
+        ({"min_p": 0.29}, [0.5, 0.3, 0.15]),
+        ({"top_p": 0.9, "min_p": 0.55}, [0.5, 0.3]),
+        ({"temperature": 0.5}, [0.25, 0.09, 0.0225, 0.0025]),
+    ],
+    ids=str,
+)
+def test_sampling(saved, monkeypatch, options, probabilities):
+    decoder = Decoder.open(saved)
+    logits = np.full(VOCABULARY, -np.inf, np.float32)
+    logits[[7, 3, 11, 5]] = np.log([0.5, 0.3, 0.15, 0.05])
+    monkeypatch.setattr(decoder, "logits", lambda ids: logits)
+    drawn = np.bincount(list(decoder.generate([1], 4000, seed=0, **{"temperature": 1.0} | options)), minlength=12)
+    expected = np.array(probabilities) / sum(probabilities)
+    assert drawn.sum() == drawn[[7, 3, 11, 5][: len(expected)]].sum()
+    np.testing.assert_allclose(drawn[[7, 3, 11, 5][: len(expected)]] / 4000, expected, atol=0.03)
+
+
 def test_wrong_arguments(saved):
     decoder = Decoder.open(saved)
     wrong = [("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 1.1), ("min_p", -1.0)]
