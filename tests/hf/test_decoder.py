@@ -108,7 +108,8 @@ def test_heads_and_embeddings(tmp_path, name, config):
     assert divergence(expected, Decoder.open(tmp_path / "out").logits(IDS, every=True)) < 1e-7
 
 
-@pytest.mark.parametrize("codec", ["log8", "log9", "golden"])
+@pytest.mark.filterwarnings("ignore:.*rational:DeprecationWarning")
+@pytest.mark.parametrize("codec", ["log8", "log9", "golden", "rational"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codecs_and_dtypes(tmp_path, codec, dtype):
     expected = logits(save(tmp_path, "llama", dtype, codec=codec), IDS)

@@ -10,12 +10,14 @@ from .dtypes import is_torch
 from .feedback import DAMPING, ErrorFeedback
 from .fields import (
     ARRAYS,
+    CODEC_NUMBER,
     EXPERT_STACKS,
     FIELD_ROLES,
     SCALARS,
     check_alpha,
     check_codec,
     check_group_size,
+    core_addresses,
     field_names,
     field_shapes,
     split_field,
@@ -29,7 +31,7 @@ from .rational_arrays import RationalArray, codes_of, decode_old
 
 if TYPE_CHECKING:
     from .rational_tensors import RationalTensor, decode_tensor, encode_tensor
-    from .tensors import CODEC_NUMBER, DTYPE_NUMBER, Blocks, decode_fields, decode_on_device, dtype_name
+    from .tensors import DTYPE_NUMBER, Blocks, decode_fields, decode_on_device, dtype_name
 
 __all__ = [
     "ARRAYS",
@@ -50,6 +52,7 @@ __all__ = [
     "check_codec",
     "check_group_size",
     "codes_of",
+    "core_addresses",
     "decode",
     "decode_fields",
     "decode_old",
@@ -79,7 +82,6 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "CODEC_NUMBER": "tensors",
         "DTYPE_NUMBER": "tensors",
         "Blocks": "tensors",
         "decode_fields": "tensors",

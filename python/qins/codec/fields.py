@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,17 @@ def check_alpha(alpha: float) -> float:
 def array_names(codec: str, group_size: int | None) -> tuple[str, ...]:
     """Return the names of the array fields, in the C core's order."""
     return (*ARRAYS[codec], "group_scale") if group_size else ARRAYS[codec]
+
+
+# the core's numbers of codecs
+CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
+
+
+def core_addresses(at: Sequence[int], codec: str, group_size: int | None) -> tuple[int, int, int, int, int]:
+    """Arrange the addresses of all fields for the core: codes, second and third array, two scalars; 0 for none."""
+    if codec != "log8":
+        return at[0], at[1], 0, at[2], at[3]
+    return (at[0], at[1], at[2], at[3], 0) if group_size else (at[0], at[1], 0, at[2], 0)
 
 
 def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> dict[str, tuple[int, ...]]:

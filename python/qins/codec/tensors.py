@@ -19,8 +19,7 @@ try:
 except ImportError as e:  # pragma: no cover - depends on the environment
     raise ImportError("this part of qins needs torch: pip install 'qins[torch]'") from e
 
-# the core's numbers of codecs and of element types
-CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
+# the core's numbers of element types
 DTYPE_NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _NAMES = {
     torch.float32: "float32",

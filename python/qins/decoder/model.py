@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..codec import EncodedArray, field_names, matmul
+from ..codec import CODEC_NUMBER, EncodedArray, core_addresses, field_names, matmul
 from ..system import get_num_threads
 from .families import shape_of
 from .tensors import Tensors
@@ -93,13 +93,7 @@ class Decoder:
     def _numbers(self, e: EncodedArray) -> tuple[int, ...]:
         self._kept.append(e)
         at = [e.fields[n].ctypes.data for n in field_names(e.codec, e.group_size)]
-        if e.codec == "rational":
-            raise ValueError("codec: expected log8, log9 or golden, got rational")
-        if e.codec == "log8":
-            at = [*at[:3], at[3], 0] if e.group_size else [at[0], at[1], 0, at[2], 0]
-        else:
-            at = [at[0], at[1], 0, at[2], at[3]]
-        return (_core.CODECS.index(e.codec), *at, *e.shape, e.group_size or 0)
+        return (CODEC_NUMBER[e.codec], *core_addresses(at, e.codec, e.group_size), *e.shape, e.group_size or 0)
 
     def _layer(self, tensors: Tensors, i: int) -> Any:
         s, prefix = self._shape, f"model.layers.{i}."

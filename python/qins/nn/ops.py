@@ -14,7 +14,17 @@ from contextlib import contextmanager
 import torch
 
 from .. import _core
-from ..codec import CODEC_NUMBER, DTYPE_NUMBER, SCALARS, Blocks, decode_fields, decode_on_device, field_names, isas
+from ..codec import (
+    CODEC_NUMBER,
+    DTYPE_NUMBER,
+    SCALARS,
+    Blocks,
+    core_addresses,
+    decode_fields,
+    decode_on_device,
+    field_names,
+    isas,
+)
 from ..system import threads
 
 Tensor = torch.Tensor
@@ -70,19 +80,16 @@ def set_fused_rows(rows: int, dtype: torch.dtype | None = None) -> None:
         _fused_rows[d] = rows
 
 
-def _addresses(fields: Sequence[Tensor], codec: str, group_size: int | None) -> tuple[int, int, int, int, int]:
-    """Return the addresses of codes, second and third array, and two scalars; 0 for those that the codec lacks."""
-    at = [f.data_ptr() for f in fields]
-    if codec != "log8":
-        return at[0], at[1], 0, at[2], at[3]
-    return (at[0], at[1], at[2], at[3], 0) if group_size else (at[0], at[1], 0, at[2], 0)
-
-
 def numbers_of(fields: Sequence[Tensor], codec: str, group_size: int | None) -> tuple[int, ...] | None:
     """Describe codes by address for the core, or None if it cannot use them. The caller keeps the tensors alive."""
     if not all(f.is_cpu and f.is_contiguous() for f in fields):
         return None
-    return (CODEC_NUMBER[codec], *_addresses(fields, codec, group_size), *fields[0].shape, group_size or 0)
+    return (
+        CODEC_NUMBER[codec],
+        *core_addresses([f.data_ptr() for f in fields], codec, group_size),
+        *fields[0].shape,
+        group_size or 0,
+    )
 
 
 def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: int | None) -> Tensor:
@@ -106,7 +113,9 @@ def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: 
         if not x.is_contiguous():
             x = x.contiguous()
         out = x.new_empty(*shape[:-1], rows)
-        codes_at, second_at, third_at, scalar_at, scalar2_at = _addresses(fields, codec, group_size)
+        codes_at, second_at, third_at, scalar_at, scalar2_at = core_addresses(
+            [f.data_ptr() for f in fields], codec, group_size
+        )
         x_at, out_at, in_use = x.data_ptr(), out.data_ptr(), threads._chosen or torch.get_num_threads()
         _core.linear_at(
             CODEC_NUMBER[codec], codes_at, second_at, third_at, scalar_at, scalar2_at, rows, cols, group_size or 0,
