@@ -12,8 +12,7 @@ import qins
 
 transformers = pytest.importorskip("transformers")
 testing = pytest.importorskip("typer.testing")
-from tiny import make  # noqa: E402
-from tokens import save_tokenizer  # noqa: E402
+from terminal import printed  # noqa: E402
 
 from qins.cli import app  # noqa: E402
 from qins.cli.chat import Conversation, Speaker  # noqa: E402
@@ -24,17 +23,6 @@ pytestmark = pytest.mark.once
 TEMPLATE = (
     "{% for m in messages %}{{ {'system': 'w9', 'user': 'w8'}.get(m.role, 'w6') }} {{ m.content }} {% endfor %}w7"
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("chat")
-    made = make("llama")
-    made.save_pretrained(path / "float")
-    quantized = type(made).from_pretrained(path / "float", quantization_config=qins.QinsConfig())
-    quantized.save_pretrained(path / "model")
-    save_tokenizer(path / "model")
-    return path / "model"
 
 
 def continued(model, words, tokens):
@@ -49,14 +37,8 @@ def continued(model, words, tokens):
     return " ".join(f"w{i}" for i in ids[len(words.split()) :])
 
 
-def run(*args, **kwargs):
-    result = testing.CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False, **kwargs)
-    assert result.exit_code == 0
-    return result.stdout
-
-
 def test_generate(model):
-    said = run("generate", model, "-p", "w11 w12 w13", "--tokens", 6)
+    said = printed("generate", model, "-p", "w11 w12 w13", "--tokens", 6)
     assert said.removeprefix("w11 w12 w13").split() == continued(model, "w11 w12 w13", 6).split()
 
 
@@ -71,7 +53,7 @@ def test_chat(model, tmp_path):
     talking = tmp_path / "model"
     shutil.copytree(model, talking)
     (talking / "chat_template.jinja").write_text(TEMPLATE)
-    said = run("chat", talking, "--system", "w20", "--tokens", 5, input="w30 w31\nw32\n\nw33\n")
+    said = printed("chat", talking, "--system", "w20", "--tokens", 5, input="w30 w31\nw32\n\nw33\n")
     first = continued(model, "w9 w20 w8 w30 w31 w7", 5)
     second = continued(model, f"w9 w20 w8 w30 w31 w6 {first} w8 w32 w7", 5)
     assert said.split() == [*first.split(), *second.split()]
@@ -92,46 +74,46 @@ def talking(model, tmp_path_factory):
 
 def test_prompt_of_a_file_or_stdin(model, tmp_path):
     (tmp_path / "prompt.txt").write_text("w11 w12 w13")
-    expected = run("generate", model, "-p", "w11 w12 w13", "--tokens", 4)
-    assert run("generate", model, "--file", tmp_path / "prompt.txt", "--tokens", 4) == expected
-    assert run("generate", model, "--tokens", 4, input="w11 w12 w13") == expected
-    assert run("generate", model, "-p", "-", "--tokens", 4, input="w11 w12 w13") == expected
+    expected = printed("generate", model, "-p", "w11 w12 w13", "--tokens", 4)
+    assert printed("generate", model, "--file", tmp_path / "prompt.txt", "--tokens", 4) == expected
+    assert printed("generate", model, "--tokens", 4, input="w11 w12 w13") == expected
+    assert printed("generate", model, "-p", "-", "--tokens", 4, input="w11 w12 w13") == expected
 
 
 def test_json(model, talking):
-    said = json.loads(run("generate", model, "-p", "w11 w12 w13", "--tokens", 6, "--json"))
+    said = json.loads(printed("generate", model, "-p", "w11 w12 w13", "--tokens", 6, "--json"))
     assert said["text"] == continued(model, "w11 w12 w13", 6)
     assert (said["model"], said["prompt"], said["prompt_tokens"]) == (str(model), "w11 w12 w13", 3)
     assert 1 <= said["tokens"] <= 6
     assert said["prompt_seconds"] > 0
     assert said["seconds"] >= 0
     turns = [
-        json.loads(line) for line in run("chat", talking, "--json", "--tokens", 3, input="w30\nw31\n").splitlines()
+        json.loads(line) for line in printed("chat", talking, "--json", "--tokens", 3, input="w30\nw31\n").splitlines()
     ]
     assert [t["prompt"].split()[-2] for t in turns] == ["w30", "w31"]
 
 
 def test_generate_in_the_chat_template(model, talking):
-    said = run("generate", talking, "-p", "w30", "--system", "w20", "--tokens", 4)
+    said = printed("generate", talking, "-p", "w30", "--system", "w20", "--tokens", 4)
     assert said.split() == continued(model, "w9 w20 w8 w30 w7", 4).split()
     assert (
-        run("generate", talking, "-p", "w30", "--chat", "--tokens", 4).split()
+        printed("generate", talking, "-p", "w30", "--chat", "--tokens", 4).split()
         == continued(model, "w8 w30 w7", 4).split()
     )
     with pytest.raises(ValueError, match="has no chat template"):
-        run("generate", model, "-p", "w30", "--chat")
+        printed("generate", model, "-p", "w30", "--chat")
 
 
 def test_sampling_options(model):
     drawn = ["generate", model, "-p", "w11", "--tokens", 8, "--temperature", 5.0]
-    assert run(*drawn, "--seed", 1) == run(*drawn, "--seed", 1)
-    assert run(*drawn, "--seed", 1) != run(*drawn, "--seed", 2)
-    greedy = run(*drawn[:-2])
+    assert printed(*drawn, "--seed", 1) == printed(*drawn, "--seed", 1)
+    assert printed(*drawn, "--seed", 1) != printed(*drawn, "--seed", 2)
+    greedy = printed(*drawn[:-2])
     for option in (["--top-k", 1], ["--top-p", 0.0], ["--min-p", 1.0]):  # each leaves only the most likely token
-        assert run(*drawn, *option) == greedy
-    assert run(*drawn[:-2], "--repetition-penalty", 100.0) != greedy
+        assert printed(*drawn, *option) == greedy
+    assert printed(*drawn[:-2], "--repetition-penalty", 100.0) != greedy
     with pytest.raises(ValueError, match="top-p: expected --temperature above 0 with it"):
-        run(*drawn[:-2], "--top-p", 0.5)
+        printed(*drawn[:-2], "--top-p", 0.5)
     wrong = testing.CliRunner().invoke(app, [str(a) for a in [*drawn, "--top-p", 2]])
     assert wrong.exit_code == 2
     assert "--top-p" in wrong.stderr
@@ -144,7 +126,9 @@ def test_stop(model, tmp_path):
     vocabulary.write_text(vocabulary.read_text().replace('"w159"', '"abcdef"'))
     words = continued(model, "w11 w12 w13", 6).split()
     said = json.loads(
-        run("generate", stopping, "-p", "w11 w12 w13", "--tokens", 6, "--stop", "w999", "--stop", words[1], "--json")
+        printed(
+            "generate", stopping, "-p", "w11 w12 w13", "--tokens", 6, "--stop", "w999", "--stop", words[1], "--json"
+        )
     )
     assert said["text"].split() == words[: words.index(words[1]) + 1]
 

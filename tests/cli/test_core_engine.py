@@ -9,50 +9,28 @@ import sys
 
 import pytest
 
-import qins
-
-transformers = pytest.importorskip("transformers")
-testing = pytest.importorskip("typer.testing")
+pytest.importorskip("transformers")
+pytest.importorskip("typer.testing")
 pytest.importorskip("tokenizers")
-from tiny import make  # noqa: E402
-from tokens import save_tokenizer  # noqa: E402
-
-from qins.cli import app  # noqa: E402
+from terminal import printed
 
 pytestmark = pytest.mark.once
 PROMPT = "w11 w12 w13"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("core")
-    made = make("llama")
-    made.save_pretrained(path / "float")
-    quantized = type(made).from_pretrained(path / "float", quantization_config=qins.QinsConfig())
-    quantized.save_pretrained(path / "model")
-    save_tokenizer(path / "model")
-    return path / "model"
-
-
-def run(*args):
-    result = testing.CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.stdout
-
-
 def test_same_text(model):
     arguments = ["generate", model, "-p", PROMPT, "--tokens", 12]
-    assert run(*arguments, "--engine", "core").split() == run(*arguments).split()
+    assert printed(*arguments, "--engine", "core").split() == printed(*arguments).split()
 
 
 def test_json_and_stop(model):
-    words = run("generate", model, "-p", PROMPT, "--tokens", 12).removeprefix(PROMPT).split()
+    words = printed("generate", model, "-p", PROMPT, "--tokens", 12).removeprefix(PROMPT).split()
     arguments = ["generate", model, "-p", PROMPT, "--tokens", 12, "--engine", "core", "--json"]
-    told = json.loads(run(*arguments))
+    told = json.loads(printed(*arguments))
     assert told["text"].split() == words
     assert (told["prompt_tokens"], told["tokens"]) == (3, 12)
     assert told["tokens_per_second"] > 0
-    stopped = json.loads(run(*arguments, "--stop", words[4]))
+    stopped = json.loads(printed(*arguments, "--stop", words[4]))
     assert stopped["text"].split() == words[: words.index(words[4]) + 1]
 
 
@@ -71,7 +49,7 @@ def test_sampling_is_reproducible(model):
         "--top-k",
         50,
     ]
-    assert run(*arguments, "--seed", 1) == run(*arguments, "--seed", 1) != run(*arguments, "--seed", 2)
+    assert printed(*arguments, "--seed", 1) == printed(*arguments, "--seed", 1) != printed(*arguments, "--seed", 2)
 
 
 def test_without_torch(model):
@@ -97,13 +75,13 @@ def test_without_torch(model):
 )
 def test_wrong_options(model, options, said):
     with pytest.raises(ValueError, match=said):
-        run("generate", model, "-p", PROMPT, "--engine", "core", *options)
+        printed("generate", model, "-p", PROMPT, "--engine", "core", *options)
 
 
 def test_wrong_models(model, tmp_path):
     def fails(error, said):
         with pytest.raises(error, match=said):
-            run("generate", tmp_path / "m", "-p", PROMPT, "--engine", "core")
+            printed("generate", tmp_path / "m", "-p", PROMPT, "--engine", "core")
 
     fails(FileNotFoundError, r"found no config\.json")
     shutil.copytree(model.parent / "float", tmp_path / "m")

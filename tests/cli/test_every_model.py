@@ -15,69 +15,20 @@ from pathlib import Path
 
 import pytest
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("typer")
-import tiny  # noqa: E402
-import tiny_experts  # noqa: E402
-import torch  # noqa: E402
-import typer  # noqa: E402
-import typer.models  # noqa: E402
-from tokens import save_tokenizer  # noqa: E402
+import torch
+import typer
+import typer.models
+from kinds import MAKERS
+from terminal import as_shell
+from tokens import save_tokenizer
 
-from qins import cli  # noqa: E402
-from qins.cli.app import app  # noqa: E402
+from qins.cli.app import app
 
 pytestmark = [pytest.mark.once, pytest.mark.long, pytest.mark.filterwarnings("ignore:group_size")]
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = " ".join(f"w{(7 * i * i + i) % 150}" for i in range(4000))
-
-
-def whisper():
-    config = transformers.WhisperConfig(
-        num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=160, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_start_token_id=1, **SPECIAL,
-    )  # fmt: skip
-    return transformers.WhisperForConditionalGeneration(config)
-
-
-def clip():
-    vision = {**SIZES, "image_size": 16, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config={**SIZES, "vocab_size": 160}, vision_config=vision)
-    return transformers.CLIPModel(config)
-
-
-def mamba():
-    config = transformers.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=1, state_size=4, **SPECIAL)
-    return transformers.MambaForCausalLM(config)
-
-
-def wav2vec2():
-    config = transformers.Wav2Vec2Config(
-        vocab_size=160, **SIZES, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
-    return transformers.Wav2Vec2ForCTC(config)
-
-
-MAKERS = {
-    "classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=160, **SIZES)),
-    "masked": lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=160, **SIZES)),
-    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)),
-    "resnet": lambda: transformers.ResNetModel(
-        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ),
-    "whisper": whisper,
-    "clip": clip,
-    "mamba": mamba,
-    "wav2vec2": wav2vec2,
-    "mixtral": lambda: tiny_experts.make("mixtral"),
-    **{
-        kind: (lambda kind=kind: tiny.make(kind))
-        for kind in ("llama", "phi3", "gpt2", "bert", "modernbert", "t5", "qwen2_vl")
-    },
-}
 
 
 def break_config(directory, change):
@@ -137,24 +88,15 @@ def run(monkeypatch, capfd):
     """Run the command line as a shell does; check that it succeeds or says what is wrong, and return its exit code."""
 
     def run(*args):
-        arguments = [str(a) for a in args]
-        monkeypatch.setattr(sys, "argv", ["qins", *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\n"))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-        err = capfd.readouterr().err
+        code, _, err = as_shell(monkeypatch, capfd, *args)
         assert "Traceback" not in err
-        if e.value.code:
-            assert e.value.code in (1, 2), arguments
-            said = [
-                line
-                for line in err.splitlines()
-                if line.startswith("error: ") or "Error" in line or " is above " in line
-            ]
-            assert said, f"{arguments} failed without saying why: {err}"
+        if code:
+            assert code in (1, 2), args
+            said = [li for li in err.splitlines() if li.startswith("error: ") or "Error" in li or " is above " in li]
+            assert said, f"{args} failed without saying why: {err}"
             assert not said[-1].endswith(("error: ", "error: None")), err
-        return e.value.code or 0
+        return code
 
     return run
 

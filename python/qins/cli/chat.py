@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..hf import load_tokenizer, loading, require_causal_lm, require_transformers
+from .timing import answer
 
 
 class _Timed:
@@ -42,7 +43,7 @@ class Speaker:
         sampling: further arguments of transformers' `generate`, such as top_p; None values are omitted.
 
     Attributes:
-        last: of the latest `say`: prompt, text, prompt_tokens, tokens, prompt_seconds, seconds, tokens_per_second.
+        last: of the latest `say`: see `cli.timing.answer`.
 
     """
 
@@ -95,18 +96,9 @@ class Speaker:
         out = self.model.generate(**inputs, **self.options, streamer=streamer)
         ended = time.perf_counter()
         text: str = self.tokenizer.decode(out[0, length:], skip_special_tokens=True)
-        made = out.shape[1] - length
-        decoding = ended - streamer.first
-        self.last = {
-            "model": self.name,
-            "prompt": prompt,
-            "text": text,
-            "prompt_tokens": length,
-            "tokens": made,
-            "prompt_seconds": streamer.first - begun,
-            "seconds": decoding,
-            "tokens_per_second": (made - 1) / decoding if made > 1 else None,  # the first token belongs to the prefill
-        }
+        self.last = answer(
+            self.name, prompt, text, length, out.shape[1] - length, begun=begun, first=streamer.first, ended=ended
+        )
         return text
 
 

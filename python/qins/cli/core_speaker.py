@@ -11,6 +11,7 @@ import typer
 
 from ..decoder import Decoder
 from ..system import read_json, require
+from .timing import answer
 
 _UNFINISHED = "\ufffd"  # what the last bytes of a character that has more decode to
 
@@ -27,7 +28,7 @@ class CoreSpeaker:
         sampling: further arguments of `Decoder.generate`.
 
     Attributes:
-        last: of the latest `say`: see `cli.chat.Speaker`.
+        last: of the latest `say`: see `cli.timing.answer`.
 
     Raises:
         FileNotFoundError: there is no such directory, or no tokenizer.json in it.
@@ -84,16 +85,7 @@ class CoreSpeaker:
         ended = time.perf_counter()
         if not self.silent:
             typer.echo(text[shown:])
-        self.last = {
-            "model": self.name,
-            "prompt": prompt,
-            "text": text,
-            "prompt_tokens": len(ids),
-            "tokens": len(made),
-            "prompt_seconds": first - begun,
-            "seconds": ended - first,
-            "tokens_per_second": (len(made) - 1) / (ended - first) if len(made) > 1 else None,
-        }
+        self.last = answer(self.name, prompt, text, len(ids), len(made), begun=begun, first=first, ended=ended)
         return text
 
 

@@ -1,0 +1,27 @@
+"""Running the command line in this process."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from qins import cli
+
+
+def printed(*args, **kwargs):
+    """Return what a command that succeeds prints; its errors are raised as they are."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=False, **kwargs)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def as_shell(monkeypatch, capfd, *args):
+    """Run a command as a shell does; return exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["qins", *map(str, args)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    out, err = capfd.readouterr()
+    return e.value.code or 0, out, err
