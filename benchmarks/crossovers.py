@@ -70,13 +70,19 @@ def race_ways(layers: list[qins.QINSLinear], x: torch.Tensor, ways: list[str], s
     return {way: t * 1e3 for way, t in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="4096x3072", help="out_features x in_features")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 8, 9, 16, 24, 32, 48, 64, 128, 192, 512])
+def layer_options(description: str | None, shape: str, rows: list[int]) -> argparse.ArgumentParser:
+    """Return the options of a benchmark of one layer."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default=shape, help="out_features x in_features")
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
     parser.add_argument("--isas", nargs="+", default=[qins.isas()[0]])
     parser.add_argument("--seconds", type=float, default=0.2, help="seconds per figure")
     parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = layer_options(__doc__, "4096x3072", [1, 2, 3, 4, 8, 9, 16, 24, 32, 48, 64, 128, 192, 512])
     arguments = parser.parse_args()
     print(machine())
     out_features, in_features = map(int, arguments.shape.split("x"))

