@@ -151,7 +151,7 @@ def test_calibration(tmp_path):
     assert calibrated.kl_mean < 0.4 * q8.kl_mean
     assert calibrated.top1 > nearest.top1
     assert english[0].bits == pytest.approx(english[2].bits)
-    assert english[2].bits < 8.13 < english[1].bits
+    assert english[2].bits < 8.18 < english[1].bits
     settings = evaluation.Settings(inspect.getsource(inspect), 512, new_tokens=4)
     nearest = evaluation.evaluate_all(path, ["log8"], settings).measured[0].comparison.summary()
     calibrated = evaluation.evaluate_one(str(tmp_path / "out"), path, settings).measured[0].comparison.summary()
