@@ -285,7 +285,7 @@ English (the text that ships with the package), all formats in one run.
 
 {fidelity(found)}
 
-Text of another kind than the calibration text: {code.about["predictions"]:,} predictions of Python source code, with
+Text unlike the calibration text: {code.about["predictions"]:,} predictions of Python source code, with
 codes still calibrated on English.
 
 {fidelity(code)}
