@@ -49,7 +49,7 @@ static void golden_row(const caching *p, const float *w, size_t row)
         range = (double)log_max - (double)log_min;
         log_max = range < 1e-8 ? log_min : log_max;
     }
-    /* Logarithms of ratios to the largest magnitude are more exact near it, but in a wide range the ratios would
+    /* Logarithms of ratios to the largest magnitude are more exact near it. But in a wide range the ratios would
      * leave float32's normal range. */
     int ratios = range < 80.0;
     float inverse = ratios && range > 0.0 ? 1.0f / from_bits32(r.hi) : 1.0f;

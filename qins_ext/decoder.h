@@ -5,8 +5,8 @@
 #include "qins.h"
 
 enum {
-    QINS_DECODER_ROWS = 16,     /* most tokens of one call, over all sequences */
-    QINS_DECODER_HEAD_DIM = 512 /* most elements of a head */
+    QINS_DECODER_ROWS = 16,     /* maximum tokens of one call, over all sequences */
+    QINS_DECODER_HEAD_DIM = 512 /* maximum elements of a head */
 };
 
 /* A matrix and its bias, which may be NULL. A product without codes is absent, except that k and v may be rows of q's

@@ -6,9 +6,9 @@
 static const int COARSE[] = {100, 96, 92, 88}, NEAR[] = {2, 1, -1, -2};
 enum { SCALES = 4 };
 
-/* Candidate multipliers of a group, from the smallest one that covers its largest magnitude: each puts the levels
- * elsewhere among the group's weights, and the best of several has up to 10 % less squared error. The search for mu
- * compares sums over many groups, for which a few candidates do. */
+/* Candidate multipliers of a group: LESS below and MORE above the smallest one that covers its largest magnitude. Each
+ * places the levels differently among the group's weights, and the best of several has up to 10 % less squared error.
+ * The search for mu compares sums over many groups, for which fewer candidates suffice. */
 enum { LESS = 2, MORE = 9, MORE_IN_SEARCH = 0, MULTIPLIERS = LESS + 1 + MORE };
 
 /* The multiplier that stands for a row's largest magnitude. Those above it are the candidates of the largest groups. */
@@ -98,8 +98,8 @@ static float grouped_scale(float most)
     return scale;
 }
 
-/* The multiplier 1..256 of a group: the smallest that covers its largest magnitude, or up to LESS less or `more` more.
- */
+/* The multiplier 1..256 of a group: the best from LESS below to `more` above the smallest that covers its largest
+ * magnitude. */
 static int group_multiplier(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
                             int more, double *total)
 {

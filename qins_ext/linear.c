@@ -168,7 +168,7 @@ static void quarter_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* Copies all rows, so that those without outliers are beside the others. */
+/* Copies all rows, so that those without outliers are stored next to the others. */
 static void copy_rows(void *context, size_t begin, size_t end)
 {
     const product *p = context;
@@ -246,7 +246,7 @@ static int take_activations(product *p, const void *x, int threads, preparation 
     const size_t batch = p->batch;
     const int fixed = p->way == QINS_WORDS || p->way == QINS_BYTES || p->way == QINS_TILES;
     const int copied = p->dtype != QINS_F32 || p->way == QINS_BYTES || p->way == QINS_TILES;
-    /* in bytes, multiples of 64; scales: in floats */
+    /* sizes in bytes, multiples of 64; `scales` in floats */
     size_t floats = copied ? ceil_div(batch * e->cols * sizeof(float), 64) * 64 : 0;
     size_t outliers = fixed ? ceil_div(batch * sizeof(qins_outliers), 64) * 64 : 0, packed = 0, scales = 0;
     p->step = scale_step(e);

@@ -1,7 +1,7 @@
 /* Outliers: activations too large for fixed point.
  *
  * If a few activations hold much of a row's energy, products are only as exact as the weights of these few columns.
- * Those may be small beside their neighbors, with which they share a scale, and then fixed point keeps few of their
+ * Those may be small next to their neighbors, with which they share a scale, and then fixed point keeps few of their
  * bits. So outliers are removed from their row before it is rounded, and multiplied with dequantized weights in
  * float32. */
 #include <string.h>

@@ -2,7 +2,8 @@
  *
  * Matrices are rows x cols, row-major; a row is an output feature of a linear layer. Sizes are in elements unless a
  * name says bytes. Pointers may be unaligned, and nothing is read or written outside an array. Outputs must not overlap
- * inputs. Nothing here allocates, raises or fails: callers (module*.c) have checked every argument.
+ * inputs. Callers (module*.c) have checked every argument, so nothing here raises, and kernels cannot fail. Functions
+ * that can run out of memory, or find a non-finite element, say so by their result.
  *
  * Formats. value is the float32 that a code decodes to, the same bit for bit on every platform.
  *   golden  stored 1..255, sign -1 or +1, scalars log_min, log_max:
@@ -22,7 +23,7 @@ enum {
     QINS_LANES = 16,      /* every kernel processes 16 elements at a time, at any register width */
     QINS_WINDOW = 4096,   /* elements of the float32 scratch for other dtypes; a multiple of 16 */
     QINS_LEVELS = 128,    /* magnitudes of log8 */
-    QINS_CANDIDATES = 12, /* most scales compared in one search */
+    QINS_CANDIDATES = 12, /* maximum number of scales compared in one search */
     QINS_LUT_CELLS = 4096 /* enough for every table that tables.c builds, see qins_lut_build */
 };
 
@@ -106,7 +107,7 @@ static inline size_t qins_rows_ahead(size_t cols, size_t row)
 
 enum {
     QINS_BLOCK = 64, /* codes that a kernel processes at a time */
-    QINS_BATCH = 8,  /* most rows of activations that a kernel processes at a time */
+    QINS_BATCH = 8,  /* maximum rows of activations that a kernel processes at a time */
     /* block of codes that is decoded once for many rows of activations, into words of 2 bytes */
     QINS_WORD_ROWS = 64,
     QINS_WORD_COLS = 1024,
@@ -122,7 +123,7 @@ enum {
 typedef struct {
     const int16_t *x;
     const float *scale; /* QINS_BATCH per step of a set */
-    size_t steps;       /* a step: the kernel's word_step columns, or 64 if the group size is no multiple of these */
+    size_t steps;       /* a step: the kernel's word_step columns, or 64 if the group size is not a multiple of that */
     int batch;          /* total rows of all sets */
 } qins_fixed;
 
@@ -467,7 +468,7 @@ typedef struct {
 /* Returns whether the n activations at x have outliers; if so, `rest` (which may be x) is x with zeros in their place.
  */
 int qins_take_outliers(const qins_kernels *k, const float *x, size_t n, float *rest, qins_outliers *o);
-/* A cache of dequantized weights: some rows of codes, in the most recently requested columns. */
+/* A cache of dequantized weights of some rows, in the most recently used columns. */
 typedef struct {
     size_t row, rows, decoded; /* decoded: number of columns so far, including replaced ones */
     uint32_t col[QINS_COLUMNS];

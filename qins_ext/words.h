@@ -3,8 +3,8 @@
  * Before including this, an isa_<name>.c defines
  *   ISA     its name
  *   FN      function attributes (the target features that the compiler may use in the function)
- * and then the vector operations in which the *.inc files are written (the WORD macro refers to these). Each operates
- * on 16 lanes:
+ * and then the vector operations in which the *.inc files are written. (WORD, in front of most of their definitions, is
+ * the isa's own macro for an inlined FN.) Each operates on 16 lanes:
  *   types   vf (float32), vi (int32), vl (a table of 128 float32, loaded)
  *   floats  vf_load vf_store vf_set1 vf_abs vf_add vf_sub vf_mul vf_div vf_bits vf_flip(v, signs)
  *           vf_lookup(const float *table, vi index)  vl_load(const float *)  vf_level(const vl *, vi m)
@@ -26,7 +26,7 @@
  *           vf_of_ints(vi)     WORD_UNIT(t): the value of 1        LEAST_MU: the smallest mu that is exact enough
  *           WORD_STEP: columns whose sums fit 32 bits: 64 or, for words up to QINS_WORD_MAX, 128
  *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations fit in registers
- *           WORD_SETS: up to this many sets of 8 rows of activations, decoding again costs less than loading words
+ *           WORD_SETS: up to this many sets of 8 rows of activations, decoding codes again is faster than loading words
  *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too
