@@ -1,4 +1,4 @@
-"""log8 beside Q8_0 on several models, each prediction compared with the float model's: is the default good everywhere?
+"""log8 and Q8_0 on several models, each prediction compared with the float model's: is the default good everywhere?
 
     python benchmarks/fidelity.py [--models ...] [--formats ...] [--json FILE]
 
@@ -6,7 +6,7 @@ Models: SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file: each block of
 all-MiniLM-L6-v2 (float32), Whisper tiny.en (float16; its decoder, on speech by espeak-ng), and random weights: with
 heavy tails and outlier channels, in rows that 64 does not divide. Distance: KL divergence of each prediction in nats;
 for the encoder, 1 - cosine of each text's embedding. Each format's difference from Q8_0 is paired, prediction by
-prediction: mean and standard error, in parts of Q8_0's mean distance.
+prediction: mean and standard error, as fractions of Q8_0's mean distance.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/measurements.py [--write docs/measurements.md] [--tokens 2048]
 
-Every figure is measured anew: sizes from the tensors and files themselves, fidelity on SmolLM2-135M-Instruct and the
-text that ships with the package, speed of a model in Phi-3.5-mini's shape (which needs 17 GB of memory), greedy tokens
-of a Phi-3 model with SmolLM2's weights, and embeddings of all-MiniLM-L6-v2. With --write, picture.py then draws
-why-qins.svg, beside the page and from its tables.
+It measures all figures: sizes from the tensors and files themselves, fidelity on SmolLM2-135M-Instruct and the text
+that ships with the package, speed of a model in Phi-3.5-mini's shape (which needs 17 GB of memory), greedy tokens of a
+Phi-3 model with SmolLM2's weights, and embeddings of all-MiniLM-L6-v2. With --write, picture.py then draws
+why-qins.svg from the tables of the page, next to it.
 """
 
 from __future__ import annotations
