@@ -1,8 +1,8 @@
 """Calibration: a model's own activations determine the log8 codes of its weights.
 
 Statistics of the layers' inputs are collected in rounds, with as many layers per round as fit in memory. Each layer is
-then rounded with error feedback (feedback.py). Its codes are kept if they do better than the nearest codes on held-out
-tokens.
+then rounded with error feedback (codec/feedback.py). Its codes are kept if they do better than the nearest codes on
+held-out tokens.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ def calibrate(
     """Quantize linear layers in place, to QINSLinear with log8 codes chosen from the model's own activations.
 
     The model runs over the batches to collect second moments of each layer's inputs, for a few layers at a time if all
-    need more memory than `room`. Then each weight is rounded with error feedback (see `qins.ErrorFeedback`). A layer
-    whose outputs on held-out batches are no better for it gets the nearest codes, as from `convert`. So do experts that
-    are kept as stacks of matrices. The result depends only on the arguments and the number of threads.
+    need more memory than `room`. Then each weight is rounded with error feedback (see `qins.ErrorFeedback`). If that
+    does not improve a layer's outputs on held-out batches, the layer gets the nearest codes, as from `convert`. So do
+    experts that are kept as stacks of matrices. The result depends only on the arguments and the number of threads.
 
     Args:
         model: any nn.Module whose forward takes a batch; in float, on the CPU.
-        batches: tensors of token ids, (batch, length), or mappings of forward's arguments. 8,192 tokens of text like
-            what the model will read are enough; `qins.fidelity.windows` cuts them.
+        batches: tensors of token ids, (batch, length), or mappings of forward's arguments. 8,192 tokens of text that
+            resembles what the model will read are enough; `qins.fidelity.windows` cuts it into batches.
         include: fnmatch patterns of module names to convert; None for all.
         exclude: patterns of module names to skip.
         group_size: as in `convert`.
@@ -115,7 +115,7 @@ def calibrate(
             depend less on this text.
         held_out: share of the batches to hold out.
         sequential: calibrate the layers of later rounds on the codes of earlier layers, instead of on their floats.
-        plan: result of `qins.plan` for the same model. It overrides group_size; layers that it leaves stay in float.
+        plan: result of `qins.plan` for the same model. It overrides group_size; layers left out of it stay in float.
         room: memory for statistics, in bytes; layers that do not fit wait for another pass over the batches.
         show_progress: None shows a progress bar on a terminal.
 

@@ -254,7 +254,7 @@ def decode(e: EncodedArray, dtype: Any = np.float32, *, out: Array | None = None
     return e.decode(dtype, out=out)
 
 
-# Dequantized weights held at a time: small enough to profit from a level 2 cache, large enough for BLAS.
+# Dequantized weights held at a time: small enough for the L2 cache, large enough for BLAS.
 _TILE = 1 << 20
 
 
@@ -262,8 +262,8 @@ def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
     """Return x @ W.T, where W of shape (N, K) are the weights in `e`.
 
     The product is computed straight from the codes and summed in float32. Its relative error is below 2e-4 for log8,
-    whose kernels round activations to 15 bits per block of 64, and below 1e-6 for golden and log9. A float64 x is
-    multiplied with dequantized weights in float64.
+    whose kernels round activations to 15 bits with one scale for 64 or 128 columns, and below 1e-6 for golden and log9.
+    A float64 x is multiplied with dequantized weights in float64.
 
     Args:
         x: floating-point array of shape (..., K).

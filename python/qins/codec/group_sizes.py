@@ -6,8 +6,8 @@ import warnings
 
 from .fields import check_codec, check_group_size
 
-# One more byte per 64 codes: on every model measured, closer to the original than llama.cpp's Q8_0, which groups of 128
-# are not (docs/performance.md has the figures), at the same speed.
+# On every model measured, groups of 64 are closer to the original than groups of 128 and llama.cpp's Q8_0, at about the
+# same speed (docs/performance.md has the figures). They cost one byte per 64 codes.
 _DEFAULT_GROUP_SIZE = 64
 
 
