@@ -26,20 +26,20 @@ _QUANTIZERS = "transformers.quantizers.auto"
 _AFTER = {
     _QUANTIZERS: "qins.hf",
     "peft.tuners.lora.config": "qins.hf.peft",
-    # imported after the quantizers: the next chance, if the quantizers were what imported torch first
+    # imported after the quantizers: a second chance if importing those was what first imported torch
     "transformers.modeling_utils": "qins.hf",
 }
 
 
 def _register(theirs: str) -> None:
-    """Import our module; where that is impossible, see to it that codes are refused and all else works."""
+    """Import our module; if that fails, refuse to load codes, and leave everything else working."""
     try:
         importlib.import_module(_AFTER[theirs])
     except Exception as e:
         if theirs.startswith("transformers"):
             _refuse_codes(e)
         else:
-            warnings.warn(f"qins: {theirs.partition('.')[0]} cannot use layers of codes: {e}", stacklevel=2)
+            warnings.warn(f"qins: {theirs.partition('.')[0]} cannot use quantized layers: {e}", stacklevel=2)
 
 
 def _refuse_codes(error: Exception) -> None:
@@ -58,7 +58,7 @@ def _refuse_codes(error: Exception) -> None:
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, and then our registration."""
+    """Runs another loader, then registers qins."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -71,12 +71,12 @@ class _Loader(importlib.abc.Loader):
         _register(module.__name__)
 
     def __getattr__(self, name: str) -> Any:
-        """What else a loader offers, such as the module's source."""
+        """Return another attribute of the wrapped loader, such as the one that gives the module's source."""
         return getattr(self.loader, name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Steps in for one module, once."""
+    """Intercepts the first import of one module."""
 
     def __init__(self, theirs: str) -> None:
         self.theirs = theirs
@@ -94,13 +94,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a module has been imported, to its end."""
+    """Return whether a module has been imported completely."""
     module = sys.modules.get(name)
     return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def install() -> None:
-    """Register now where their module is loaded, else when it is."""
+    """Register with each library now if it is loaded, otherwise as soon as it is."""
     waiting = {f.theirs for f in sys.meta_path if isinstance(f, _Finder)}
     for theirs in _AFTER:
         if _is_loaded(theirs):

@@ -81,7 +81,7 @@ __all__ = [
     "use_isa",
 ]
 
-# Names that are imported on first use, most of which need torch or transformers, and their rooms.
+# Names that are imported on first use, with their rooms. Most need torch or transformers.
 _LAZY = {
     "CalibrationReport": "calibration",
     "ConversionReport": "nn",

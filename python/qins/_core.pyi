@@ -7,8 +7,8 @@ Array = np.ndarray[Any, Any]
 CODECS: tuple[str, ...]
 WAYS: tuple[str, ...]
 MU_MAX: float
-DECODER_ROWS: int  # most tokens of one call of decode_layer
-DECODER_HEAD_DIM: int  # most elements of a head
+DECODER_ROWS: int  # maximum number of tokens per call of decode_layer
+DECODER_HEAD_DIM: int  # maximum number of elements of a head
 
 def encode(
     codec: str,

@@ -47,7 +47,7 @@ PUBLIC = {"ops"}
 
 
 class _Moved(ModuleType):
-    """A module's old name: what it held is looked up where it is now."""
+    """A module under its old name; its names are looked up in the modules that hold them now."""
 
     def __getattr__(self, name: str) -> object:
         if not name.startswith("__"):

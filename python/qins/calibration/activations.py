@@ -112,7 +112,7 @@ class _EnoughError(Exception):
 class Statistics:
     """Collects second moments of the inputs of as many layers as fit in memory, in the order in which they run.
 
-    Layers with the very same input tensor share their statistics.
+    Layers that receive the same input tensor share their statistics.
 
     Args:
         layers: by name.
@@ -148,7 +148,7 @@ class Statistics:
             hook.remove()
 
     def probe(self, forward: Callable[[], Any]) -> Tensor | None:
-        """Make a pass that adds no statistics; return the last input that would have counted."""
+        """Run a pass that adds no statistics; return the last input that it would have added."""
         self._probing = True
         self.run(forward)
         self._probing = False

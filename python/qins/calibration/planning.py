@@ -260,7 +260,7 @@ def plan(
     Args:
         model: a float language model on the CPU, whose output has logits.
         batches: as in `calibrate`.
-        target_bits: most mean bits per weight over these layers, scales included.
+        target_bits: largest mean bits per weight over these layers, scales included.
         target_kld: largest estimated mean KL divergence, in nats. It is only an estimate: measure with `qins eval`.
         include: fnmatch patterns of module names; None for all linear layers.
         exclude: patterns of module names to leave out of the plan.

@@ -1,4 +1,4 @@
-"""The plan of a conversion: what becomes of every tensor, from config.json and the headers of the files."""
+"""The plan of a conversion: what each tensor becomes, from config.json and the headers of the files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Output:
         codec, group_size: format of the codes; no codec if it is not encoded.
         transposed: whether the matrix, or each matrix of a stack, is (in_features, out_features).
         is_stack: whether it is a stack of experts.
-        guard: name of an empty tensor that makes loaders fail which do not support codes; empty for none.
+        guard: name of an empty tensor, at which loaders fail that do not support codes; empty for none.
         targets: the tensors to write.
 
     """
@@ -123,7 +123,7 @@ class Plan:
 
 
 def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuantizer]:
-    """Decide what becomes of every tensor.
+    """Decide what each tensor becomes.
 
     Raises:
         ValueError: transformers does not support the architecture, or a weight is missing or does not fit the model.

@@ -37,7 +37,7 @@ Write = Callable[..., None]  # as ShardWriter.write
 _WAITING = 64 << 20  # bytes queued for writing, above which the next tensor has to wait
 _PROGRESS = "qins-progress.json"
 _LOCK = "qins.lock"
-_FILES = 2  # increases when other tensors are written, so that conversions begun by an older version are not resumed
+_FILES = 2  # increased when a version writes different tensors, so that it does not resume conversions of an older one
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 

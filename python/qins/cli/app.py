@@ -49,7 +49,7 @@ def _root(
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="Print what is done, the total time, and library messages."),
+        typer.Option("--verbose", "-v", help="Print what the command does, the total time, and library messages."),
     ] = False,
 ) -> None:
     """8-bit logarithmic quantization for the weights of language models."""

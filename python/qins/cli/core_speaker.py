@@ -13,7 +13,7 @@ from ..decoder import Decoder
 from ..system import read_json, require
 from .timing import answer
 
-_UNFINISHED = "\ufffd"  # what the last bytes of a character that has more decode to
+_UNFINISHED = "\ufffd"  # the last bytes decode to this if their character has more bytes
 
 
 class CoreSpeaker:

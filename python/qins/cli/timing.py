@@ -1,4 +1,4 @@
-"""What `qins generate` and `qins chat` tell of an answer."""
+"""The figures of an answer that `qins generate` and `qins chat` print."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def answer(
 
     Args:
         model: its directory or name.
-        prompt: what was asked.
-        text: what was answered.
+        prompt: its prompt.
+        text: its text.
         prompt_tokens: number of tokens of the prompt.
         tokens: number of tokens of the answer.
         begun: time in seconds at the beginning.

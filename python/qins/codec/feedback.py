@@ -17,7 +17,7 @@ _ROWS = 256  # rows of a matrix processed at a time; all at once would double th
 
 
 class ErrorFeedback:
-    """Quantizes weights to log8 so that the layer's outputs, rather than its weights, have the least error.
+    """Quantizes weights to log8, minimizing the error of the layer's outputs rather than that of its weights.
 
     The inputs' mean squares weight the search for mu and scales. Then columns are rounded one after another, by
     descending mean square, and each compensates for the errors that earlier columns caused in the outputs. With the

@@ -23,7 +23,7 @@ class Family:
 
     Attributes:
         norms: names of the norms before and after attention, and before and after the MLP.
-        gemma: norm weights are stored without their 1, and embeddings are multiplied by sqrt(hidden_size).
+        gemma: norm weights are stored minus 1, and embeddings are multiplied by sqrt(hidden_size).
         head_norms: queries and keys are normalized: "head", each head by itself; "row", all heads as one row.
         fused: q, k and v are one matrix, and so are gate and up.
         all_slide: without layer_types, a sliding_window holds for every layer.
@@ -62,17 +62,17 @@ class Shape:
         vocabulary, layers, hidden, heads, kv_heads, head_dim, inner: sizes.
         activation: the core's number of the MLP's activation.
         epsilon: of norms.
-        scaling: factor of scores in attention.
-        softcap, final_softcap: bounds of scores and of logits; 0: none.
-        residual: factor of what a layer adds.
+        scaling: factor of attention scores.
+        softcap, final_softcap: bounds of attention scores and of logits; 0: none.
+        residual: factor of each term added to the hidden states.
         embedding: factor of embeddings.
         logits: divisor of logits.
-        windows: of each layer, the most tokens that a token sees, itself included; 0: all.
+        windows: of each layer, the number of tokens that a token attends to, itself included; 0: all.
         layer_types: of each layer, "full_attention" or "sliding_attention".
         rotates: of each layer, whether queries and keys are rotated.
         frequencies: of the rotation by layer type, in radians per token.
-        tied: whether the output embedding may be the input embedding, where it has no tensors of its own; config.json
-            does not repeat a family's default.
+        tied: whether an output embedding without tensors of its own is the input embedding; config.json does not
+            repeat a family's default.
 
     """
 

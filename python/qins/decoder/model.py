@@ -17,7 +17,7 @@ from .tensors import Tensors
 
 Array = np.ndarray[Any, Any]
 
-_LEAST_ROOM = 64  # tokens that the cache has room for at first
+_LEAST_ROOM = 64  # initial capacity of the cache, in tokens
 _FLOAT32 = 0  # the core's number of this dtype
 _NO_ROTATION = (0, 0, 0)
 
@@ -190,13 +190,13 @@ class Decoder:
 
         Args:
             ids: token ids that follow those in the cache, at least one.
-            max_new_tokens: most tokens to yield.
+            max_new_tokens: maximum number of tokens to yield.
             stop: token ids at which to stop; such a token is yielded.
             temperature: 0 yields the likeliest token each time; else tokens are sampled.
-            top_k: sample from so many of the likeliest tokens.
+            top_k: sample from this many of the likeliest tokens.
             top_p: sample from the likeliest tokens up to this total probability.
             min_p: sample from the tokens at least this many times as likely as the likeliest one.
-            seed: of the sampling; None: another one each time.
+            seed: of the sampling; None: a different one each time.
 
         Raises:
             ValueError: an argument is out of range.

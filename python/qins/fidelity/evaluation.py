@@ -58,7 +58,7 @@ class Settings:
         window: tokens per window.
         new_tokens: length of each greedy continuation.
         calibration: text to calibrate on; None for the part of `text` that is not evaluated on.
-        calibration_tokens: most tokens to calibrate on.
+        calibration_tokens: maximum number of tokens to calibrate on.
         directory: where the reference's answers are stored; None for a temporary directory.
         show_progress: None shows a progress bar on a terminal.
 
@@ -442,6 +442,6 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _keep(bench: Bench, settings: Settings) -> None:
-    """Save the figures so far beside the recording."""
+    """Save the figures so far next to the recording."""
     if settings.directory is not None:
         write_json(settings.directory / "measured.json", bench.evaluation.to_dict())

@@ -65,10 +65,10 @@ def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
         else ""
     )
     if len(means) > 1:
-        said = f"Mean {what} of each model, with its bits per quantized weight, scales included; less is better. "
+        said = f"Mean {what} of each model, with its bits per quantized weight, scales included; lower is better. "
         said += f"Best: {best}, {means[best]:.2e}{unit}."
     else:
-        said = f"Mean {what} of {best}: {means[best]:.2e}{unit}; less is better. Bits are per quantized weight."
+        said = f"Mean {what} of {best}: {means[best]:.2e}{unit}; lower is better. Bits are per quantized weight."
     made: dict[str, tuple[str, str, Draw]] = {
         "size": (
             "Size and fidelity",
@@ -78,7 +78,7 @@ def pictures(e: Evaluation) -> dict[str, tuple[str, str, Draw]]:
         "tokens": (
             "Divergence by token",
             f"Share of {_tokens(e)} whose {_by_token(e)[0]} exceeds a value; lower lines are better."
-            + (f" Gray: what one prediction in a hundred exceeds in other formats, on {on}." if known is KNOWN else ""),
+            + (f" Gray: the 99th percentile of other formats, measured on {on}." if known is KNOWN else ""),
             lambda f: _draw_tokens(f, e, known),
         ),
     }

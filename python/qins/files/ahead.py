@@ -16,13 +16,13 @@ from ..system import is_resident, page_in
 from .direct import KNOWN, aligned_memory, blocks_around, read_directly
 from .reading import Checkpoint
 
-# Tensors of these sizes in bytes are read directly, others are mapped: smaller ones are not worth it, and three of the
-# largest may be in memory at once.
+# Tensors of these sizes in bytes are read directly, others are mapped. Smaller ones gain too little from it, and three
+# of the largest may be in memory at once.
 _LEAST, _MOST = 1 << 20, 1 << 28
 
 
 class ReadAhead:
-    """Loads tensors of a checkpoint; another thread reads announced tensors in the order of their announcement.
+    """Loads tensors of a checkpoint; another thread reads announced tensors ahead, in the order of their announcement.
 
     Floats are not needed again once they are encoded. So they bypass the page cache, unless it already holds them, and
     are read from disk into buffers that are reused.

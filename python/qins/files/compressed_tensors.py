@@ -9,7 +9,7 @@ from typing import Any
 from .reading import Checkpoint, StoredTensor
 from .scaled import ScaledWeight, check_scales, is_block, matrix_shape
 
-# A module's tensors beside its weight. They are no weights of the model; scales of activations and caches are ignored.
+# A module's tensors besides its weight. They are not weights; scales of activations and caches are ignored.
 _PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale", "input_zero_point",
           "output_scale", "output_zero_point")  # fmt: skip
 _CACHE = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
@@ -18,7 +18,7 @@ _DTYPES = {("float", 8): "float8_e4m3fn", ("int", 8): "int8"}
 
 
 def read(checkpoint: Checkpoint, told: Mapping[str, Any]) -> tuple[dict[str, ScaledWeight], set[str], str]:
-    """Return how each weight is stored, the keys that are no weights of the model, and the format's name for reports.
+    """Return how each weight is stored, the keys that are not weights of the model, and the format's name for reports.
 
     Raises:
         ValueError: a weight is in an unsupported format, or its scales are missing or of the wrong shape.
@@ -77,7 +77,7 @@ def _groups(told: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(told.get(part) or {}, dict):
             raise ValueError(f"{part}: expected an object, got {told[part]!r}")
     if (told.get("transform_config") or {}).get("config_groups"):
-        raise ValueError("transform_config: expected no transforms of weights and activations, got some")
+        raise ValueError("transform_config: expected no transforms of weights and activations, got transforms")
     sparse = (told.get("sparsity_config") or {}).get("format")
     if sparse not in (None, "dense"):
         raise ValueError(f"sparsity_config: expected dense weights, got format {sparse!r}")

@@ -136,13 +136,13 @@ class InspectionReport:
         lines.append("by kind    " + ", ".join(f"{k} {v:,}" for k, v in self.bytes_by_kind.items()))
         lines.append("by dtype   " + ", ".join(f"{k} {v:,}" for k, v in self.bytes_by_dtype.items()))
         lines.append(
-            f"in memory  {self.tensor_bytes:,} bytes, {self.compression_in_memory:.2f} times less than float32"
+            f"in memory  {self.tensor_bytes:,} bytes, {self.compression_in_memory:.2f} times smaller than float32"
         )
-        overhead = f"{self.overhead_bytes:,} of them not tensors"
-        lines.append(f"on disk    {self.file_bytes:,} bytes, {self.compression_on_disk:.2f} times less; {overhead}")
+        overhead = f"{self.overhead_bytes:,} of them outside tensors"
+        lines.append(f"on disk    {self.file_bytes:,} bytes, {self.compression_on_disk:.2f} times smaller; {overhead}")
         if self.layers:
             lines.append(
-                f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times less than float32"
+                f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times smaller than float32"
             )
         if self.verified:
             lines.append(f"checksums  of {self.verified} tensors match")

@@ -198,7 +198,7 @@ def matrix_shape(t: StoredTensor) -> tuple[int, int]:
     """Return the rows and columns of a stored matrix.
 
     Raises:
-        ValueError: the tensor is no matrix, or is empty.
+        ValueError: the tensor is not a matrix, or is empty.
 
     """
     if len(t.shape) != 2 or not t.elements:

@@ -12,7 +12,7 @@ from . import compressed_tensors
 from .reading import Checkpoint, StoredTensor
 from .scaled import ScaledCheckpoint, ScaledWeight, check_scales, is_block, matrix_shape
 
-Found = tuple[dict[str, ScaledWeight], set[str], str]  # weights, keys that are no weights of the model, format
+Found = tuple[dict[str, ScaledWeight], set[str], str]  # weights, keys that are not weights of the model, format
 
 
 def source_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _TEXT = """\
 # {title}
 
 **This needs `pip install "qins[hf]"`.** Without it transformers warns of an "Unknown quantization type, got qins" and
-stops at an empty tensor whose size does not match. Made to ignore that, it outputs nonsense.
+stops at an empty tensor whose size does not match. If told to ignore the mismatch, it outputs nonsense.
 
 ```python
 import qins

@@ -133,7 +133,7 @@ class QinsConfig(QuantizationConfigMixin):
         return saved
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Return what still applies of a config that is passed for a checkpoint with a config of its own."""
+        """Return the settings that still apply if this config is passed for a checkpoint that has its own."""
         return {"verify": self.verify, "decode_step": self.decode_step}
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class LayerStep:
     def _prove(
         self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any], kept: Any, kind: Any
     ) -> Any:
-        """Return the layer's own result; if the step's agrees, trust the step with this kind of call from then on."""
+        """Return the layer's own result; if the step's agrees, use the step for this kind of call from now on."""
         beside, other = copy.copy(given["past_key_values"]), copy.copy(kept)
         beside.layers = [*beside.layers]
         beside.layers[about.index] = other

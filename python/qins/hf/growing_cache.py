@@ -1,4 +1,4 @@
-"""Spare memory for the layers of a DynamicCache: transformers itself copies them for every token."""
+"""Spare memory for the layers of a DynamicCache, which transformers itself would copy for every token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Room:
         self._left = kept.keys, kept.values, step, x.shape, x.dtype
 
     def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
-        """Return whether a call continues the last one and is of its kind, so that no check needs to be repeated."""
+        """Return whether a call continues the last one and is of the same kind, so that checks need not be repeated."""
         if mask is not None or not self._left or x.shape[1] != 1:
             return False
         _, _, last, shape, dtype = self._left

@@ -70,8 +70,8 @@ def guard(coded: Iterable[tuple[str, bool]]) -> str | None:
     """Return the name of the float parameter for which a quantized checkpoint has an empty tensor, the guard.
 
     If qins is not installed, transformers warns of an unknown quantization and continues with random weights. A tensor
-    whose shape differs from the model's stops it. The guard belongs to a numbered layer if there is one, since models
-    without a head have these layers too.
+    whose shape differs from the model's makes it stop instead. The guard belongs to a numbered layer if there is one,
+    since models without a head have these layers too.
 
     Args:
         coded: name of each quantized module, and whether it is a stack of experts, which is itself a parameter.

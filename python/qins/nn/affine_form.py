@@ -1,4 +1,4 @@
-"""What a subclass of nn.Embedding does with the rows that it looks up: times a factor, plus a bias, or something else.
+"""What a subclass of nn.Embedding computes from the rows it looks up: times a factor, plus a bias, or something else.
 
 The module finds out by running the class's forward once, on a small weight of known numbers.
 """
@@ -86,7 +86,7 @@ def _proved(module: nn.Embedding, form_only: bool) -> Affine:
         if found is None and all(_agrees(module, form, ids, weight, bias, form_only, d) for d in _DTYPES):
             found = form
     if found is None:
-        raise ValueError("it returned other numbers when it was tried")
+        raise ValueError("it returned other numbers in a trial")
     return found
 
 

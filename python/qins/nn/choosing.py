@@ -51,7 +51,7 @@ def _reason_to_skip(name: str, module: nn.Linear, include: list[str], exclude: l
 
 
 def other_matrices(module: nn.Module) -> str:
-    """Return why a module whose weight is a matrix, but which is no linear layer, is skipped; empty for others."""
+    """Return why a module with a matrix as its weight is skipped if it is not a linear layer; empty for others."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
     utils = sys.modules.get("transformers.pytorch_utils")

@@ -12,8 +12,8 @@ from ..codec import EncodedArray, snr_db
 class WeightComparison:
     """Compares weights with their codes, a few rows at a time.
 
-    The working memory is allocated once. Allocating and freeing it between codes that stay would fragment the heap to
-    many times the size of the codes.
+    The working memory is allocated once. Allocating and freeing it between codes that stay allocated would fragment the
+    heap to many times the size of the codes.
     """
 
     def __init__(self, elements: int = 1 << 20) -> None:

@@ -22,7 +22,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
     Args:
         num_embeddings: rows of the matrix.
         embedding_dim: its columns.
-        padding_idx: as in nn.Embedding; only kept for readers.
+        padding_idx: as in nn.Embedding; only stored, since codes have no gradient.
         codec: "log8", "log9", "golden" or "rational".
         group_size: columns per group scale (log8); None for per-row scales only; "default" for
             `qins.default_group_size` of embedding_dim.
@@ -57,7 +57,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
 
     @num_embeddings.setter
     def num_embeddings(self, value: int) -> None:
-        # transformers sets this when it resizes, after it has put new floats where nobody reads them
+        # transformers sets this when it resizes, after storing new float weights, which this module never reads
         if value != self._shape[0]:
             rows = self._shape[0]
             raise ValueError(

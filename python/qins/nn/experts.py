@@ -52,7 +52,7 @@ def _clamped_gate(module: Any, gate_up: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
 
 
-# Classes with transposed matrices that do not say so, by name: whether there are biases, and the activation.
+# Classes whose matrices are transposed although no attribute says so: whether they have biases, and their activation.
 _UNTOLD: dict[str, tuple[bool, Callable[[Any, Tensor], Tensor]]] = {
     "GptOssExperts": (True, _clamped_gate), "Llama4TextExperts": (False, _plain_gate),
 }  # fmt: skip
@@ -82,7 +82,7 @@ def _by_expert(
 def grouped_linear(x: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """Multiply each row of x, (S, K), by the transposed matrix of its expert; (S, N).
 
-    `experts`, (S,), is sorted and names each row's expert. Rows with a number that no expert has become zeros. `fields`
+    `experts`, (S,), is sorted and names each row's expert. Rows whose number matches no expert become zeros. `fields`
     have the experts as their first dimension.
     """
     return _by_expert(x, experts, fields, codec, group_size, multiply_codes, fields[0].shape[1])
@@ -124,7 +124,7 @@ grouped_linear_backward.register_autograd(_differentiated(grouped_linear), setup
 class QINSExperts(Coded):
     """Experts that store their matrices as 8-bit logarithmic codes; replaces a module of transformers.
 
-    Each expert's matrix of each projection is encoded by itself. The codes are buffers named `<projection>_<field>`,
+    Each expert's matrix of each projection is encoded separately. The codes are buffers named `<projection>_<field>`,
     with the experts as their first dimension. Matrices are (out_features, in_features), even where the original has
     them transposed. Biases stay parameters.
 

@@ -116,13 +116,13 @@ class QINSKVCache:
     per row. With v_codec="log8", values take 1 byte per element and 2 per row; k_codec="log8" does the same for keys.
 
     Args:
-        max_batch_size: most sequences.
-        max_seq_len: most tokens per sequence.
+        max_batch_size: maximum number of sequences.
+        max_seq_len: maximum number of tokens per sequence.
         n_heads: heads of keys and values.
         head_dim: elements per head.
         device: must be the CPU.
         v_codec: codec of the values: "golden", "log8" or "float16".
-        k_codec: codec of the keys: one of the same.
+        k_codec: codec of the keys; same choices.
 
     """
 
@@ -187,7 +187,7 @@ class QINSKVCache:
         if not 1 <= batch <= self.max_batch_size:
             raise ValueError(f"k: expected 1 to {self.max_batch_size} sequences, got {batch}")
         if self.seq_len and batch != self.batch_size:
-            raise ValueError(f"k: expected {self.batch_size} sequences, as before, got {batch}; reset() starts anew")
+            raise ValueError(f"k: expected {self.batch_size} sequences, as before, got {batch}; reset() starts over")
         if self.seq_len + tokens > self.max_seq_len:
             raise ValueError(
                 f"k: expected at most {self.max_seq_len - self.seq_len} more tokens (max_seq_len {self.max_seq_len}), "
@@ -226,7 +226,7 @@ class QINSKVCache:
 
 
 def savings(key_bytes: int, value_bytes: int, elements: int) -> dict[str, float]:
-    """Return the bytes of a cache of so many elements, the bytes that it would take as floats, and the ratios."""
+    """Return the bytes of a cache of this many elements, the bytes that it would take as floats, and the ratios."""
     total = key_bytes + value_bytes
     return {
         "key_bytes": key_bytes,
@@ -242,7 +242,7 @@ def savings(key_bytes: int, value_bytes: int, elements: int) -> dict[str, float]
 class GrowingTokens:
     """The keys and values of one layer, for any number of tokens; the storage of QINSCache's layers."""
 
-    # Room is allocated for this many tokens at first, and later for half as many again as are needed.
+    # Initial capacity in tokens. When that is not enough, capacity grows to 1.5 times what is needed.
     _FIRST_ROOM = 128
 
     def __init__(self, k_codec: str, v_codec: str) -> None:

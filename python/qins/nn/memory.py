@@ -1,4 +1,4 @@
-"""The memory of a model, measured from its tensors as they are and not as they should be."""
+"""The memory of a model, measured from the tensors that it actually has."""
 
 from __future__ import annotations
 

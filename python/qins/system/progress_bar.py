@@ -10,7 +10,7 @@ _allowed = True
 
 
 def allow_bars(allowed: bool) -> None:
-    """Let bars show on a terminal, or nowhere, unless one is asked for by `show=True`."""
+    """Set whether bars appear on a terminal by default; `show=True` shows one in any case."""
     global _allowed
     _allowed = allowed
 
