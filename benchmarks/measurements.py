@@ -274,10 +274,13 @@ Sizes come from the tensors and files themselves. Speeds, and the last digits of
 English (the text that ships with the package), all formats in one run.
 
 - KLD: KL divergence of the next-token distribution from the float32 model's, in nats, ± one standard error.
-- top-1, top-5: share of the float32 model's most likely token, and of its five most likely, that both models have.
-- log perplexity: its change against the float32 model.
+- SNR: squared weights over squared errors, with the relative errors averaged over the layers.
+  [Formats](formats.md#signal-to-noise-ratio) has it over all weights together.
+- top-1: share of predictions with the same most likely token. top-5: mean share of the float32 model's five most likely
+  tokens that are among the five of the other model.
+- log perplexity: its change from the float32 model's.
 - forced: share of the float32 model's own greedy tokens that stay the most likely, given the tokens before them.
-- bf16 model: the float model run in bfloat16, activations included. bf16 weights: only its weights are rounded.
+- bf16 model: the float model runs in bfloat16, activations included. bf16 weights: only its weights are rounded.
 - calibrated: codes chosen on {calibration["tokens"]:,} other tokens of the same text, with
   {calibration["held_out"]:,} more held out. Statistics took {calibration["seconds_statistics"]:.0f} s, rounding
   {calibration["seconds_rounding"]:.0f} s.
@@ -322,8 +325,7 @@ DynamicCache holds float32. Read little into the greedy tokens of a single run: 
 ## Phi-3.5's architecture
 
 SmolLM2's weights in a Phi-3 model (qkv_proj and gate_up_proj fused): greedy tokens that match the float32 model's. The
-first different token changes all that follow. The prototype expected its layers to shrink 4x; `log8` reaches 3.9x or
-more.
+first different token changes all that follow. The prototype expected its layers to shrink 4x; `log8` reaches 3.9x.
 
 {phi_tokens(model, tokenizer)}
 
