@@ -77,7 +77,7 @@ def evaluate(
     ] = None,
     against: Annotated[str | None, typer.Option(help="The float original that MODEL is measured against.")] = None,
     codec: Annotated[
-        list[str] | None, typer.Option(help="Variant of the original to make and measure; may be repeated. See below.")
+        list[str] | None, typer.Option(help="Variant of the original to make and measure; may be repeated. See above.")
     ] = None,
     peers: Annotated[bool, typer.Option(help="Also measure other formats of about 8 bits.")] = True,
     text: Annotated[Path | None, typer.Option(help="Text to compare on; without it, the bundled English text.")] = None,
