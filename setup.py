@@ -20,7 +20,7 @@ if sys.platform == "win32":
 else:
     flags = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if "-g" not in os.environ.get("CFLAGS", "").split():
-        flags.append("-g0")  # what Python itself was built with asks for -g: twice the time, ten times the bytes
+        flags.append("-g0")  # Python's own build flags include -g: twice the time, ten times the bytes
 
 
 # Where there is a better instruction set, the portable one is what the others are tested against: -O3 would double the
