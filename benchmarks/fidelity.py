@@ -1,6 +1,6 @@
 """log8 and Q8_0 on several models, each prediction compared with the float model's: is the default good everywhere?
 
-    python benchmarks/fidelity.py [--models ...] [--formats ...] [--json FILE]
+    python benchmarks/fidelity.py [--models ...] [--formats ... | --ladder] [--unit FORMAT] [--json FILE]
 
 Models: SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file: each block of 32 weights has at most 16 values),
 all-MiniLM-L6-v2 (float32), Whisper tiny.en (float16; its decoder, on speech by espeak-ng), and random weights: with
@@ -25,6 +25,7 @@ from typing import Any
 import packaged_models
 import torch
 import transformers
+from ggml_peers import add_peers
 from measurements import embeddings, retrieval
 from torch import nn
 
@@ -34,8 +35,8 @@ from qins.fidelity import PEERS, evaluation, metrics
 from qins.fidelity.recording import left_out
 from qins.hf import find_model, load_causal_lm
 
-UNIT = "Q8_0"
-FORMATS = ["log8", "log8/128", "log8/32", "calibrated", "calibrated/128", UNIT, "uint8 per 64"]
+FORMATS = ["log8", "log8/128", "log8/32", "calibrated", "calibrated/128", "Q8_0", "uint8 per 64"]
+LADDER = ["log4", "Q4_0", "NF4", "IQ4_NL", "Q4_K", "log5", "Q5_0", "Q5_K", "log6", "Q6_K", "log8", "Q8_0"]
 
 
 @dataclass
@@ -141,19 +142,19 @@ def distances(expected: torch.Tensor, got: torch.Tensor, are_states: bool) -> to
 
 
 @torch.no_grad()
-def judge(name: str, formats: list[str]) -> list[dict[str, Any]]:
+def judge(name: str, formats: list[str], unit_name: str) -> list[dict[str, Any]]:
     """Print and return the figures of one model."""
     subject = MODELS[name]()
     expected = subject.answer(subject.model)
     found: dict[str, tuple[float, torch.Tensor, float]] = {}
-    for f in [UNIT, *(f for f in formats if f != UNIT)]:
+    for f in dict.fromkeys([unit_name, *formats]):
         model, bits = made(subject, f)
         got = subject.answer(model)
         same = float((expected.argmax(1) == got.argmax(1)).double().mean())
         found[f] = bits, distances(expected, got, subject.are_states), same
-    unit = found[UNIT][1]
+    unit = found[unit_name][1]
     print(f"\n{name}: {len(unit):,} {'embeddings' if subject.are_states else 'predictions'}")
-    print(f"{'format':16} {'bits':>6} {'distance':>10} {'of ' + UNIT:>8} {'standard error':>14} {'top-1':>8}")
+    print(f"{'format':16} {'bits':>6} {'distance':>10} {'of ' + unit_name:>8} {'standard error':>14} {'top-1':>8}")
     rows = []
     for f in formats:
         bits, distance, same = found[f]
@@ -174,15 +175,21 @@ def main() -> None:
     parser.add_argument(
         "--formats", nargs="+", default=FORMATS, help="a codec, calibrated, with /group size; or a peer"
     )
+    parser.add_argument("--ladder", action="store_true", help="formats of 4 to 8 bits, llama.cpp's and ours")
+    parser.add_argument("--unit", default="Q8_0", help="the format to compare with")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(machine())
+    missing = add_peers()
+    formats = [f for f in (LADDER if arguments.ladder else arguments.formats) if f not in missing]
+    if missing:
+        print(f"NOT RUN: {', '.join(missing)} (llama-cpp-python is not installed)")
     results = []
     for name in arguments.models:
         if name == "Whisper" and shutil.which("espeak-ng") is None:
             print("\nWhisper: NOT RUN (espeak-ng is not installed)")
             continue
-        results += judge(name, arguments.formats)
+        results += judge(name, formats, arguments.unit)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "results": results}))
 

@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #define NO_IMPORT_ARRAY
 #include "args.h"
+#include "packed.h"
 
 #include <string.h>
 
@@ -105,26 +106,34 @@ int qins_check_overlap(PyObject *out, PyObject *in, const char *out_name, const 
     return 0;
 }
 
-static Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) { return a / b + (a % b != 0); }
-
 int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t group_size,
                       int writable, qins_codes *e)
 {
-    Py_ssize_t expected = codec == QINS_rational ? 1 : codec == QINS_log8 && group_size > 0 ? 3 : 2;
+    const int packed = is_packed(codec);
+    if (packed && (group_size < 1 || (group_size != 32 && group_size % 64 != 0) || cols % 8 != 0)) {
+        PyErr_Format(PyExc_ValueError,
+                     "arrays: expected a group_size of 32 or a multiple of 64 and a multiple of 8 columns for %s, got "
+                     "%zd and %zd",
+                     qins_codec_names[codec], group_size, cols);
+        return -1;
+    }
+    Py_ssize_t expected = codec == QINS_rational ? 1 : log_bits(codec) > 0 && group_size > 0 ? 3 : 2;
     if (PyTuple_GET_SIZE(arrays) != expected) {
         PyErr_Format(PyExc_ValueError, "arrays: expected %zd for %s, got %zd", expected, qins_codec_names[codec],
                      PyTuple_GET_SIZE(arrays));
         return -1;
     }
     static const char *const CODES[] = {
-        [QINS_golden] = "stored", [QINS_log9] = "stored", [QINS_log8] = "codes", [QINS_rational] = "w_encoded"};
+        [QINS_golden] = "stored", [QINS_log9] = "stored", [QINS_log8] = "codes", [QINS_rational] = "w_encoded",
+        [QINS_log6] = "codes6",   [QINS_log5] = "codes5", [QINS_log4] = "codes4"};
     PyObject *first = PyTuple_GET_ITEM(arrays, 0), *second = expected > 1 ? PyTuple_GET_ITEM(arrays, 1) : NULL;
     void *data = NULL;
     memset(e, 0, sizeof *e);
     e->codec = codec;
     e->rows = (size_t)rows;
     e->cols = (size_t)cols;
-    if (qins_array_argument(first, CODES[codec], NPY_UINT8, "uint8", rows, cols, writable, &data) < 0) {
+    const Py_ssize_t width = packed ? cols / 8 * log_bits(codec) : cols;
+    if (qins_array_argument(first, CODES[codec], NPY_UINT8, "uint8", rows, width, writable, &data) < 0) {
         return -1;
     }
     e->codes = data;
@@ -136,7 +145,7 @@ int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ss
         e->sign = data;
         return 0;
     case QINS_log9:
-        if (qins_array_argument(second, "sign_bits", NPY_UINT8, "uint8", rows, ceil_div(cols, 8), writable, &data) <
+        if (qins_array_argument(second, "sign_bits", NPY_UINT8, "uint8", rows, (Py_ssize_t)ceil_div((size_t)cols, 8), writable, &data) <
             0) {
             return -1;
         }
@@ -152,7 +161,7 @@ int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ss
         e->group_size = (size_t)group_size;
         if (group_size > 0) {
             if (qins_array_argument(PyTuple_GET_ITEM(arrays, 2), "group_scale", NPY_UINT8, "uint8", rows,
-                                    ceil_div(cols, group_size), writable, &data) < 0) {
+                                    (Py_ssize_t)ceil_div((size_t)cols, (size_t)group_size), writable, &data) < 0) {
                 return -1;
             }
             e->group_scale = data;
@@ -175,6 +184,9 @@ int qins_read_scalars(qins_codes *e, PyObject *scalars)
 {
     switch (e->codec) {
     case QINS_log8:
+    case QINS_log6:
+    case QINS_log5:
+    case QINS_log4:
         return PyArg_ParseTuple(scalars, "f;scalars", &e->mu) ? 0 : -1;
     case QINS_rational:
         return PyArg_ParseTuple(scalars, "fff;scalars", &e->alpha, &e->z_min, &e->z_max) ? 0 : -1;
@@ -213,7 +225,7 @@ void qins_codes_at(const size_t *numbers, qins_codes *e)
     e->cols = numbers[COLS];
     e->group_size = numbers[GROUP];
     e->codes = (uint8_t *)numbers[CODES];
-    if (e->codec == QINS_log8) {
+    if (log_bits(e->codec) > 0) {
         e->scale = (float *)numbers[SECOND];
         e->group_scale = (uint8_t *)numbers[THIRD];
         memcpy(&e->mu, (const void *)numbers[SCALAR], sizeof e->mu);

@@ -1,4 +1,5 @@
 /* Decoding: spans of rows for kernels, and whole matrices. */
+#include "packed.h"
 #include "reader.h"
 
 typedef struct {
@@ -12,8 +13,8 @@ void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_
 {
     d->kernels = kernels;
     d->e = e;
-    if (e->codec == QINS_log8) {
-        qins_log8_levels(e->mu, d->table);
+    if (log_bits(e->codec) > 0) {
+        qins_log8_levels(e->mu, is_packed(e->codec), d->table);
     } else if (e->codec == QINS_rational) {
         qins_rational_levels(e->alpha, e->z_min, e->z_max, d->table);
     } else {
@@ -21,9 +22,35 @@ void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_
     }
 }
 
+/* Whatever k is: from the beginning of its block of 64, in windows. */
+static void decode_packed(const qins_decoder *d, size_t row, size_t k, size_t n, float *out)
+{
+    enum { WINDOW = 1024 };
+    const qins_codes *e = d->e;
+    const uint8_t *group = group_row(e, row);
+    uint8_t codes[WINDOW], scale[WINDOW / 32 + 1];
+    while (n > 0) {
+        const size_t begin = k / QINS_BLOCK * QINS_BLOCK, before = k - begin, part = least(n, WINDOW - before);
+        const size_t first = k / e->group_size;
+        qins_unpack(d->kernels, e, row, begin, before + part, codes);
+        for (size_t g = first; g <= (k + part - 1) / e->group_size; g++) {
+            scale[g - first] = log8_group_scale(group[g]);
+        }
+        d->kernels->decode_log8(codes + before, k - first * e->group_size, part, float_at(e->scale, row), scale,
+                                e->group_size, d->table, out);
+        k += part;
+        n -= part;
+        out += part;
+    }
+}
+
 void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, float *out)
 {
     const qins_codes *e = d->e;
+    if (is_packed(e->codec)) {
+        decode_packed(d, row, k, n, out);
+        return;
+    }
     const uint8_t *codes = e->codes + row * e->cols + k;
     switch (e->codec) {
     case QINS_golden:

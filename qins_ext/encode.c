@@ -132,6 +132,9 @@ int qins_encode(const qins_kernels *kernels, const qins_matrix *w, const float *
     atomic_init(&c.hi, 0);
     switch (e->codec) {
     case QINS_log8:
+    case QINS_log6:
+    case QINS_log5:
+    case QINS_log4:
         return qins_encode_log8(&c, threads);
     case QINS_rational:
         return encode_rational(&c, threads);

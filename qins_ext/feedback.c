@@ -5,7 +5,7 @@
  * w_j + sum over i < j of (w_i - value_i) A[i, j]. Row j of `feedback` holds A[i, j] at i. */
 #include <stdatomic.h>
 
-#include "sizes.h"
+#include "packed.h"
 
 typedef struct {
     const qins_kernels *kernels;
@@ -25,7 +25,7 @@ static void panel_scales(const feeding *f, size_t row, size_t rows, float *scale
         float s = float_at(f->e->scale, row + r);
         const uint8_t *multiplier = group_row(f->e, row + r);
         for (size_t g = 0; g < f->groups; g++) {
-            scale[g * QINS_LANES + r] = multiplier != NULL ? s * ((float)(multiplier[g] + 1) / 256.0f) : s;
+            scale[g * QINS_LANES + r] = multiplier != NULL ? s * group_multiplier(f->e, multiplier[g]) : s;
         }
     }
 }
@@ -41,9 +41,15 @@ static void feed_panel(const feeding *f, size_t row, float *panel, float *scale,
         }
     }
     f->kernels->feedback_log8(panel, cols, f->feedback, scale, f->group, f->tables, codes);
+    const int packed = is_packed(f->e->codec);
     for (size_t r = 0; r < rows; r++) {
+        uint8_t *to = f->e->codes + (row + r) * code_bytes(f->e, cols);
+        uint8_t *in_order = packed ? (uint8_t *)(void *)panel : to; /* the panel's floats are no longer needed */
         for (size_t j = 0; j < cols; j++) {
-            f->e->codes[(row + r) * cols + f->order[j]] = codes[j * QINS_LANES + r];
+            in_order[f->order[j]] = codes[j * QINS_LANES + r];
+        }
+        if (packed) {
+            qins_pack(in_order, cols, log_bits(f->e->codec), to);
         }
     }
 }
@@ -75,7 +81,7 @@ int qins_round_with_feedback(const qins_kernels *kernels, const float *w, const 
         group[j] = e->group_size > 0 ? (uint32_t)(order[j] / e->group_size) : 0;
     }
     qins_log8_tables t;
-    qins_log8_tables_build(&t, e->mu);
+    qins_log8_tables_build(&t, e->mu, log_bits(e->codec));
     feeding f = {
         .kernels = kernels, .w = w, .feedback = feedback, .order = order, .group = group, .tables = &t, .e = e};
     f.groups = e->group_size > 0 ? ceil_div(e->cols, e->group_size) : 1;

@@ -2,6 +2,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "packed.h"
 #include "ways.h"
 
 /* A thread's part has at least this many weights (times rows of x): a few microseconds of work. */
@@ -93,9 +94,35 @@ static void product_rows(void *context, size_t begin, size_t end)
     }
 }
 
+/* Packed codes are unpacked this many rows at a time, so that they stay in the L2 cache. */
+static size_t rows_unpacked(const qins_codes *e, size_t most)
+{
+    enum { UNPACKED_BYTES = 64 << 10 };
+    return is_packed(e->codec) ? least(most, UNPACKED_BYTES / (e->cols + 1) / 2 * 2 + 2) : most;
+}
+
+/* Scratch memory for these rows of packed codes, NULL for others. Returns whether there is enough. */
+static int take_room(product *p, size_t rows, char **room)
+{
+    const size_t bytes = qins_rows_room(p->e, rows);
+    *room = bytes > 0 ? qins_scratch_take(bytes) : NULL;
+    if (bytes > 0 && *room == NULL) {
+        atomic_store(&p->failed, 1);
+        return 0;
+    }
+    return 1;
+}
+
+static void give_room(char *room)
+{
+    if (room != NULL) {
+        qins_scratch_give(room);
+    }
+}
+
 static void product_words(void *context, size_t begin, size_t end)
 {
-    const product *p = context;
+    product *p = context;
     const qins_codes *e = p->e;
     const size_t steps = ceil_div(e->cols, p->step);
     float few[ROWS_AT_ONCE * QINS_BATCH], *results = few;
@@ -106,21 +133,27 @@ static void product_words(void *context, size_t begin, size_t end)
         most = room != NULL ? p->batch : QINS_BATCH;
         results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;
     }
-    const size_t blocks = ceil_div(end - begin, ROWS_AT_ONCE), at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
+    const size_t unpacked = rows_unpacked(e, ROWS_AT_ONCE), blocks = ceil_div(end - begin, unpacked);
+    const size_t at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
+    char *codes_room;
+    if (!take_room(p, unpacked, &codes_room)) {
+        give_room(room);
+        return;
+    }
     for (size_t row = begin; row < end; row += at_once) {
         const size_t rows = least(end - row, at_once);
+        const qins_rows codes = qins_rows_of(p->kernels, e, row, rows, codes_room);
         for (size_t m = 0; m < p->batch; m += most) {
             const size_t batch = least(p->batch - m, most);
             const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * steps * p->step,
                                   p->fixed_scale + m * steps, steps, (int)batch};
-            p->kernels->dot_log8(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size, p->words,
-                                 &x, room, results);
+            p->kernels->dot_log8(codes.codes, rows, e->cols, codes.group_scale, e->group_size, p->words, &x, room,
+                                 results);
             store_results(p, results, row, rows, m, batch);
         }
     }
-    if (room != NULL) {
-        qins_scratch_give(room);
-    }
+    give_room(codes_room);
+    give_room(room);
 }
 
 /* Returns row m of x without its outliers: in x if it has none, else in `rest`. */
@@ -192,23 +225,34 @@ static void pack_steps(void *context, size_t begin, size_t end)
 
 static void product_single(void *context, size_t begin, size_t end)
 {
-    const product *p = context;
+    product *p = context;
     const qins_codes *e = p->e;
-    for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
+    const size_t at_once = rows_unpacked(e, ROWS_AT_ONCE);
+    char *room;
+    if (!take_room(p, at_once, &room)) {
+        return;
+    }
+    for (size_t row = begin; row < end; row += at_once) {
         float out[ROWS_AT_ONCE];
-        const size_t rows = least(end - row, ROWS_AT_ONCE);
-        p->kernels->single->multiply(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size,
-                                     p->words, p->packed, p->fixed_scale, p->step, out);
+        const size_t rows = least(end - row, at_once);
+        const qins_rows codes = qins_rows_of(p->kernels, e, row, rows, room);
+        p->kernels->single->multiply(codes.codes, rows, e->cols, codes.group_scale, e->group_size, p->words, p->packed,
+                                     p->fixed_scale, p->step, out);
         store_results(p, out, row, rows, 0, 1);
     }
+    give_room(room);
 }
 
 /* Sixteen rows of codes at a time. */
 static void product_blocks(void *context, size_t begin, size_t end)
 {
-    const product *p = context;
+    product *p = context;
     const qins_codes *e = p->e;
     const size_t size = item_size(p->dtype);
+    char *room;
+    if (!take_room(p, QINS_PANEL, &room)) {
+        return;
+    }
     p->kernels->few->begin((int)p->batch);
     for (size_t block = begin; block < end; block++) {
         size_t row = block * QINS_PANEL, rows = least(e->rows - row, QINS_PANEL);
@@ -216,9 +260,11 @@ static void product_blocks(void *context, size_t begin, size_t end)
         for (size_t i = 0; i < rows; i++) {
             scale[i] = float_at(e->scale, row + i) * (1.0f / QINS_PLANE_MAX);
         }
-        const uint8_t *codes = e->codes + row * e->cols, *next = codes + (block + 1 < end ? QINS_PANEL * e->cols : 0);
-        p->kernels->few->multiply(codes, rows, e->cols, scale, group_row(e, row), e->group_size, p->words, p->packed,
-                                  p->fixed_scale, p->step, (int)p->batch, next, out);
+        const qins_rows codes = qins_rows_of(p->kernels, e, row, rows, room);
+        const int more = room == NULL && block + 1 < end;
+        p->kernels->few->multiply(codes.codes, rows, e->cols, scale, codes.group_scale, e->group_size, p->words,
+                                  p->packed, p->fixed_scale, p->step, (int)p->batch,
+                                  codes.codes + (more ? QINS_PANEL * e->cols : 0), out);
         qins_columns columns;
         qins_start_columns(&columns, row, rows);
         for (size_t m = 0; m < p->batch; m++) {
@@ -227,6 +273,7 @@ static void product_blocks(void *context, size_t begin, size_t end)
         }
     }
     p->kernels->few->end();
+    give_room(room);
 }
 
 /* -- one x, and one or more matrices -------------------------------------------------------------- */
@@ -328,7 +375,7 @@ static void take_matrix(product *p, const qins_codes *e, void *y, qins_log8_word
     case QINS_WORDS:
     case QINS_BYTES:
     case QINS_TILES:
-        p->words = qins_log8_words_of(e->mu, own);
+        p->words = qins_log8_words_of(e->mu, is_packed(e->codec), own);
         break;
     case QINS_FACTORS:
         qins_golden_factors_build(&p->factors, e->log_min, e->log_max);
@@ -350,8 +397,8 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     qins_log8_words own;
     if (form != NULL) {
         const int by_words =
-            form != kernels->floats && e->codec == QINS_log8 && (e->group_size % QINS_DEPTH == 0 || folded(e));
-        const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, &own) : NULL;
+            form != kernels->floats && log_bits(e->codec) > 0 && (e->group_size % QINS_DEPTH == 0 || folded(e));
+        const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, is_packed(e->codec), &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
     if (batch > MOST_BATCH) { /* bounds the memory for activations */

@@ -133,7 +133,7 @@ static int module_exec(PyObject *module)
         return -1;
     }
     if (atomic_load(&active) == NULL) {
-        qins_log8_tables_build(&qins_cache_tables, CACHE_MU);
+        qins_log8_tables_build(&qins_cache_tables, CACHE_MU, 8);
         atomic_store(&active, qins_isa_at(0));
     }
     PyObject *codecs = tuple_of_names(qins_codec_names, QINS_CODEC_COUNT);

@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #define NO_IMPORT_ARRAY
 #include "args.h"
+#include "packed.h"
 
 static PyObject *nonfinite_error(PyArrayObject *weights, qins_nonfinite bad)
 {
@@ -72,7 +73,7 @@ static PyObject *encode(PyObject *module, PyObject *args)
         bad = qins_find_nonfinite(kernels, &w);
     }
     Py_END_ALLOW_THREADS if (bad.count > 0) { return nonfinite_error(a, bad); }
-    if (codec == QINS_log8) {
+    if (log_bits(codec) > 0) {
         return Py_BuildValue("(d)", (double)e.mu);
     }
     if (codec == QINS_rational) {
@@ -81,23 +82,29 @@ static PyObject *encode(PyObject *module, PyObject *args)
     return Py_BuildValue("(dd)", (double)e.log_min, (double)e.log_max);
 }
 
-PyDoc_STRVAR(feedback_doc, "feedback(weights, order, feedback, arrays, mu, group_size, threads, /)\n--\n\n"
-                           "Round weights to log8 with error feedback: fill the codes, given the scales in the "
+PyDoc_STRVAR(feedback_doc, "feedback(codec, weights, order, feedback, arrays, mu, group_size, threads, /)\n--\n\n"
+                           "Round weights to a codec of log8's family with error feedback: fill the codes, given the scales in the "
                            "arrays. weights: float32, C-contiguous, (rows, cols); order: uint32, a permutation "
                            "of the columns; feedback: float32, (cols, cols), row j for the j-th column in order.");
 
 static PyObject *feedback(PyObject *module, PyObject *args)
 {
     (void)module;
+    const char *codec_name;
     PyObject *weights, *order, *factors, *arrays;
+    qins_codec codec;
     Py_ssize_t group_size;
     float mu;
     int threads, failed;
     void *w, *o, *f;
     qins_codes e;
-    if (!PyArg_ParseTuple(args, "O!O!O!O!fni:feedback", &PyArray_Type, &weights, &PyArray_Type, &order, &PyArray_Type,
+    if (!PyArg_ParseTuple(args, "sO!O!O!O!fni:feedback", &codec_name, &PyArray_Type, &weights, &PyArray_Type, &order, &PyArray_Type,
                           &factors, &PyTuple_Type, &arrays, &mu, &group_size, &threads) ||
-        qins_check_group_size(group_size) < 0) {
+        qins_find_codec(codec_name, &codec) < 0 || qins_check_group_size(group_size) < 0) {
+        return NULL;
+    }
+    if (log_bits(codec) == 0) {
+        PyErr_Format(PyExc_ValueError, "codec: expected log8, log6, log5 or log4, got %s", codec_name);
         return NULL;
     }
     PyArrayObject *a = (PyArrayObject *)weights;
@@ -105,7 +112,7 @@ static PyObject *feedback(PyObject *module, PyObject *args)
     if (qins_array_argument(weights, "weights", NPY_FLOAT32, "float32", rows, cols, 0, &w) < 0 ||
         qins_array_argument(order, "order", NPY_UINT32, "uint32", cols, -1, 0, &o) < 0 ||
         qins_array_argument(factors, "feedback", NPY_FLOAT32, "float32", cols, cols, 0, &f) < 0 ||
-        qins_codec_arrays(QINS_log8, arrays, rows, cols, group_size, 1, &e) < 0 ||
+        qins_codec_arrays(codec, arrays, rows, cols, group_size, 1, &e) < 0 ||
         qins_check_overlap(PyTuple_GET_ITEM(arrays, 0), weights, "codes", "weights") < 0) {
         return NULL;
     }
@@ -201,7 +208,7 @@ static PyObject *levels(PyObject *module, PyObject *args)
         return NULL;
     }
     qins_decoder_init(&d, qins_active(), &e);
-    int by_level = e.codec == QINS_log8 || e.codec == QINS_rational;
+    int by_level = log_bits(e.codec) > 0 || e.codec == QINS_rational;
     return PyBytes_FromStringAndSize((const char *)d.table, (by_level ? QINS_LEVELS : 256) * sizeof *d.table);
 }
 

@@ -6,7 +6,7 @@
  * float32. */
 #include <string.h>
 
-#include "sizes.h"
+#include "packed.h"
 
 /* An outlier is more than this many times the root mean square of the rest of its row. Measured on the activations of
  * SmolLM2-135M: there are 0.9 per row, and the largest relative error of a row's products falls from 1.1e-3 to 2.2e-4
@@ -54,7 +54,7 @@ static void decode_column(const qins_codes *e, const qins_log8_words *t, const q
                           float *weight)
 {
     for (size_t i = 0; i < c->rows; i++) {
-        const uint8_t code = e->codes[(c->row + i) * e->cols + col];
+        const uint8_t code = qins_code_at(e, c->row + i, col);
         const float unit = plane_unit(e, t, c->row + i, col);
         const float signs[2] = {unit, -unit}; /* a branch would be mispredicted half the time */
         weight[i] = signs[code >> 7] * t->plane[code & 127];

@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "sizes.h"
+#include "packed.h"
 
 enum {
     BATCH_ROWS = 512,        /* of x at a time: bounds the sums of a block */
@@ -101,7 +101,13 @@ static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t 
     factor[0] = 0.0f;
     if (p->words != NULL) {
         const size_t steps = ceil_div(n, p->step), count = ceil_div(n, p->each), height = (size_t)form->rows;
-        const uint8_t *codes = p->e->codes + row * p->e->cols + k;
+        uint8_t unpacked[QINS_WINDOW];
+        const uint8_t *codes = unpacked;
+        if (is_packed(p->e->codec)) {
+            qins_unpack(p->kernels, p->e, row, k, n, unpacked);
+        } else {
+            codes = p->e->codes + row * p->e->cols + k;
+        }
         word_factors(p, row, k, count, factor);
         if (form->turn != NULL) {
             form->prepare(codes, n, p->words, factor, p->each, i, prepared);
@@ -150,17 +156,18 @@ static void store_block(const panels *p, const float *c, size_t row, size_t rows
 /* The codes to prefetch while columns [k, k + n) of this block are multiplied. */
 static qins_fetch next_codes(const panels *p, size_t row, size_t rows, size_t k, size_t n)
 {
-    uintptr_t block = (uintptr_t)p->e->codes + row * p->e->cols, after = block + rows * p->e->cols;
+    const size_t bytes = code_bytes(p->e, p->e->cols);
+    uintptr_t block = (uintptr_t)p->e->codes + row * bytes, after = block + rows * bytes;
     uintptr_t signs = p->e->codec == QINS_golden ? (uintptr_t)p->e->sign - (uintptr_t)p->e->codes : 0;
     if (p->few) {
         /* part of the next block, which follows this one, in memory order: the processor recognizes that as a stream
          * and reads ahead. The order of use, parts of many rows, is not one. */
-        return (qins_fetch){after + k * rows, SIZE_MAX, SIZE_MAX, 0, signs};
+        return (qins_fetch){after + code_bytes(p->e, k) * rows, SIZE_MAX, SIZE_MAX, 0, signs};
     }
     /* only what is used next: the panels would evict codes that are used later, in the next block */
-    uintptr_t next = k + n < p->e->cols ? block + k + n : after;
-    size_t lines = ceil_div(p->span, 64);
-    return (qins_fetch){next, lines, lines, p->e->cols - least(lines * 64, p->e->cols), signs};
+    uintptr_t next = k + n < p->e->cols ? block + code_bytes(p->e, k + n) : after;
+    size_t lines = ceil_div(code_bytes(p->e, p->span), 64);
+    return (qins_fetch){next, lines, lines, bytes - least(lines * 64, bytes), signs};
 }
 
 static void multiply_block(const panels *p, size_t row, size_t rows, char *prepared, float *w_scale, float *c)

@@ -11,6 +11,10 @@
  *   log9    the same stored, with sign_bits: bit k%8 of byte k/8 of a row is set where negative
  *   log8    code = sign<<7 | m; value = (-1)^sign * S * f(m), f(m) = ((1+mu)^(m/127) - 1)/mu;
  *           S = scale[row], or scale[row] * ((group_scale[row, k/group_size] + 1)/256) when grouped
+ *   log6, log5, log4  q = sign<<(bits-1) | i of 6, 5 or 4 bits, in planes (see packed.h), with h = 2^(bits-1);
+ *           value = S * f(i/h) without sign, -S * f((i+1)/h) with it, f(p) = ((1+mu)^p - 1)/mu;
+ *           S = scale[row] * ((group_scale[row, k/group_size] & 127) + 1)/128, negated where bit 7 of group_scale is
+ *           set; group_size is 32 or a multiple of 64, and cols a multiple of 8
  *   rational code = sign<<7 | m; |z| = z_max - m/127 * (z_max - z_min);
  *           value = (-1)^sign * (1 - |z|)/(alpha |z|)
  */
@@ -46,11 +50,13 @@ typedef struct {
     uint32_t cell[QINS_LUT_CELLS];
 } qins_lut;
 
-/* Maps log8 magnitudes to levels and back, for one mu. */
+/* Maps magnitudes of log8, log6, log5 or log4 to levels and back, for one mu. */
 typedef struct {
     float mu;
-    QINS_ALIGNED(64) float level[QINS_LEVELS]; /* f(m) */
-    qins_lut lut;                              /* counts midpoints between neighboring levels: the nearest m */
+    QINS_ALIGNED(64) float level[QINS_LEVELS]; /* the levels in use, ascending */
+    qins_lut lut;                              /* counts midpoints between neighboring levels: the nearest one */
+    int32_t top; /* the largest level whose sign is that of the scale; with the other sign, it is the last level */
+    int capped;  /* whether these two differ */
 } qins_log8_tables;
 
 /* Maps golden magnitudes to `stored` and back, for one (log_min, log_max). */
@@ -71,6 +77,7 @@ typedef struct {
  */
 typedef struct {
     float mu;
+    int packed; /* for packed codes in log8's form (see packed.h), whose levels differ */
     QINS_ALIGNED(64) int16_t word[256];
     QINS_ALIGNED(64) uint8_t word_low[256];
     QINS_ALIGNED(64) uint8_t word_high[256];
@@ -256,18 +263,22 @@ typedef struct {
     void (*decode_log9)(const uint8_t *stored, const uint8_t *sign_bits, size_t n, const float *value, float *out);
     /* log8 */
     void (*encode_log8)(const float *w, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes);
-    /* error[i] = sum of importance * (|w| inverse[i] - nearest level)^2, in 16 lanes, the same on every instruction
-     * set; importance may be NULL */
+    /* error[i] = sum of importance * (|w inverse[i]| - nearest level)^2, in 16 lanes, the same on every instruction set;
+     * importance may be NULL. If t->capped, weights whose sign is that of inverse have the levels up to t->top */
     void (*errors_log8)(const float *w, const float *importance, size_t n, const float *inverse, int candidates,
                         const qins_log8_tables *t, float *error);
     /* Rounds a panel of 16 rows, one lane each, with error feedback. Each column (16 floats) in turn gets the code
      * nearest to w + sum over earlier columns i of feedback[column * cols + i] * e_i, where e_i is weight i minus its
-     * code's value. The e replace the weights. scale: 16 per group; group: the group of each column. */
+     * code's value. The e replace the weights. scale: 16 per group, negative only if t->capped; group: the group of
+     * each column. If t->capped, signs of codes are relative to those of the scales. */
     void (*feedback_log8)(float *panel, size_t cols, const float *feedback, const float *scale, const uint32_t *group,
                           const qins_log8_tables *t, uint8_t *codes);
     /* Decodes one row from column k on; group_scale: that row's, or NULL */
     void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
                         size_t group_size, const float *level, float *out);
+    /* packed.h: unpacks the `cols` codes of one row of packed ones, or whole blocks of 64, to log8's form. flip: per 32
+     * codes, XORed with theirs */
+    void (*unpack)(const uint8_t *packed, size_t cols, int bits, const uint8_t *flip, uint8_t *codes);
     /* rational: z = sign/(1 + alpha |w|) and back; any bit pattern of |w| between range's lo and hi */
     qins_range (*range_rational)(const float *w, size_t n, qins_range r);
     void (*project)(const float *w, size_t n, float alpha, float *z);
@@ -350,17 +361,19 @@ double qins_exp(double x);
 /* threshold: ascending bit patterns, repeats allowed. */
 void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count);
 uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern);
-void qins_log8_levels(float mu, float level[QINS_LEVELS]);  /* mu >= 0, finite */
-void qins_log8_tables_build(qins_log8_tables *t, float mu); /* mu in [0, QINS_MU_MAX] */
+/* Levels by the m of log8, or (packed) of packed codes in log8's form. mu >= 0, finite */
+void qins_log8_levels(float mu, int packed, float level[QINS_LEVELS]);
+/* For codes of `bits` bits; mu in [0, QINS_MU_MAX] */
+void qins_log8_tables_build(qins_log8_tables *t, float mu, int bits);
 /* rational's magnitudes by m, and the table that finds the m with the nearest |z|; alpha > 0, 0 < z_min <= z_max <= 1
  */
 void qins_rational_levels(float alpha, float z_min, float z_max, float level[QINS_LEVELS]);
 void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, float z_max);
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
-void qins_log8_words_build(qins_log8_words *t, float mu);
+void qins_log8_words_build(qins_log8_words *t, float mu, int packed);
 /* log8_words.c: the words of mu, cached forever; or built in `own` once the cache is full */
-const qins_log8_words *qins_log8_words_of(float mu, qins_log8_words *own);
+const qins_log8_words *qins_log8_words_of(float mu, int packed, qins_log8_words *own);
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f
 
@@ -376,13 +389,13 @@ typedef struct {
 typedef struct {
     qins_codec codec;
     size_t rows, cols;
-    uint8_t *codes;     /* stored (golden, log9), codes (log8) or w_encoded (rational), rows x cols */
+    uint8_t *codes;     /* stored (golden, log9), codes (log8) or w_encoded (rational), rows x cols; or packed codes */
     int8_t *sign;       /* golden, rows x cols */
     uint8_t *sign_bits; /* log9, rows x ceil(cols/8) */
     float log_min, log_max;
-    float *scale; /* log8, rows */
+    float *scale; /* log8, log6, log5, log4: rows */
     float mu;
-    uint8_t *group_scale;      /* log8 when grouped, rows x ceil(cols/group_size) */
+    uint8_t *group_scale;      /* likewise, when grouped: rows x ceil(cols/group_size) */
     size_t group_size;         /* 0: not grouped */
     float alpha, z_min, z_max; /* rational */
 } qins_codes;

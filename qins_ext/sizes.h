@@ -55,12 +55,4 @@ static inline const uint8_t *group_row(const qins_codes *e, size_t row)
     return e->group_size > 0 ? e->group_scale + row * ceil_div(e->cols, e->group_size) : NULL;
 }
 
-/* The value of 1 in log8's planes, in a row of codes at column k. */
-static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)
-{
-    const float scale = float_at(e->scale, row) * (1.0f / QINS_PLANE_MAX);
-    const uint8_t *group = group_row(e, row);
-    return group != NULL ? scale * t->multiplier[group[k / e->group_size]] : scale;
-}
-
 #endif

@@ -134,27 +134,43 @@ uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern)
 
 /* -- log8 ------------------------------------------------------------------------------------- */
 
-void qins_log8_levels(float mu, float level[QINS_LEVELS])
+/* Packed codes have their levels at multiples of 128/h, except that 127 stands for 128. */
+static int level_position(int m, int packed) { return m + (packed && m == QINS_LEVELS - 1); }
+static int last_position(int packed) { return packed ? QINS_LEVELS : QINS_LEVELS - 1; }
+
+/* From m to the next one that codes can have. */
+static int next_used(int m, int packed) { return !packed ? 1 : m < QINS_LEVELS - 4 ? 4 : m < QINS_LEVELS - 1 ? 3 : 1; }
+
+void qins_log8_levels(float mu, int packed, float level[QINS_LEVELS])
 {
     double length = log_1_plus((double)mu);
     for (int m = 0; m < QINS_LEVELS; m++) {
-        double part = (double)m / (QINS_LEVELS - 1);
+        double part = (double)level_position(m, packed) / last_position(packed);
         level[m] = (float)(mu > 0.0f ? exp_minus_1(part * length) / (double)mu : part);
     }
     level[QINS_LEVELS - 1] = 1.0f;
 }
 
-void qins_log8_tables_build(qins_log8_tables *t, float mu)
+void qins_log8_tables_build(qins_log8_tables *t, float mu, int bits)
 {
     int32_t threshold[QINS_LEVELS - 1];
+    int last = QINS_LEVELS - 1;
     t->mu = mu;
-    qins_log8_levels(mu, t->level);
-    for (int m = 0; m < QINS_LEVELS - 1; m++) {
+    t->capped = bits < 8;
+    qins_log8_levels(mu, t->capped, t->level);
+    if (t->capped) {
+        last = 1 << (bits - 1);
+        for (int i = 1; i < QINS_LEVELS; i++) { /* log8's form of level i is its multiple of 128/h */
+            t->level[i] = t->level[i < last ? i * (QINS_LEVELS / last) : QINS_LEVELS - 1];
+        }
+    }
+    t->top = last - t->capped;
+    for (int m = 0; m < last; m++) {
         double middle = ((double)t->level[m] + (double)t->level[m + 1]) * 0.5;
         float f = (float)middle;
         threshold[m] = bits32(f) + ((double)f < middle); /* the smallest float that is not below it */
     }
-    qins_lut_build(&t->lut, threshold, QINS_LEVELS - 1);
+    qins_lut_build(&t->lut, threshold, last);
 }
 
 /* -- rational --------------------------------------------------------------------------------- */
@@ -179,6 +195,8 @@ void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, f
 {
     int32_t threshold[QINS_LEVELS - 1];
     t->mu = 0.0f;
+    t->top = QINS_LEVELS - 1;
+    t->capped = 0;
     qins_rational_levels(alpha, z_min, z_max, t->level);
     for (int m = 0; m < QINS_LEVELS - 1; m++) {
         double part = (m + 0.5) / (QINS_LEVELS - 1);
@@ -251,34 +269,37 @@ static int16_t fixed_point(double x, double one) { return (int16_t)(x * one + (x
 static void build_factors(qins_log8_words *t, const float *level)
 {
     enum { CHOICES = 128 };
-    double mu = (double)t->mu, step = log_1_plus(mu) / (QINS_LEVELS - 1), power[8], smallest = DBL_MAX;
+    const int last = last_position(t->packed);
+    double mu = (double)t->mu, step = log_1_plus(mu) / last, power[8], smallest = DBL_MAX;
     double most = QINS_WORD_MAX * (1.0 + mu); /* mu times the `one` at which the word of f(127) is QINS_WORD_MAX */
     most = mu > 0.0 && most < 32767.0 * mu ? most / mu : 32767.0;
     memset(t->a, 0, sizeof t->a); /* all remain 0 for mu = 0 */
     t->c = 0;
     t->factor_unit = 0.0f;
+    /* b[15] is 1; in packed codes only m = 127 has it, for 128 */
+    const int top = 15 + (t->packed != 0);
     for (int i = 0; i < 16; i++) {
-        t->b[i] = fixed_point(qins_exp(step * (i - 15)), 32767.0);
+        t->b[i] = fixed_point(qins_exp(step * (i < 15 ? i - top : 0)), 32767.0);
     }
     for (int h = 0; h < 8; h++) {
-        power[h] = qins_exp(step * (16 * h + 15 - (QINS_LEVELS - 1)));
+        power[h] = qins_exp(step * (16 * h + top - last));
     }
     for (int choice = 0; choice < CHOICES; choice++) {
         const double one = most * (1.0 - 0.1 * choice / CHOICES);
         const int16_t c = fixed_point(1.0 / (1.0 + mu), one);
-        int word[QINS_LEVELS], top = 0;
+        int word[QINS_LEVELS], largest = 0;
         double of_level = 0.0, of_word = 0.0, error = 0.0;
-        for (int m = 0; m < QINS_LEVELS; m++) {
+        for (int m = 0; m < QINS_LEVELS; m += next_used(m, t->packed)) {
             word[m] = ((fixed_point(power[m / 16], one) * t->b[m % 16] + (1 << 14)) >> 15) - c;
-            top = word[m] > top ? word[m] : top;
+            largest = word[m] > largest ? word[m] : largest;
             of_level += (double)word[m] * (double)level[m];
             of_word += (double)word[m] * word[m];
         }
-        if (top > QINS_WORD_MAX || of_word == 0.0) {
+        if (largest > QINS_WORD_MAX || of_word == 0.0) {
             continue;
         }
         const double unit = of_level / of_word; /* by least squares */
-        for (int m = 0; m < QINS_LEVELS; m++) {
+        for (int m = 0; m < QINS_LEVELS; m += next_used(m, t->packed)) {
             const double e = word[m] * unit - (double)level[m];
             error += e * e;
         }
@@ -294,11 +315,12 @@ static void build_factors(qins_log8_words *t, const float *level)
     }
 }
 
-void qins_log8_words_build(qins_log8_words *t, float mu)
+void qins_log8_words_build(qins_log8_words *t, float mu, int packed)
 {
     float level[QINS_LEVELS];
-    qins_log8_levels(mu, level);
+    qins_log8_levels(mu, packed, level);
     t->mu = mu;
+    t->packed = packed;
     for (int code = 0; code < 256; code++) {
         int16_t w = fixed_point((double)level[code & 127], QINS_WORD_MAX);
         w = (int16_t)(w + ((w & 255) == 0 && (code & 127) > 0)); /* see vw_decode in words_avx512vnni.h */

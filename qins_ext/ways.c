@@ -1,4 +1,5 @@
 /* Dispatch of products to ways. To change a crossover, edit RULES; to measure it, run benchmarks/crossovers.py. */
+#include "packed.h"
 #include "ways.h"
 
 #include <stdatomic.h>
@@ -23,7 +24,7 @@ enum {
 
 static unsigned kinds_of(const qins_kernels *k, const qins_codes *e)
 {
-    if (e->codec != QINS_log8) {
+    if (log_bits(e->codec) == 0) {
         return e->codec == QINS_rational ? DECODED : FACTORED;
     }
     const size_t group = e->group_size;

@@ -22,6 +22,7 @@ def encode(
     /,
 ) -> tuple[float, ...]: ...
 def feedback(
+    codec: str,
     weights: Array,
     order: Array,
     feedback: Array,

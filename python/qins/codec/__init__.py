@@ -12,19 +12,24 @@ from .fields import (
     ARRAYS,
     CODEC_NUMBER,
     EXPERT_STACKS,
+    FIELD_DTYPES,
     FIELD_ROLES,
+    LOG_BITS,
     SCALARS,
     check_alpha,
     check_codec,
     check_group_size,
+    code_columns,
     core_addresses,
     field_names,
     field_shapes,
+    is_packed,
     split_field,
 )
 from .golden import QINSCodec
 from .group_sizes import default_group_size, resolve_group_size, slow_group_size, warn_if_slow
 from .instruction_sets import isa, isas, use_isa
+from .packed import unpack
 from .quality import snr_db
 from .rational import DEFAULT_TARGETS, qins_decode, qins_encode, warn_deprecated
 from .rational_arrays import RationalArray, codes_of, decode_old
@@ -40,7 +45,9 @@ __all__ = [
     "DEFAULT_TARGETS",
     "DTYPE_NUMBER",
     "EXPERT_STACKS",
+    "FIELD_DTYPES",
     "FIELD_ROLES",
+    "LOG_BITS",
     "SCALARS",
     "Blocks",
     "EncodedArray",
@@ -51,6 +58,7 @@ __all__ = [
     "check_alpha",
     "check_codec",
     "check_group_size",
+    "code_columns",
     "codes_of",
     "core_addresses",
     "decode",
@@ -64,6 +72,7 @@ __all__ = [
     "encode_tensor",
     "field_names",
     "field_shapes",
+    "is_packed",
     "is_torch",
     "isa",
     "isas",
@@ -74,6 +83,7 @@ __all__ = [
     "slow_group_size",
     "snr_db",
     "split_field",
+    "unpack",
     "use_isa",
     "warn_deprecated",
     "warn_if_slow",

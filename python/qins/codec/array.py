@@ -11,7 +11,18 @@ import numpy as np
 from .. import _core
 from ..system import get_num_threads
 from .dtypes import Array, as_matrix, element_dtype, matrix_shape
-from .fields import FIELD_DTYPES, SCALARS, array_names, check_alpha, check_codec, check_group_size, field_shapes
+from .fields import (
+    FIELD_DTYPES,
+    LOG_BITS,
+    SCALARS,
+    array_names,
+    check_alpha,
+    check_codec,
+    check_group_size,
+    code_columns,
+    field_shapes,
+    is_packed,
+)
 
 # ln of the largest float32: a larger log_max would decode to infinity
 _LOG_FLT_MAX = 88.7228394
@@ -21,9 +32,9 @@ class EncodedArray:
     """Quantized weights: codes and their scales.
 
     Attributes:
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
         shape: shape of the weights; the last dimension is in_features.
-        group_size: inputs per group scale (log8), or None.
+        group_size: inputs per group scale (log8, log6, log5, log4), or None.
         fields: field name to array, as in docs/formats.md; scalars are 0-d float32 arrays.
 
     """
@@ -45,9 +56,9 @@ class EncodedArray:
         arrays are copied.
 
         Args:
-            codec: "log8", "log9", "golden" or "rational".
+            codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
             fields: field name to array or number, as in docs/formats.md.
-            group_size: inputs per group scale (log8), or None.
+            group_size: inputs per group scale (log8), or None; None is 32 for log6, log5 and log4.
 
         Returns:
             the codes.
@@ -72,6 +83,10 @@ class EncodedArray:
                 raise TypeError(f"{name}: expected dtype {FIELD_DTYPES[name]}, got {array.dtype}")
             checked[name] = array.astype(FIELD_DTYPES[name], copy=False)
         shape = checked[names[0]].shape
+        if is_packed(codec):
+            if not shape:
+                raise ValueError(f"{names[0]}: expected at least one dimension for {codec}, got shape ()")
+            shape = (*shape[:-1], code_columns(codec, shape[-1]))
         for name, want in field_shapes(codec, shape, group_size).items():
             if checked[name].shape != want:
                 raise ValueError(f"{name}: expected shape {want} beside codes of {shape}, got {checked[name].shape}")
@@ -153,7 +168,7 @@ def _scalar(name: str, value: Any) -> Array:
 
 
 def _check_values(codec: str, shape: tuple[int, ...], f: Mapping[str, Array]) -> None:
-    if codec == "log8":
+    if codec in LOG_BITS:
         mu = float(f["mu"])
         if not 0.0 <= mu <= _core.MU_MAX:
             raise ValueError(f"mu: expected 0 to {_core.MU_MAX:g}, got {mu}")
@@ -198,12 +213,14 @@ def encode(
     Args:
         weights: float32, float16, float64 or bfloat16 array (or CPU tensor) of any shape and strides. Rows are output
             features, the last dimension is input features. Values are converted to float32.
-        codec: "log8", "log9", "golden" or (deprecated) "rational"; docs/formats.md has the formulas.
-        group_size: log8: inputs per group scale; None for per-row scales only.
-        mu: log8: curvature of the levels, 0 (linear) to 65536; None searches for the best value.
+        codec: "log8"; "log6", "log5" or "log4" for fewer bits; "log9", "golden" or (deprecated) "rational".
+            docs/formats.md has the formulas.
+        group_size: log8: inputs per group scale; None for per-row scales only. log6, log5, log4: 32 (None) or a
+            multiple of 64; in_features must be a multiple of 8.
+        mu: log8's family: curvature of the levels, 0 (linear) to 65536; None searches for the best value.
         alpha: rational: slope of the levels; None for 1.
-        importance: log8: weight of each input's squared error in the search for mu and scales, such as the input's mean
-            square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` builds on this.
+        importance: log8's family: weight of each input's squared error in the search for mu and scales, such as the
+            input's mean square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` builds on this.
 
     Returns:
         the codes.
@@ -217,7 +234,7 @@ def encode(
     check_codec(codec)
     group_size = check_group_size(codec, group_size)
     if mu is not None:
-        if codec != "log8":
+        if codec not in LOG_BITS:
             raise ValueError(f"mu: expected None for codec {codec!r}, got {mu!r}")
         if not 0.0 <= float(mu) <= _core.MU_MAX:
             raise ValueError(f"mu: expected 0 to {_core.MU_MAX:g}, got {mu!r}")
@@ -237,7 +254,7 @@ def encode(
 
 
 def _check_importance(codec: str, importance: Any, cols: int) -> Array:
-    if codec != "log8":
+    if codec not in LOG_BITS:
         raise ValueError(f"importance: expected None for codec {codec!r}, got an array")
     array = np.asarray(importance, np.float64)
     if array.shape != (cols,):
@@ -261,9 +278,9 @@ _TILE = 1 << 20
 def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
     """Return x @ W.T, where W of shape (N, K) are the weights in `e`.
 
-    The product is computed straight from the codes and summed in float32. Its relative error is below 2e-4 for log8,
-    whose kernels round activations to 15 bits with one scale for 64 or 128 columns, and below 1e-6 for golden and log9.
-    A float64 x is multiplied with dequantized weights in float64.
+    The product is computed straight from the codes and summed in float32. Its relative error is below 2e-4 for log8 and
+    its family, whose kernels round activations to 15 bits with one scale for 64 or 128 columns, and below 1e-6 for
+    golden and log9. A float64 x is multiplied with dequantized weights in float64.
 
     Args:
         x: floating-point array of shape (..., K).

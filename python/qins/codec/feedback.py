@@ -17,7 +17,7 @@ _ROWS = 256  # rows of a matrix processed at a time; all at once would double th
 
 
 class ErrorFeedback:
-    """Quantizes weights to log8, minimizing the error of the layer's outputs rather than that of its weights.
+    """Quantizes weights to log8's family, minimizing the error of the layer's outputs rather than of its weights.
 
     The inputs' mean squares weight the search for mu and scales. Then columns are rounded one after another, by
     descending mean square, and each compensates for the errors that earlier columns caused in the outputs. With the
@@ -27,7 +27,7 @@ class ErrorFeedback:
 
     (a Cholesky factorization from the last column back), and column j takes the codes nearest to
     w_j + sum over i < j of (w_i - value_i) A[i, j]. This is GPTQ (Frantar et al., 2022, arXiv:2210.17323) in the form
-    of LDLQ (Chee et al., 2023, arXiv:2307.13304, Theorem 6), which needs no inverse. The format stays log8.
+    of LDLQ (Chee et al., 2023, arXiv:2307.13304, Theorem 6), which needs no inverse. The format stays the same.
 
     Args:
         gram: (K, K), the sum or mean of x x^T over the layer's input tokens x.
@@ -73,15 +73,20 @@ class ErrorFeedback:
             scaled = columns / upper.diagonal()[j : j + _ROWS]
             self.factors[j : j + _ROWS] = np.tril(scaled.T, j - 1)
 
-    def encode(self, weights: Any, *, group_size: int | None = None, mu: float | None = None) -> EncodedArray:
-        """Quantize an (N, K) floating-point array or CPU tensor; arguments and errors as in `qins.encode`."""
+    def encode(
+        self, weights: Any, codec: str = "log8", *, group_size: int | None = None, mu: float | None = None
+    ) -> EncodedArray:
+        """Quantize an (N, K) floating-point array or CPU tensor to log8, log6, log5 or log4.
+
+        Arguments and errors are those of `qins.encode`.
+        """
         w = as_float32(weights)
         cols = len(self.order)
         if w.ndim != 2 or w.shape[1] != cols:
             raise ValueError(f"weights: expected shape (N, {cols}), got {w.shape}")
-        e = encode(w, "log8", group_size=group_size, mu=mu, importance=self.importance)
+        e = encode(w, codec, group_size=group_size, mu=mu, importance=self.importance)
         (mu_found,) = e.scalars
-        _core.feedback(w, self.order, self.factors, e.arrays, mu_found, group_size or 0, get_num_threads())
+        _core.feedback(codec, w, self.order, self.factors, e.arrays, mu_found, e.group_size or 0, get_num_threads())
         return e
 
 

@@ -15,23 +15,29 @@ def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
     return (*array_names(codec, group_size), *SCALARS[codec])
 
 
-# Fields of each codec: arrays in the C core's order, then scalars. `group_scale` joins log8's arrays when the inputs
-# are grouped.
+# Bits of a code in log8's family; codes of fewer than 8 are packed.
+LOG_BITS = {"log8": 8, "log6": 6, "log5": 5, "log4": 4}
+# Fields of each codec: arrays in the C core's order, then scalars. `group_scale` joins the arrays of log8's family when
+# the inputs are grouped.
 ARRAYS: dict[str, tuple[str, ...]] = {
     "golden": ("stored", "sign"),
     "log9": ("stored", "sign_bits"),
     "log8": ("codes", "scale"),
+    "log6": ("codes6", "scale"),
+    "log5": ("codes5", "scale"),
+    "log4": ("codes4", "scale"),
     "rational": ("w_encoded",),
 }
 SCALARS: dict[str, tuple[str, ...]] = {
     "golden": ("log_min", "log_max"),
     "log9": ("log_min", "log_max"),
-    "log8": ("mu",),
     "rational": ("alpha", "z_min", "z_max"),
+    **dict.fromkeys(LOG_BITS, ("mu",)),
 }
 # The role of each field: "codes" (one per weight), "sign" or "range".
 FIELD_ROLES = {
-    "stored": "codes", "codes": "codes", "w_encoded": "codes", "sign": "sign", "sign_bits": "sign",
+    "stored": "codes", "codes": "codes", "codes6": "codes", "codes5": "codes", "codes4": "codes", "w_encoded": "codes",
+    "sign": "sign", "sign_bits": "sign",
     "scale": "range", "group_scale": "range", "mu": "range", "log_min": "range", "log_max": "range",
     "alpha": "range", "z_min": "range", "z_max": "range",
 }  # fmt: skip
@@ -43,6 +49,9 @@ FIELD_DTYPES: dict[str, np.dtype[Any]] = {
     "sign": np.dtype(np.int8),
     "sign_bits": np.dtype(np.uint8),
     "codes": np.dtype(np.uint8),
+    "codes6": np.dtype(np.uint8),
+    "codes5": np.dtype(np.uint8),
+    "codes4": np.dtype(np.uint8),
     "scale": np.dtype(np.float32),
     "group_scale": np.dtype(np.uint8),
     "w_encoded": np.dtype(np.uint8),
@@ -59,12 +68,44 @@ def check_codec(codec: str) -> str:
 def check_group_size(codec: str, group_size: int | None) -> int | None:
     """Return `group_size`, or raise the ValueError that says why `codec` cannot have it."""
     if group_size is None:
-        return None
-    if codec != "log8":
-        raise ValueError(f"group_size: expected None for codec {codec!r} (only log8 is grouped), got {group_size!r}")
+        return _PACKED_GROUP_SIZE if is_packed(codec) else None
+    if codec not in LOG_BITS:
+        raise ValueError(
+            f"group_size: expected None for codec {codec!r} (only {', '.join(LOG_BITS)} are grouped), "
+            f"got {group_size!r}"
+        )
     if not isinstance(group_size, (int, np.integer)) or isinstance(group_size, bool) or group_size < 1:
         raise ValueError(f"group_size: expected a positive integer or None, got {group_size!r}")
+    if is_packed(codec) and group_size != 32 and group_size % 64:
+        raise ValueError(f"group_size: expected 32 or a multiple of 64 for codec {codec!r}, got {group_size}")
     return int(group_size)
+
+
+# Packed codes are always grouped: with so few levels, per-row scales would lose 3 dB and more.
+_PACKED_GROUP_SIZE = 32
+
+
+def is_packed(codec: str) -> bool:
+    """Whether codes take fewer than 8 bits and are packed: log6, log5 and log4."""
+    return LOG_BITS.get(codec, 8) < 8
+
+
+def code_width(codec: str, cols: int) -> int:
+    """Return the bytes of a row of codes, or raise the ValueError that says why `codec` cannot have these columns."""
+    if not is_packed(codec):
+        return cols
+    if cols % 8:
+        raise ValueError(f"weights: expected a multiple of 8 input features for codec {codec!r}, got {cols}")
+    return cols // 8 * LOG_BITS[codec]
+
+
+def code_columns(codec: str, width: int) -> int:
+    """Return the columns whose codes take `width` bytes a row, or raise the ValueError of a width that none has."""
+    if not is_packed(codec):
+        return width
+    if width % LOG_BITS[codec]:
+        raise ValueError(f"codes: expected rows of a multiple of {LOG_BITS[codec]} bytes for {codec}, got {width}")
+    return width // LOG_BITS[codec] * 8
 
 
 def check_alpha(alpha: float) -> float:
@@ -85,7 +126,7 @@ CODEC_NUMBER = {name: i for i, name in enumerate(_core.CODECS)}
 
 def core_addresses(at: Sequence[int], codec: str, group_size: int | None) -> tuple[int, int, int, int, int]:
     """Arrange the addresses of all fields for the core: codes, second and third array, two scalars; 0 for none."""
-    if codec != "log8":
+    if codec not in LOG_BITS:
         return at[0], at[1], 0, at[2], at[3]
     return (at[0], at[1], at[2], at[3], 0) if group_size else (at[0], at[1], 0, at[2], 0)
 
@@ -94,6 +135,8 @@ def field_shapes(codec: str, shape: tuple[int, ...], group_size: int | None) -> 
     """Return the shapes of the array fields for weights of this shape; the last dimension is in_features."""
     lead, cols = shape[:-1], shape[-1] if shape else 1
     shapes = {"stored": shape, "sign": shape, "codes": shape, "w_encoded": shape, "scale": lead}
+    if is_packed(codec):
+        shapes[ARRAYS[codec][0]] = (*lead, code_width(codec, cols))
     shapes["sign_bits"] = (*lead, -(-cols // 8))
     shapes["group_scale"] = (*lead, -(-cols // group_size)) if group_size else ()
     return {name: shapes[name] for name in array_names(codec, group_size)}

@@ -17,12 +17,12 @@ def default_group_size(in_features: int) -> int:
 
 
 def resolve_group_size(codec: str, group_size: int | str | None, in_features: int) -> int | None:
-    """Check a group_size argument; "default" means `default_group_size` for log8, and None for other codecs."""
+    """Check a group_size argument; "default" means 64 for log8, 32 for packed codecs and None for others."""
     check_codec(codec)
     if isinstance(group_size, str):
         if group_size != "default":
             raise ValueError(f"group_size: expected a positive integer, None or 'default', got {group_size!r}")
-        return default_group_size(in_features) if codec == "log8" else None
+        return default_group_size(in_features) if codec == "log8" else check_group_size(codec, None)
     return check_group_size(codec, group_size)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import _core
 from ..system import get_num_threads
-from .fields import SCALARS, array_names, field_names
+from .fields import ARRAYS, LOG_BITS, SCALARS, array_names, code_columns, field_names, is_packed
+from .packed import unpack
 
 try:
     import torch
@@ -88,7 +89,8 @@ class Blocks:
     def __init__(self, codec: str, group_size: int | None, fields: Sequence[Tensor]) -> None:
         self.codec, self.group_size = codec, group_size
         self.arrays, self.scalars = _split(codec, group_size, fields)
-        self.rows, self.cols = self.arrays[0].shape
+        self.rows, width = self.arrays[0].shape
+        self.cols = code_columns(codec, width)
 
     def decode(self, out: Tensor, row: int, col: int) -> Tensor:
         """Dequantize the block of out's shape at (row, col)."""
@@ -120,6 +122,8 @@ def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor
     table = torch.frombuffer(bytearray(_core.levels(codec, scalars)), dtype=torch.float32).to(codes.device)
     if codec == "rational":
         values, negative = table[(codes & 0x7F).long()], codes >= 0x80
+    elif is_packed(codec):
+        values, negative = _packed_values(codec, group_size or 0, f, table)
     elif codec == "log8":
         scale = f["scale"][:, None]
         if group_size:
@@ -136,6 +140,16 @@ def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor
     return torch.where(negative, -values, values).to(dtype)
 
 
+def _packed_values(codec: str, group_size: int, f: Mapping[str, Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return magnitudes and signs of log6, log5 or log4."""
+    sign, level = unpack(f[ARRAYS[codec][0]].int(), codec, torch.cat)
+    m = (level << (8 - LOG_BITS[codec])).clamp(max=127)
+    group = f["group_scale"].int()
+    scale = f["scale"][:, None] * (((group & 127) + 1).float() / 128)
+    of_columns = torch.arange(level.shape[1], device=level.device) // group_size
+    return table[m.long()] * scale[:, of_columns], (sign == 1) ^ (group >= 128)[:, of_columns]
+
+
 def decode_fields(codec: str, fields: Mapping[str, Tensor], group_size: int | None, dtype: torch.dtype) -> Tensor:
     """Return the dequantized weights, of any shape, on the device of the codes."""
     names = field_names(codec, group_size)
@@ -145,11 +159,12 @@ def decode_fields(codec: str, fields: Mapping[str, Tensor], group_size: int | No
     for n in names:
         f = fields[n]
         flat.append(f.reshape(-1) if n == "scale" else f if n in SCALARS[codec] else _rows(f, rows))
+    shape = (*codes.shape[:-1], code_columns(codec, codes.shape[-1])) if codes.dim() else codes.shape
     if codes.device.type == "meta":
-        return torch.empty(codes.shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
     if codes.device.type != "cpu":
-        return decode_on_device(codec, group_size, flat, dtype).reshape(codes.shape)
-    out = torch.empty(codes.shape, dtype=dtype)
+        return decode_on_device(codec, group_size, flat, dtype).reshape(shape)
+    out = torch.empty(shape, dtype=dtype)
     Blocks(codec, group_size, [f.contiguous() for f in flat]).decode(_rows(out, rows), 0, 0)
     return out
 

@@ -10,17 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import ARRAYS, slow_group_size, snr_db
+from ..codec import ARRAYS, LOG_BITS, code_columns, is_packed, slow_group_size, snr_db, unpack
 from .inspection_report import InspectionReport, LayerError
 from .layers import KINDS, EncodedLayer, encoded_layers, is_stack, load_layer
 from .reading import Checkpoint, open_checkpoint, verify
 from .source_formats import open_scaled
 
 _HISTOGRAM_CODES = 1 << 20
+_CODEC_OF_FIELD = {ARRAYS[codec][0]: codec for codec in LOG_BITS}
 
 
 def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
-    codes = checkpoint.load(layer.fields[ARRAYS[layer.codec][0]]).numpy().reshape(-1)
+    codes = checkpoint.load(layer.fields[ARRAYS[layer.codec][0]]).numpy()
+    if is_packed(layer.codec):
+        rows = codes.reshape(-1, codes.shape[-1])
+        rows = rows[:: -(-codes.size // _HISTOGRAM_CODES)].astype(np.int32)
+        m = unpack(rows, layer.codec, np.concatenate)[1] << (8 - LOG_BITS[layer.codec])
+        counted: list[int] = np.bincount(np.minimum(m, 127).reshape(-1) >> 2, minlength=32).tolist()
+        return counted
+    codes = codes.reshape(-1)
     step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that the samples come from all columns
     # a sign bit and seven bits of magnitude, or eight bits of magnitude, where 255 is the smallest
     signed = layer.codec in ("log8", "rational")
@@ -65,7 +73,12 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
         kind = KINDS[of_layers[key]] if key in of_layers else "other"
         kinds[kind] += t.bytes
         dtypes[t.dtype] += t.bytes
-        report.float32_bytes += 4 * t.elements if kind in ("stored", "other") else 0
+        weights = t.elements
+        if kind == "stored" and t.shape:
+            weights = (
+                weights // max(t.shape[-1], 1) * code_columns(_CODEC_OF_FIELD.get(of_layers[key], ""), t.shape[-1])
+            )
+        report.float32_bytes += 4 * weights if kind in ("stored", "other") else 0
     report.bytes_by_kind, report.bytes_by_dtype = kinds, dict(dtypes)
     report.tensor_bytes = sum(kinds.values())
     if checkpoint.format != "gguf":

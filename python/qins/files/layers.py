@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import ARRAYS, EXPERT_STACKS, FIELD_ROLES, SCALARS, EncodedArray, default_group_size, split_field
+from ..codec import (
+    ARRAYS,
+    EXPERT_STACKS,
+    FIELD_ROLES,
+    LOG_BITS,
+    SCALARS,
+    EncodedArray,
+    code_columns,
+    is_packed,
+    resolve_group_size,
+    split_field,
+)
 from .reading import Checkpoint, StoredTensor
 
 # The kind that a field's bytes count as. As in the seed, codes are "stored".
@@ -22,7 +33,7 @@ class EncodedLayer:
 
     Attributes:
         name: name of the layer; its fields are `<name>.<field>`.
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
         shape: shape of the weight.
         group_size: inputs per group scale, or None.
         fields: field name to key in the file.
@@ -52,7 +63,7 @@ def is_stack(name: str) -> bool:
 _EARLIER_DEFAULTS = (128, 192, 256)
 
 
-def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) -> int:
+def _group_size(name: str, codec: str, cols: int, groups: int, config: Mapping[str, Any]) -> int:
     """Return a group size that gives this number of groups: the config's, else a default, else a power of two."""
     about = config.get("quantization_config")
     about = about if isinstance(about, dict) else {}
@@ -61,11 +72,11 @@ def _group_size(name: str, cols: int, groups: int, config: Mapping[str, Any]) ->
     told = [of_layer[1] if isinstance(of_layer, list) and len(of_layer) > 1 else None, about.get("group_size")]
     candidates = [t for t in told if isinstance(t, int) and t > 0]
     candidates += [
-        default_group_size(cols),
+        resolve_group_size(codec, "default", cols) or 0,
         next((g for g in _EARLIER_DEFAULTS if cols % g == 0), _EARLIER_DEFAULTS[0]),
     ]
     candidates += [*(1 << i for i in range(20)), -(-cols // max(groups, 1))]
-    return next((g for g in candidates if -(-cols // g) == groups), 0)
+    return next((g for g in candidates if g > 0 and -(-cols // g) == groups), 0)
 
 
 def encoded_layers(checkpoint: Checkpoint, problems: list[str]) -> list[EncodedLayer]:
@@ -103,12 +114,17 @@ def _layer(
         )
         return None
     wanted = {*ARRAYS[codec], *SCALARS[codec]}
+    try:
+        cols = code_columns(codec, codes.shape[-1] if codes.shape else 1)
+    except ValueError as e:
+        problems.append(f"{name}: {e}")
+        return None
     group = None
-    if codec == "log8" and "group_scale" in parts:
+    if codec in LOG_BITS and ("group_scale" in parts or is_packed(codec)):
         wanted.add("group_scale")
-        shape = parts["group_scale"].shape
-        group = _group_size(name, codes.shape[-1] if codes.shape else 1, shape[-1] if shape else 0, checkpoint.config)
-        if group == 0:
+        shape = parts["group_scale"].shape if "group_scale" in parts else ()
+        group = _group_size(name, codec, cols, shape[-1] if shape else 0, checkpoint.config)
+        if group == 0 and "group_scale" in parts:
             problems.append(f"{name}: group_scale of shape {shape} fits no group size for codes of {codes.shape}")
             return None
     missing = sorted(wanted - set(parts))
@@ -116,7 +132,8 @@ def _layer(
         problems.append(f"{name}: {codec} without {', '.join(missing)}")
         return None
     fields = {n: parts[n].name for n in parts if n in wanted}
-    return EncodedLayer(name, codec, codes.shape, group, fields, sum(parts[n].bytes for n in fields))
+    shape = (*codes.shape[:-1], cols) if codes.shape else ()
+    return EncodedLayer(name, codec, shape, group, fields, sum(parts[n].bytes for n in fields))
 
 
 def load_layer(checkpoint: Checkpoint, layer: EncodedLayer) -> list[EncodedArray]:

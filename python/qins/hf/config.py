@@ -16,7 +16,7 @@ class QinsConfig(QuantizationConfigMixin):
     """How to quantize a model: `AutoModel.from_pretrained(name, quantization_config=QinsConfig())`.
 
     Args:
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
         group_size: inputs per group scale (log8); "default" for `qins.default_group_size` of each layer, None for
             per-row scales.
         include: fnmatch patterns of module names to quantize; None for all linear layers.

@@ -10,17 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..codec import EncodedArray, decode_fields, encode, field_names, field_shapes, resolve_group_size
-
-FIELD_DTYPES = {
-    "stored": torch.uint8,
-    "sign": torch.int8,
-    "sign_bits": torch.uint8,
-    "codes": torch.uint8,
-    "scale": torch.float32,
-    "group_scale": torch.uint8,
-    "w_encoded": torch.uint8,
-}
+from ..codec import FIELD_DTYPES, EncodedArray, decode_fields, encode, field_names, field_shapes, resolve_group_size
 
 
 def field_layout(
@@ -28,7 +18,11 @@ def field_layout(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of each field of a matrix (out, in), or of a stack of matrices (count, out, in)."""
     shapes = field_shapes(codec, shape, group_size)
-    return {n: (shapes.get(n, shape[:-2]), FIELD_DTYPES.get(n, torch.float32)) for n in field_names(codec, group_size)}
+    return {n: (shapes.get(n, shape[:-2]), _torch_dtype(n)) for n in field_names(codec, group_size)}
+
+
+def _torch_dtype(field: str) -> torch.dtype:
+    return getattr(torch, FIELD_DTYPES[field].name) if field in FIELD_DTYPES else torch.float32
 
 
 @contextmanager
@@ -52,7 +46,7 @@ class Coded(nn.Module):
     """A module with codes in buffers; its float32 buffers keep their bits through every cast.
 
     Attributes:
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
 
     """
 
@@ -90,7 +84,7 @@ class CodedWeight(Coded):
     The codes are buffers with the field names of docs/formats.md (for `golden`: stored, sign, log_min, log_max).
 
     Attributes:
-        group_size: columns per group scale (log8), or None.
+        group_size: columns per group scale (log8's family), or None.
 
     """
 
@@ -109,9 +103,9 @@ class CodedWeight(Coded):
             for name, (s, kind) in layout.items():
                 self.register_buffer(name, torch.empty(s, dtype=kind, device="meta"))
             return
-        zero = encode(np.zeros((1, 1), np.float32), codec)
+        zero = encode(np.zeros((1, 8), np.float32), codec, group_size=self.group_size)
         for name, (s, kind) in layout.items():
-            value = 0 if name in ("sign_bits", "group_scale") else zero.fields[name].item()
+            value = zero.fields[name].flat[0].item()
             self.register_buffer(name, torch.full(s, value, dtype=kind, device=device))
 
     def _take_codes(self, encoded: EncodedArray, device: Any) -> None:

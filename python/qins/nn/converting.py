@@ -42,7 +42,7 @@ def convert(
 
     Args:
         model: any nn.Module that contains linear layers.
-        codec: "log8", "log9" or "golden".
+        codec: "log8", "log6", "log5", "log4", "log9" or "golden".
         include: fnmatch patterns of module names to convert; None for all.
         exclude: patterns of module names to skip.
         group_size: inputs per group scale (log8); None for per-row scales only; "default" for

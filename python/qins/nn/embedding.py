@@ -23,7 +23,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
         num_embeddings: rows of the matrix.
         embedding_dim: its columns.
         padding_idx: as in nn.Embedding; only stored, since codes have no gradient.
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
         group_size: columns per group scale (log8); None for per-row scales only; "default" for
             `qins.default_group_size` of embedding_dim.
         device: of the buffers.
@@ -72,7 +72,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
 
         Args:
             source: the float embedding.
-            codec: "log8", "log9", "golden" or "rational".
+            codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
             group_size: as in the constructor.
 
         Returns:

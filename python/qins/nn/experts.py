@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..codec import EXPERT_STACKS, EncodedArray, decode_fields, encode, field_names
+from ..codec import EXPERT_STACKS, EncodedArray, code_columns, decode_fields, encode, field_names
 from .coded import Coded, Matrix, field_layout
 from .ops import multiply_codes, multiply_codes_transposed
 
@@ -96,12 +96,14 @@ def _grouped_linear_shape(x: Tensor, experts: Tensor, fields: list[Tensor], code
 @torch.library.custom_op("qins::grouped_linear_backward", mutates_args=())
 def grouped_linear_backward(g: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """Multiply each row of g, (S, N), by the matrix of its expert; (S, K)."""
-    return _by_expert(g, experts, fields, codec, group_size, multiply_codes_transposed, fields[0].shape[2])
+    return _by_expert(
+        g, experts, fields, codec, group_size, multiply_codes_transposed, code_columns(codec, fields[0].shape[2])
+    )
 
 
 @grouped_linear_backward.register_fake
 def _grouped_backward_shape(g: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
-    return g.new_empty(g.shape[0], fields[0].shape[2])
+    return g.new_empty(g.shape[0], code_columns(codec, fields[0].shape[2]))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -130,7 +132,7 @@ class QINSExperts(Coded):
 
     Args:
         original: the module to replace; everything but its stacks of matrices is shared, not copied.
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
         group_sizes: of each projection.
 
     """
@@ -162,7 +164,7 @@ class QINSExperts(Coded):
 
         Args:
             original: the float module.
-            codec: "log8", "log9", "golden" or "rational".
+            codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
             group_sizes: of each projection.
 
         Returns:

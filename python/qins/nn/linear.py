@@ -23,7 +23,7 @@ class QINSLinear(CodedWeight, nn.Linear):
         in_features: K, size of the last dimension of the input.
         out_features: N, size of the last dimension of the output.
         bias: whether the layer has a bias.
-        codec: "log8", "log9", "golden" or "rational".
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
         group_size: inputs per group scale (log8); None for per-row scales only; "default" for
             `qins.default_group_size` of in_features.
         device: of the buffers and the bias.
@@ -64,7 +64,7 @@ class QINSLinear(CodedWeight, nn.Linear):
 
         Args:
             linear: the float layer.
-            codec: "log8", "log9", "golden" or "rational".
+            codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
             group_size: as in the constructor.
             mu: curvature of log8's levels; None searches for the best value.
 

@@ -19,6 +19,7 @@ from ..codec import (
     DTYPE_NUMBER,
     SCALARS,
     Blocks,
+    code_columns,
     core_addresses,
     decode_fields,
     decode_on_device,
@@ -87,7 +88,8 @@ def numbers_of(fields: Sequence[Tensor], codec: str, group_size: int | None) -> 
     return (
         CODEC_NUMBER[codec],
         *core_addresses([f.data_ptr() for f in fields], codec, group_size),
-        *fields[0].shape,
+        fields[0].shape[0],
+        code_columns(codec, fields[0].shape[1]),
         group_size or 0,
     )
 
@@ -96,7 +98,7 @@ def multiply_codes(x: Tensor, fields: Sequence[Tensor], codec: str, group_size: 
     """X @ W.T, without torch's dispatcher and without a gradient."""
     # Every step to the kernels must be cheap: a small layer takes only ten microseconds.
     codes, second = fields[0], fields[1]
-    rows, cols = codes.shape
+    rows, cols = codes.shape[0], code_columns(codec, codes.shape[1])
     shape, dtype = x.shape, x.dtype
     if not shape or shape[-1] != cols:
         raise ValueError(f"x: expected shape (..., {cols}), got {tuple(shape)}")
@@ -174,7 +176,7 @@ def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int
 
 @linear_backward.register_fake
 def _linear_backward_shape(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
-    return g.new_empty(*g.shape[:-1], fields[0].shape[1])
+    return g.new_empty(*g.shape[:-1], code_columns(codec, fields[0].shape[1]))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -202,12 +204,14 @@ def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dt
     names = field_names(codec, group_size or None)
     flat = ids.reshape(-1)
     rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
-    return decode_fields(codec, rows, group_size or None, dtype).reshape(*ids.shape, fields[0].shape[1])
+    return decode_fields(codec, rows, group_size or None, dtype).reshape(
+        *ids.shape, code_columns(codec, fields[0].shape[1])
+    )
 
 
 @embedding.register_fake
 def _embedding_shape(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
-    return fields[0].new_empty(*ids.shape, fields[0].shape[1], dtype=dtype)
+    return fields[0].new_empty(*ids.shape, code_columns(codec, fields[0].shape[1]), dtype=dtype)
 
 
 def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:

@@ -1,0 +1,91 @@
+"""llama.cpp's formats of 4 to 6 bits, and NF4, as the floats that they dequantize to.
+
+Q4_0, Q5_0 and the like come from the gguf package's own quantizers. The K-quants and IQ4_NL, which it can only read,
+come from the ggml library inside llama-cpp-python, if that is installed. Their blocks of 256 may run across rows here,
+where llama.cpp would choose another format for rows that 256 does not divide.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from qins.fidelity import PEERS
+from qins.fidelity.peers import Peer
+
+_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+_BY_GGML = ("IQ4_NL", "Q4_K", "Q5_K", "Q6_K")
+# Dettmers et al., "QLoRA" (2023), appendix E
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _ggml() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec("llama_cpp")
+    where = [Path(p) / "lib" for p in found.submodule_search_locations or ()] if found else []
+    libraries = [f for d in where for f in sorted(d.glob("*ggml-base*"))]
+    if not libraries:
+        return None
+    library = ctypes.CDLL(str(libraries[0]))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def _by_gguf(name: str, w: torch.Tensor) -> torch.Tensor:
+    kind = gguf.GGMLQuantizationType[name]
+    padded = torch.nn.functional.pad(w, (0, -w.shape[1] % 32)).numpy()
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(padded, kind), kind))[:, : w.shape[1]].contiguous()
+
+
+def _by_ggml(library: ctypes.CDLL, name: str, w: torch.Tensor) -> torch.Tensor:
+    kind = gguf.GGMLQuantizationType[name]
+    flat = torch.nn.functional.pad(w.reshape(-1), (0, -w.numel() % 256)).numpy()
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    out = np.zeros(flat.size // block * size, np.uint8)
+    library.ggml_quantize_chunk(int(kind), flat.ctypes.data, out.ctypes.data, 0, flat.size // 256, 256, None)
+    decoded = gguf.dequantize(out[None], kind).reshape(-1)[: w.numel()]
+    return torch.from_numpy(decoded.copy()).view(w.shape)
+
+
+def _nf4(w: torch.Tensor) -> torch.Tensor:
+    """Normal floats with a float32 scale per 64 weights, as in bitsandbytes without double quantization."""
+    blocks = torch.nn.functional.pad(w.reshape(-1), (0, -w.numel() % 64)).view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    levels = torch.tensor(_NF4)
+    nearest = levels[torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)]
+    return (nearest * scale).view(-1)[: w.numel()].view(w.shape)
+
+
+def add_peers() -> list[str]:
+    """Add the formats to PEERS; return the names of those for which a library is missing."""
+
+    def add(name: str, decoded: object, bits: float) -> None:
+        PEERS[name] = Peer(name, decoded, lambda k: bits)  # type: ignore[arg-type]
+
+    def bits_of(name: str) -> float:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        return 8 * size / block
+
+    for name in _BY_GGUF:
+        add(name, lambda w, name=name: _by_gguf(name, w), bits_of(name))
+    add("NF4", _nf4, 4.5)
+    library = _ggml()
+    if library is None:
+        return list(_BY_GGML)
+    for name in _BY_GGML:
+        add(name, lambda w, name=name: _by_ggml(library, name, w), bits_of(name))
+    return []

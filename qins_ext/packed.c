@@ -1,0 +1,93 @@
+/* Packed codes to log8's form and back; see packed.h. */
+#include "packed.h"
+
+enum { HALF = QINS_BLOCK / 2, FLIPS = QINS_WINDOW / HALF };
+
+/* 0x80 for each 32 columns from k on whose group scale is negative */
+static void flips_of(const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *flip)
+{
+    const uint8_t *group = group_row(e, row);
+    const size_t first = k / HALF, each = e->group_size / HALF;
+    for (size_t i = 0; i < ceil_div(n, HALF); i++) {
+        flip[i] = group[each == 1 ? first + i : (first + i) / each] & 0x80;
+    }
+}
+
+void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *codes)
+{
+    const int bits = log_bits(e->codec);
+    const uint8_t *packed = e->codes + row * code_bytes(e, e->cols) + code_bytes(e, k);
+    n = least(ceil_div(n, QINS_BLOCK) * QINS_BLOCK, e->cols - k);
+    for (size_t part; n > 0; k += part, n -= part, codes += part, packed += code_bytes(e, part)) {
+        uint8_t flip[FLIPS];
+        part = least(n, QINS_WINDOW);
+        flips_of(e, row, k, part, flip);
+        kernels->unpack(packed, part, bits, flip, codes);
+    }
+}
+
+/* Kernels prefetch ahead of what they read: into the room behind, which is in a cache, too. */
+size_t qins_rows_room(const qins_codes *e, size_t rows)
+{
+    const size_t groups = ceil_div(e->cols, e->group_size > 0 ? e->group_size : 1);
+    return is_packed(e->codec) ? rows * (e->cols + groups) + QINS_BLOCK + QINS_AHEAD : 0;
+}
+
+qins_rows qins_rows_of(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, char *room)
+{
+    if (!is_packed(e->codec)) {
+        return (qins_rows){e->codes + row * e->cols, group_row(e, row)};
+    }
+    const size_t groups = ceil_div(e->cols, e->group_size);
+    uint8_t *codes = (uint8_t *)room, *scales = codes + rows * e->cols;
+    const uint8_t *from = group_row(e, row);
+    for (size_t i = 0; i < rows; i++) {
+        qins_unpack(k, e, row + i, 0, e->cols, codes + i * e->cols);
+    }
+    for (size_t i = 0; i < rows * groups; i++) {
+        scales[i] = log8_group_scale(from[i]);
+    }
+    return (qins_rows){codes, scales};
+}
+
+uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col)
+{
+    if (!is_packed(e->codec)) {
+        return e->codes[row * e->cols + col];
+    }
+    const size_t begin = col / QINS_BLOCK * QINS_BLOCK, count = least(e->cols - begin, QINS_BLOCK), at = col - begin;
+    const int bits = log_bits(e->codec);
+    const uint8_t *plane = e->codes + row * code_bytes(e, e->cols) + code_bytes(e, begin);
+    unsigned q = 0;
+    for (int low = 0, width = 4; low < bits; low += width, width = bits - 4) {
+        const size_t bytes = count / 8 * (size_t)width;
+        q |= (plane[at % bytes] >> (at / bytes * (size_t)width) & ((1u << width) - 1)) << low;
+        plane += bytes;
+    }
+    const unsigned sign = q >> (bits - 1), level = (q & ((1u << (bits - 1)) - 1)) + sign;
+    const unsigned m = level << (8 - bits), flip = group_row(e, row)[col / e->group_size] & 0x80;
+    return (uint8_t)((m - (m >> 7)) | ((sign << 7) ^ flip));
+}
+
+void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed)
+{
+    const uint8_t top = (uint8_t)((1 << (bits - 1)) - 1);
+    for (size_t begin = 0; begin < cols; begin += QINS_BLOCK) {
+        const size_t count = least(cols - begin, QINS_BLOCK);
+        uint8_t q[QINS_BLOCK];
+        for (size_t i = 0; i < count; i++) {
+            const uint8_t level = codes[begin + i] & 127, negative = codes[begin + i] >> 7 & (level > 0);
+            const uint8_t index = (uint8_t)(level - negative);
+            q[i] = (uint8_t)((index < top ? index : top) | negative << (bits - 1));
+        }
+        for (int low = 0, width = 4; low < bits; low += width, width = bits - 4) {
+            const size_t bytes = count / 8 * (size_t)width;
+            memset(packed, 0, bytes);
+            for (size_t i = 0; i < count; i++) {
+                const unsigned part = q[i] >> low & ((1u << width) - 1);
+                packed[i % bytes] = (uint8_t)(packed[i % bytes] | part << (i / bytes * (size_t)width));
+            }
+            packed += bytes;
+        }
+    }
+}

@@ -1,0 +1,70 @@
+/* Packed codes: log6, log5 and log4.
+ *
+ * A row is blocks of 64 codes, the last of which may have 8 to 56. With c codes, plane by plane: the low 4 bits of each
+ * code, then (log6) 2 or (log5) 1 more. A plane of w bits has c*w/8 bytes, and bits w*j to w*j + w - 1 of byte i belong
+ * to code i + j*c*w/8. So a vector unpacks a plane with one shift that is uniform over consecutive bytes, and a block of
+ * 64 is 8*bits consecutive bytes.
+ *
+ * Kernels read log8's form instead: sign<<7 | m with m = i * 128/h, except 127 for 128 (see qins_log8_levels). The sign
+ * of a group's scale is then part of its codes', and its group_scale is log8's: 2 * (group_scale & 127) + 1. */
+#ifndef QINS_PACKED_H
+#define QINS_PACKED_H
+
+#include "sizes.h"
+
+/* Bits of a code; 0 for codecs that are not of log8's family */
+static inline int log_bits(qins_codec codec)
+{
+    return codec == QINS_log8 ? 8 : codec == QINS_log6 ? 6 : codec == QINS_log5 ? 5 : codec == QINS_log4 ? 4 : 0;
+}
+
+static inline int is_packed(qins_codec codec) { return log_bits(codec) % 8 != 0; }
+
+/* Bytes of a row of codes; for packed ones, cols is a multiple of 8. */
+static inline size_t code_bytes(const qins_codes *e, size_t cols)
+{
+    return is_packed(e->codec) ? cols / 8 * (size_t)log_bits(e->codec) : cols;
+}
+
+/* The factor of a row's scale that a group_scale stands for */
+static inline float group_multiplier(const qins_codes *e, uint8_t group_scale)
+{
+    if (!is_packed(e->codec)) {
+        return (float)(group_scale + 1) / 256.0f;
+    }
+    const float multiplier = (float)((group_scale & 127) + 1) / 128.0f;
+    return group_scale < 128 ? multiplier : -multiplier;
+}
+
+static inline uint8_t log8_group_scale(uint8_t packed) { return (uint8_t)(2 * (packed & 127) + 1); }
+
+/* The value of 1 in planes, in a row of codes at column k. */
+static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)
+{
+    const float scale = float_at(e->scale, row) * (1.0f / QINS_PLANE_MAX);
+    const uint8_t *group = group_row(e, row);
+    if (group == NULL) {
+        return scale;
+    }
+    const uint8_t at = group[k / e->group_size];
+    return scale * t->multiplier[is_packed(e->codec) ? log8_group_scale(at) : at];
+}
+
+/* Rows of codes in log8's form */
+typedef struct {
+    const uint8_t *codes, *group_scale;
+} qins_rows;
+
+/* Bytes of scratch memory that qins_rows_of needs for `rows` rows; 0 if the codes are not packed */
+size_t qins_rows_room(const qins_codes *e, size_t rows);
+/* Rows [row, row + rows) of log8, log6, log5 or log4: those of `e`, or unpacked in `room` */
+qins_rows qins_rows_of(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, char *room);
+/* Unpacks columns [k, k + n) of a row; k is a multiple of 64. `codes` has room for n rounded up to 64. */
+void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *codes);
+/* One code in log8's form */
+uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col);
+/* Packs one row of codes: sign<<7 | level, signs relative to those of the group scales. A level that does not exist
+ * with its sign becomes the nearest one that does. */
+void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed);
+
+#endif
