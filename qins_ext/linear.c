@@ -94,13 +94,6 @@ static void product_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* Packed codes are unpacked this many rows at a time, so that they stay in the L2 cache. */
-static size_t rows_unpacked(const qins_codes *e, size_t most)
-{
-    enum { UNPACKED_BYTES = 64 << 10 };
-    return is_packed(e->codec) ? least(most, UNPACKED_BYTES / (e->cols + 1) / 2 * 2 + 2) : most;
-}
-
 /* Scratch memory for these rows of packed codes, NULL for others. Returns whether there is enough. */
 static int take_room(product *p, size_t rows, char **room)
 {
@@ -128,31 +121,27 @@ static void product_words(void *context, size_t begin, size_t end)
     float few[ROWS_AT_ONCE * QINS_BATCH], *results = few;
     size_t most = QINS_BATCH; /* rows of x at a time; this many if there is no memory for more */
     char *room = NULL;
-    if (p->batch > QINS_BATCH) {
+    if (p->batch > QINS_BATCH || (is_packed(e->codec) && p->batch > 1)) {
         room = qins_scratch_take(QINS_WORD_ROOM + p->batch * ROWS_AT_ONCE * sizeof *results);
+        if (room == NULL && is_packed(e->codec)) {
+            atomic_store(&p->failed, 1);
+            return;
+        }
         most = room != NULL ? p->batch : QINS_BATCH;
         results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;
     }
-    const size_t unpacked = rows_unpacked(e, ROWS_AT_ONCE), blocks = ceil_div(end - begin, unpacked);
-    const size_t at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
-    char *codes_room;
-    if (!take_room(p, unpacked, &codes_room)) {
-        give_room(room);
-        return;
-    }
+    const size_t blocks = ceil_div(end - begin, ROWS_AT_ONCE), at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
     for (size_t row = begin; row < end; row += at_once) {
         const size_t rows = least(end - row, at_once);
-        const qins_rows codes = qins_rows_of(p->kernels, e, row, rows, codes_room);
         for (size_t m = 0; m < p->batch; m += most) {
             const size_t batch = least(p->batch - m, most);
             const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * steps * p->step,
                                   p->fixed_scale + m * steps, steps, (int)batch};
-            p->kernels->dot_log8(codes.codes, rows, e->cols, codes.group_scale, e->group_size, p->words, &x, room,
-                                 results);
+            p->kernels->dot_log8(e->codes + row * code_bytes(e, e->cols), rows, e->cols, group_row(e, row),
+                                 e->group_size, p->words, &x, room, results);
             store_results(p, results, row, rows, m, batch);
         }
     }
-    give_room(codes_room);
     give_room(room);
 }
 
@@ -225,22 +214,15 @@ static void pack_steps(void *context, size_t begin, size_t end)
 
 static void product_single(void *context, size_t begin, size_t end)
 {
-    product *p = context;
+    const product *p = context;
     const qins_codes *e = p->e;
-    const size_t at_once = rows_unpacked(e, ROWS_AT_ONCE);
-    char *room;
-    if (!take_room(p, at_once, &room)) {
-        return;
-    }
-    for (size_t row = begin; row < end; row += at_once) {
+    for (size_t row = begin; row < end; row += ROWS_AT_ONCE) {
         float out[ROWS_AT_ONCE];
-        const size_t rows = least(end - row, at_once);
-        const qins_rows codes = qins_rows_of(p->kernels, e, row, rows, room);
-        p->kernels->single->multiply(codes.codes, rows, e->cols, codes.group_scale, e->group_size, p->words, p->packed,
-                                     p->fixed_scale, p->step, out);
+        const size_t rows = least(end - row, ROWS_AT_ONCE);
+        p->kernels->single->multiply(e->codes + row * e->cols, rows, e->cols, group_row(e, row), e->group_size,
+                                     p->words, p->packed, p->fixed_scale, p->step, out);
         store_results(p, out, row, rows, 0, 1);
     }
-    give_room(room);
 }
 
 /* Sixteen rows of codes at a time. */
@@ -299,7 +281,7 @@ static int take_activations(product *p, const void *x, int threads, preparation 
     p->step = scale_step(e);
     switch (p->way) {
     case QINS_WORDS:
-        p->step = least(p->step, p->kernels->word_step);
+        p->step = is_packed(e->codec) ? QINS_BLOCK : least(p->step, p->kernels->word_step);
         scales = ceil_div(batch, QINS_BATCH) * QINS_BATCH * ceil_div(e->cols, p->step);
         packed = batch * ceil_div(e->cols, p->step) * p->step * sizeof(int16_t);
         break;
@@ -375,7 +357,7 @@ static void take_matrix(product *p, const qins_codes *e, void *y, qins_log8_word
     case QINS_WORDS:
     case QINS_BYTES:
     case QINS_TILES:
-        p->words = qins_log8_words_of(e->mu, is_packed(e->codec), own);
+        p->words = qins_log8_words_of(e->mu, log_bits(e->codec), own);
         break;
     case QINS_FACTORS:
         qins_golden_factors_build(&p->factors, e->log_min, e->log_max);
@@ -398,7 +380,7 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     if (form != NULL) {
         const int by_words =
             form != kernels->floats && log_bits(e->codec) > 0 && (e->group_size % QINS_DEPTH == 0 || folded(e));
-        const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, is_packed(e->codec), &own) : NULL;
+        const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, log_bits(e->codec), &own) : NULL;
         return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
     }
     if (batch > MOST_BATCH) { /* bounds the memory for activations */

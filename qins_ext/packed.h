@@ -46,8 +46,8 @@ static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, si
     if (group == NULL) {
         return scale;
     }
-    const uint8_t at = group[k / e->group_size];
-    return scale * t->multiplier[is_packed(e->codec) ? log8_group_scale(at) : at];
+    const float unit = scale * t->multiplier[group[k / e->group_size]];
+    return unit < 0.0f ? -unit : unit; /* log8's form has the sign in the codes */
 }
 
 /* Rows of codes in log8's form */

@@ -77,7 +77,7 @@ typedef struct {
  */
 typedef struct {
     float mu;
-    int packed; /* for packed codes in log8's form (see packed.h), whose levels differ */
+    int bits; /* of codes. Those of fewer than 8 are packed (see packed.h): the tables below are for their log8 form */
     QINS_ALIGNED(64) int16_t word[256];
     QINS_ALIGNED(64) uint8_t word_low[256];
     QINS_ALIGNED(64) uint8_t word_high[256];
@@ -87,7 +87,10 @@ typedef struct {
     QINS_ALIGNED(32) int16_t a[16];
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
-    float multiplier[256];        /* (group_scale + 1)/256 */
+    float multiplier[256];        /* by the codec's group_scale; of packed codes with the sign */
+    /* words of packed codes themselves, repeated to 64 */
+    QINS_ALIGNED(64) uint8_t packed_low[64];
+    QINS_ALIGNED(64) uint8_t packed_high[64];
     float word_unit, factor_unit; /* the value of 1, in levels */
     void *room;                   /* for the allocator: the memory to free */
 } qins_log8_words;
@@ -297,7 +300,7 @@ typedef struct {
     /* out[row][m] = sum over a row of f(codes) * group scale * x[m], with batch values per row and room for an even
      * number of rows. group_scale: NULL, or that of all rows; group_size is then 32 or a multiple of 64. room:
      * QINS_WORD_ROOM bytes, aligned to 64, in which at most QINS_WORD_ROWS rows of codes are decoded once for many rows
-     * of activations; or NULL */
+     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and they need room if batch > 1 */
     void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, void *room, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with
@@ -371,9 +374,9 @@ void qins_rational_levels(float alpha, float z_min, float z_max, float level[QIN
 void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, float z_max);
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
-void qins_log8_words_build(qins_log8_words *t, float mu, int packed);
+void qins_log8_words_build(qins_log8_words *t, float mu, int bits);
 /* log8_words.c: the words of mu, cached forever; or built in `own` once the cache is full */
-const qins_log8_words *qins_log8_words_of(float mu, int packed, qins_log8_words *own);
+const qins_log8_words *qins_log8_words_of(float mu, int bits, qins_log8_words *own);
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f
 

@@ -269,7 +269,7 @@ static int16_t fixed_point(double x, double one) { return (int16_t)(x * one + (x
 static void build_factors(qins_log8_words *t, const float *level)
 {
     enum { CHOICES = 128 };
-    const int last = last_position(t->packed);
+    const int last = last_position(t->bits < 8);
     double mu = (double)t->mu, step = log_1_plus(mu) / last, power[8], smallest = DBL_MAX;
     double most = QINS_WORD_MAX * (1.0 + mu); /* mu times the `one` at which the word of f(127) is QINS_WORD_MAX */
     most = mu > 0.0 && most < 32767.0 * mu ? most / mu : 32767.0;
@@ -277,7 +277,7 @@ static void build_factors(qins_log8_words *t, const float *level)
     t->c = 0;
     t->factor_unit = 0.0f;
     /* b[15] is 1; in packed codes only m = 127 has it, for 128 */
-    const int top = 15 + (t->packed != 0);
+    const int top = 15 + (t->bits < 8);
     for (int i = 0; i < 16; i++) {
         t->b[i] = fixed_point(qins_exp(step * (i < 15 ? i - top : 0)), 32767.0);
     }
@@ -289,7 +289,7 @@ static void build_factors(qins_log8_words *t, const float *level)
         const int16_t c = fixed_point(1.0 / (1.0 + mu), one);
         int word[QINS_LEVELS], largest = 0;
         double of_level = 0.0, of_word = 0.0, error = 0.0;
-        for (int m = 0; m < QINS_LEVELS; m += next_used(m, t->packed)) {
+        for (int m = 0; m < QINS_LEVELS; m += next_used(m, t->bits < 8)) {
             word[m] = ((fixed_point(power[m / 16], one) * t->b[m % 16] + (1 << 14)) >> 15) - c;
             largest = word[m] > largest ? word[m] : largest;
             of_level += (double)word[m] * (double)level[m];
@@ -299,7 +299,7 @@ static void build_factors(qins_log8_words *t, const float *level)
             continue;
         }
         const double unit = of_level / of_word; /* by least squares */
-        for (int m = 0; m < QINS_LEVELS; m += next_used(m, t->packed)) {
+        for (int m = 0; m < QINS_LEVELS; m += next_used(m, t->bits < 8)) {
             const double e = word[m] * unit - (double)level[m];
             error += e * e;
         }
@@ -315,12 +315,12 @@ static void build_factors(qins_log8_words *t, const float *level)
     }
 }
 
-void qins_log8_words_build(qins_log8_words *t, float mu, int packed)
+void qins_log8_words_build(qins_log8_words *t, float mu, int bits)
 {
     float level[QINS_LEVELS];
-    qins_log8_levels(mu, packed, level);
+    qins_log8_levels(mu, bits < 8, level);
     t->mu = mu;
-    t->packed = packed;
+    t->bits = bits;
     for (int code = 0; code < 256; code++) {
         int16_t w = fixed_point((double)level[code & 127], QINS_WORD_MAX);
         w = (int16_t)(w + ((w & 255) == 0 && (code & 127) > 0)); /* see vw_decode in words_avx512vnni.h */
@@ -329,6 +329,15 @@ void qins_log8_words_build(qins_log8_words *t, float mu, int packed)
         t->word_low[code] = (uint8_t)(uint16_t)w;
         t->word_high[code] = (uint8_t)((uint16_t)w >> 8);
         t->multiplier[code] = (float)(code + 1) / 256.0f;
+        if (bits < 8) {
+            t->multiplier[code] = (float)((code & 127) + 1) / (code < 128 ? 128.0f : -128.0f);
+        }
+    }
+    for (int q = 0; q < 64 && bits < 8; q++) {
+        const int half = 1 << (bits - 1), sign = (q & half) != 0, m = ((q & (half - 1)) + sign) * (QINS_LEVELS / half);
+        const int code = sign << 7 | (m < QINS_LEVELS ? m : QINS_LEVELS - 1);
+        t->packed_low[q] = t->word_low[code];
+        t->packed_high[q] = t->word_high[code];
     }
     t->word_unit = 1.0f / (float)QINS_WORD_MAX;
     for (int m = 0; m < QINS_LEVELS; m++) {

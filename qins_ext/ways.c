@@ -19,6 +19,7 @@ enum {
     PLANED = 16,     /* log8 with per-row scales, or groups of a multiple of 64 */
     PLANED_128 = 32, /* likewise, of a multiple of 128 */
     FOLDED = 64,     /* in groups of 32 or 64 */
+    SINGLE = 128,    /* log8 with per-row scales, or groups of a multiple of 64 */
     ANY_CODES = DECODED | FACTORED | WORDED
 };
 
@@ -31,6 +32,7 @@ static unsigned kinds_of(const qins_kernels *k, const qins_codes *e)
     unsigned kinds = group % QINS_DEPTH == 0 ? PLANED : 0;
     kinds |= scale_step(e) > QINS_DEPTH ? PLANED_128 : 0;
     kinds |= folded(e) ? FOLDED : 0;
+    kinds |= group % QINS_DEPTH == 0 && !is_packed(e->codec) ? SINGLE : 0;
     if (e->mu < k->least_mu || (group % QINS_BLOCK != 0 && group != QINS_BLOCK / 2)) {
         return kinds | DECODED;
     }
@@ -74,7 +76,7 @@ static const rule RULES[] = {
     {WORD_BLOCKS,  ANY,    VNNI,          QINS_FLOAT_PANELS,  49,       ALL},   /* Zen 5 */
     {WORDED,       BF16,   ANY,           QINS_HALF_PANELS,   16,       ALL},   /* Zen 5 */
 
-    {PLANED,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
+    {SINGLE,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
     {PLANED_128,   ANY,    ANY,           QINS_TILES,         2,        QINS_FEW},     /* Granite Rapids */
     {PLANED,       ANY,    ANY,           QINS_TILES,         4,        QINS_FEW},     /* Granite Rapids */
     {PLANED | FOLDED, ANY, ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */

@@ -49,6 +49,19 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     vw w = {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
     return w;
 }
+#define DECODE_PACKED
+WORD vt vt_load_packed(const qins_log8_words *t)
+{
+    vt r = {{_mm512_load_si512(t->packed_low)}, {_mm512_load_si512(t->packed_high)}};
+    return r;
+}
+/* One table holds the words of both signs. */
+WORD vw vw_of_indices(const vt *t, __m512i q)
+{
+    const __m512i low = _mm512_permutexvar_epi8(q, t->low[0]), high = _mm512_permutexvar_epi8(q, t->high[0]);
+    vw w = {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+    return w;
+}
 WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
 {
     sums = _mm512_dpwssd_epi32(sums, w->v[0], _mm512_loadu_si512(x));
