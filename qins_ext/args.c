@@ -145,8 +145,8 @@ int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ss
         e->sign = data;
         return 0;
     case QINS_log9:
-        if (qins_array_argument(second, "sign_bits", NPY_UINT8, "uint8", rows, (Py_ssize_t)ceil_div((size_t)cols, 8), writable, &data) <
-            0) {
+        if (qins_array_argument(second, "sign_bits", NPY_UINT8, "uint8", rows, (Py_ssize_t)ceil_div((size_t)cols, 8),
+                                writable, &data) < 0) {
             return -1;
         }
         e->sign_bits = data;

@@ -264,8 +264,7 @@ static void log8_rows(void *context, size_t begin, size_t end)
         for (size_t k = 0, g = 0; k < cols; k += e->group_size, g++) {
             const size_t n = least(cols - k, e->group_size);
             const int packed = is_packed(e->codec);
-            const int multiplier =
-                scale > 0.0f ? best_multiplier(&r, c, row, k, n, scale, 0, &ignored) : 1 + packed;
+            const int multiplier = scale > 0.0f ? best_multiplier(&r, c, row, k, n, scale, 0, &ignored) : 1 + packed;
             group[g] = stored_multiplier(multiplier, packed);
         }
         grouped_codes(&r, c, row, scale);

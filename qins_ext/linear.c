@@ -94,25 +94,6 @@ static void product_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* Scratch memory for these rows of packed codes, NULL for others. Returns whether there is enough. */
-static int take_room(product *p, size_t rows, char **room)
-{
-    const size_t bytes = qins_rows_room(p->e, rows);
-    *room = bytes > 0 ? qins_scratch_take(bytes) : NULL;
-    if (bytes > 0 && *room == NULL) {
-        atomic_store(&p->failed, 1);
-        return 0;
-    }
-    return 1;
-}
-
-static void give_room(char *room)
-{
-    if (room != NULL) {
-        qins_scratch_give(room);
-    }
-}
-
 static void product_words(void *context, size_t begin, size_t end)
 {
     product *p = context;
@@ -142,7 +123,9 @@ static void product_words(void *context, size_t begin, size_t end)
             store_results(p, results, row, rows, m, batch);
         }
     }
-    give_room(room);
+    if (room != NULL) {
+        qins_scratch_give(room);
+    }
 }
 
 /* Returns row m of x without its outliers: in x if it has none, else in `rest`. */
@@ -228,13 +211,10 @@ static void product_single(void *context, size_t begin, size_t end)
 /* Sixteen rows of codes at a time. */
 static void product_blocks(void *context, size_t begin, size_t end)
 {
-    product *p = context;
+    const product *p = context;
     const qins_codes *e = p->e;
     const size_t size = item_size(p->dtype);
-    char *room;
-    if (!take_room(p, QINS_PANEL, &room)) {
-        return;
-    }
+    const size_t bytes = code_bytes(e, e->cols);
     p->kernels->few->begin((int)p->batch);
     for (size_t block = begin; block < end; block++) {
         size_t row = block * QINS_PANEL, rows = least(e->rows - row, QINS_PANEL);
@@ -242,11 +222,9 @@ static void product_blocks(void *context, size_t begin, size_t end)
         for (size_t i = 0; i < rows; i++) {
             scale[i] = float_at(e->scale, row + i) * (1.0f / QINS_PLANE_MAX);
         }
-        const qins_rows codes = qins_rows_of(p->kernels, e, row, rows, room);
-        const int more = room == NULL && block + 1 < end;
-        p->kernels->few->multiply(codes.codes, rows, e->cols, scale, codes.group_scale, e->group_size, p->words,
-                                  p->packed, p->fixed_scale, p->step, (int)p->batch,
-                                  codes.codes + (more ? QINS_PANEL * e->cols : 0), out);
+        const uint8_t *codes = e->codes + row * bytes, *next = codes + (block + 1 < end ? QINS_PANEL * bytes : 0);
+        p->kernels->few->multiply(codes, rows, e->cols, scale, group_row(e, row), e->group_size, p->words, p->packed,
+                                  p->fixed_scale, p->step, (int)p->batch, next, out);
         qins_columns columns;
         qins_start_columns(&columns, row, rows);
         for (size_t m = 0; m < p->batch; m++) {
@@ -255,7 +233,6 @@ static void product_blocks(void *context, size_t begin, size_t end)
         }
     }
     p->kernels->few->end();
-    give_room(room);
 }
 
 /* -- one x, and one or more matrices -------------------------------------------------------------- */

@@ -82,10 +82,11 @@ static PyObject *encode(PyObject *module, PyObject *args)
     return Py_BuildValue("(dd)", (double)e.log_min, (double)e.log_max);
 }
 
-PyDoc_STRVAR(feedback_doc, "feedback(codec, weights, order, feedback, arrays, mu, group_size, threads, /)\n--\n\n"
-                           "Round weights to a codec of log8's family with error feedback: fill the codes, given the scales in the "
-                           "arrays. weights: float32, C-contiguous, (rows, cols); order: uint32, a permutation "
-                           "of the columns; feedback: float32, (cols, cols), row j for the j-th column in order.");
+PyDoc_STRVAR(feedback_doc,
+             "feedback(codec, weights, order, feedback, arrays, mu, group_size, threads, /)\n--\n\n"
+             "Round weights to a codec of log8's family with error feedback: fill the codes, given the scales in the "
+             "arrays. weights: float32, C-contiguous, (rows, cols); order: uint32, a permutation "
+             "of the columns; feedback: float32, (cols, cols), row j for the j-th column in order.");
 
 static PyObject *feedback(PyObject *module, PyObject *args)
 {
@@ -98,8 +99,8 @@ static PyObject *feedback(PyObject *module, PyObject *args)
     int threads, failed;
     void *w, *o, *f;
     qins_codes e;
-    if (!PyArg_ParseTuple(args, "sO!O!O!O!fni:feedback", &codec_name, &PyArray_Type, &weights, &PyArray_Type, &order, &PyArray_Type,
-                          &factors, &PyTuple_Type, &arrays, &mu, &group_size, &threads) ||
+    if (!PyArg_ParseTuple(args, "sO!O!O!O!fni:feedback", &codec_name, &PyArray_Type, &weights, &PyArray_Type, &order,
+                          &PyArray_Type, &factors, &PyTuple_Type, &arrays, &mu, &group_size, &threads) ||
         qins_find_codec(codec_name, &codec) < 0 || qins_check_group_size(group_size) < 0) {
         return NULL;
     }

@@ -6,10 +6,15 @@ enum { HALF = QINS_BLOCK / 2, FLIPS = QINS_WINDOW / HALF };
 /* 0x80 for each 32 columns from k on whose group scale is negative */
 static void flips_of(const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *flip)
 {
-    const uint8_t *group = group_row(e, row);
-    const size_t first = k / HALF, each = e->group_size / HALF;
-    for (size_t i = 0; i < ceil_div(n, HALF); i++) {
-        flip[i] = group[each == 1 ? first + i : (first + i) / each] & 0x80;
+    const size_t each = e->group_size / HALF, first = k / HALF, count = ceil_div(n, HALF);
+    const uint8_t *group = group_row(e, row) + first / each;
+    size_t left = each - first % each; /* halves of this group */
+    for (size_t i = 0; i < count; i++) {
+        flip[i] = *group & 0x80;
+        if (--left == 0) {
+            left = each;
+            group++;
+        }
     }
 }
 
@@ -24,30 +29,6 @@ void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, s
         flips_of(e, row, k, part, flip);
         kernels->unpack(packed, part, bits, flip, codes);
     }
-}
-
-/* Kernels prefetch ahead of what they read: into the room behind, which is in a cache, too. */
-size_t qins_rows_room(const qins_codes *e, size_t rows)
-{
-    const size_t groups = ceil_div(e->cols, e->group_size > 0 ? e->group_size : 1);
-    return is_packed(e->codec) ? rows * (e->cols + groups) + QINS_BLOCK + QINS_AHEAD : 0;
-}
-
-qins_rows qins_rows_of(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, char *room)
-{
-    if (!is_packed(e->codec)) {
-        return (qins_rows){e->codes + row * e->cols, group_row(e, row)};
-    }
-    const size_t groups = ceil_div(e->cols, e->group_size);
-    uint8_t *codes = (uint8_t *)room, *scales = codes + rows * e->cols;
-    const uint8_t *from = group_row(e, row);
-    for (size_t i = 0; i < rows; i++) {
-        qins_unpack(k, e, row + i, 0, e->cols, codes + i * e->cols);
-    }
-    for (size_t i = 0; i < rows * groups; i++) {
-        scales[i] = log8_group_scale(from[i]);
-    }
-    return (qins_rows){codes, scales};
 }
 
 uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col)

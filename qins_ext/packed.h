@@ -2,8 +2,8 @@
  *
  * A row is blocks of 64 codes, the last of which may have 8 to 56. With c codes, plane by plane: the low 4 bits of each
  * code, then (log6) 2 or (log5) 1 more. A plane of w bits has c*w/8 bytes, and bits w*j to w*j + w - 1 of byte i belong
- * to code i + j*c*w/8. So a vector unpacks a plane with one shift that is uniform over consecutive bytes, and a block of
- * 64 is 8*bits consecutive bytes.
+ * to code i + j*c*w/8. So a vector unpacks a plane with one shift that is uniform over consecutive bytes, and a block
+ * of 64 is 8*bits consecutive bytes.
  *
  * Kernels read log8's form instead: sign<<7 | m with m = i * 128/h, except 127 for 128 (see qins_log8_levels). The sign
  * of a group's scale is then part of its codes', and its group_scale is log8's: 2 * (group_scale & 127) + 1. */
@@ -50,15 +50,6 @@ static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, si
     return unit < 0.0f ? -unit : unit; /* log8's form has the sign in the codes */
 }
 
-/* Rows of codes in log8's form */
-typedef struct {
-    const uint8_t *codes, *group_scale;
-} qins_rows;
-
-/* Bytes of scratch memory that qins_rows_of needs for `rows` rows; 0 if the codes are not packed */
-size_t qins_rows_room(const qins_codes *e, size_t rows);
-/* Rows [row, row + rows) of log8, log6, log5 or log4: those of `e`, or unpacked in `room` */
-qins_rows qins_rows_of(const qins_kernels *k, const qins_codes *e, size_t row, size_t rows, char *room);
 /* Unpacks columns [k, k + n) of a row; k is a multiple of 64. `codes` has room for n rounded up to 64. */
 void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *codes);
 /* One code in log8's form */

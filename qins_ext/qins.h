@@ -87,8 +87,9 @@ typedef struct {
     QINS_ALIGNED(32) int16_t a[16];
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
-    float multiplier[256];        /* by the codec's group_scale; of packed codes with the sign */
-    /* words of packed codes themselves, repeated to 64 */
+    float multiplier[256]; /* by the codec's group_scale; of packed codes with the sign */
+    /* log8's form of packed codes, without flips, and words of packed codes; repeated to 64 */
+    QINS_ALIGNED(64) uint8_t packed_form[64];
     QINS_ALIGNED(64) uint8_t packed_low[64];
     QINS_ALIGNED(64) uint8_t packed_high[64];
     float word_unit, factor_unit; /* the value of 1, in levels */
@@ -266,8 +267,8 @@ typedef struct {
     void (*decode_log9)(const uint8_t *stored, const uint8_t *sign_bits, size_t n, const float *value, float *out);
     /* log8 */
     void (*encode_log8)(const float *w, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes);
-    /* error[i] = sum of importance * (|w inverse[i]| - nearest level)^2, in 16 lanes, the same on every instruction set;
-     * importance may be NULL. If t->capped, weights whose sign is that of inverse have the levels up to t->top */
+    /* error[i] = sum of importance * (|w inverse[i]| - nearest level)^2, in 16 lanes, the same on every instruction
+     * set; importance may be NULL. If t->capped, weights whose sign is that of inverse have the levels up to t->top */
     void (*errors_log8)(const float *w, const float *importance, size_t n, const float *inverse, int candidates,
                         const qins_log8_tables *t, float *error);
     /* Rounds a panel of 16 rows, one lane each, with error feedback. Each column (16 floats) in turn gets the code
@@ -300,7 +301,8 @@ typedef struct {
     /* out[row][m] = sum over a row of f(codes) * group scale * x[m], with batch values per row and room for an even
      * number of rows. group_scale: NULL, or that of all rows; group_size is then 32 or a multiple of 64. room:
      * QINS_WORD_ROOM bytes, aligned to 64, in which at most QINS_WORD_ROWS rows of codes are decoded once for many rows
-     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and they need room if batch > 1 */
+     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and they need room if batch
+     * > 1 */
     void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, void *room, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with

@@ -336,6 +336,7 @@ void qins_log8_words_build(qins_log8_words *t, float mu, int bits)
     for (int q = 0; q < 64 && bits < 8; q++) {
         const int half = 1 << (bits - 1), sign = (q & half) != 0, m = ((q & (half - 1)) + sign) * (QINS_LEVELS / half);
         const int code = sign << 7 | (m < QINS_LEVELS ? m : QINS_LEVELS - 1);
+        t->packed_form[q] = (uint8_t)code;
         t->packed_low[q] = t->word_low[code];
         t->packed_high[q] = t->word_high[code];
     }
