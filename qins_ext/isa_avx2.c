@@ -317,6 +317,91 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     return w;
 }
 
+/* -- packed codes */
+
+/* A whole block of packed codes, one to a byte */
+WORD void packed_indices(const uint8_t *packed, int bits, __m256i *q)
+{
+    const __m256i nibbles = _mm256_loadu_si256((const __m256i *)packed), low = _mm256_set1_epi8(15);
+    q[0] = _mm256_and_si256(nibbles, low);
+    q[1] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low);
+    if (bits == 5) {
+        int64_t plane;
+        memcpy(&plane, packed + 32, sizeof plane);
+        const __m256i all = _mm256_set1_epi64x(plane), bit = _mm256_set1_epi8(1);
+        const __m256i a = _mm256_and_si256(_mm256_srlv_epi64(all, _mm256_setr_epi64x(0, 1, 2, 3)), bit);
+        const __m256i b = _mm256_and_si256(_mm256_srlv_epi64(all, _mm256_setr_epi64x(4, 5, 6, 7)), bit);
+        q[0] = _mm256_or_si256(q[0], _mm256_slli_epi16(a, 4));
+        q[1] = _mm256_or_si256(q[1], _mm256_slli_epi16(b, 4));
+    } else if (bits == 6) {
+        const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(packed + 32)));
+        const __m256i two = _mm256_set1_epi8(3);
+        const __m256i a = _mm256_and_si256(_mm256_srlv_epi64(all, _mm256_setr_epi64x(0, 0, 2, 2)), two);
+        const __m256i b = _mm256_and_si256(_mm256_srlv_epi64(all, _mm256_setr_epi64x(4, 4, 6, 6)), two);
+        q[0] = _mm256_or_si256(q[0], _mm256_slli_epi16(a, 4));
+        q[1] = _mm256_or_si256(q[1], _mm256_slli_epi16(b, 4));
+    }
+}
+
+#define UNPACK_BLOCK
+/* A block in log8's form; see packed.h */
+WORD void unpack_block(const uint8_t *packed, int bits, uint8_t *codes)
+{
+    const __m256i top = _mm256_set1_epi8((char)((1 << (bits - 1)) - 1));
+    const __m128i shift = _mm_cvtsi32_si128(8 - bits);
+    __m256i q[2];
+    packed_indices(packed, bits, q);
+    for (int i = 0; i < 2; i++) {
+        const __m256i sign = _mm256_cmpgt_epi8(q[i], top); /* -1 where set */
+        const __m256i level = _mm256_sub_epi8(_mm256_and_si256(q[i], top), sign);
+        const __m256i m = _mm256_min_epu8(_mm256_sll_epi16(level, shift), _mm256_set1_epi8(127));
+        const __m256i code = _mm256_or_si256(m, _mm256_and_si256(sign, _mm256_set1_epi8(INT8_MIN)));
+        _mm256_storeu_si256((__m256i *)(codes + 32 * i), code);
+    }
+}
+
+#define DECODE_PACKED
+/* Low and high bytes of the words of packed codes, in parts of 16 codes */
+typedef struct {
+    __m256i low[4], high[4];
+} vp;
+WORD vp vp_load(const qins_log8_words *t)
+{
+    vp r;
+    for (int i = 0; i < 4; i++) {
+        r.low[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(t->packed_low + 16 * i)));
+        r.high[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(t->packed_high + 16 * i)));
+    }
+    return r;
+}
+/* Shuffles use the low four bits of q; blends use bit 7 of its shifted copies. */
+WORD __m256i pick_bytes(const __m256i *table, __m256i q, int bits)
+{
+    __m256i r = _mm256_shuffle_epi8(table[0], q);
+    if (bits > 4) {
+        const __m256i odd = _mm256_slli_epi16(q, 3);
+        r = _mm256_blendv_epi8(r, _mm256_shuffle_epi8(table[1], q), odd);
+        if (bits > 5) {
+            const __m256i upper =
+                _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], q), _mm256_shuffle_epi8(table[3], q), odd);
+            r = _mm256_blendv_epi8(r, upper, _mm256_slli_epi16(q, 2));
+        }
+    }
+    return r;
+}
+WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
+{
+    vw w;
+    __m256i q[2];
+    packed_indices(packed, bits, q);
+    for (int i = 0; i < 2; i++) {
+        const __m256i low = pick_bytes(t->low, q[i], bits), high = pick_bytes(t->high, q[i], bits);
+        w.v[2 * i] = _mm256_unpacklo_epi8(low, high);
+        w.v[2 * i + 1] = _mm256_unpackhi_epi8(low, high);
+    }
+    return w;
+}
+
 /* Adds products of 32 weights, four in each of eight lanes. */
 WORD __m256i add_half(__m256i sums, const __m256i *w, const int16_t *x)
 {

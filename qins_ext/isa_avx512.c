@@ -55,6 +55,41 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
              factors_to_words(_mm512_unpackhi_epi8(al, ah), _mm512_unpackhi_epi8(bl, bh), t->c)}};
     return w;
 }
+#define DECODE_PACKED
+/* Low and high bytes of the words of packed codes, in parts of 16 codes */
+typedef struct {
+    __m512i low[4], high[4];
+} vp;
+WORD vp vp_load(const qins_log8_words *t)
+{
+    vp r;
+    for (int i = 0; i < 4; i++) {
+        r.low[i] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)(const void *)(t->packed_low + 16 * i)));
+        r.high[i] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)(const void *)(t->packed_high + 16 * i)));
+    }
+    return r;
+}
+WORD __m512i pick_bytes(const __m512i *table, __m512i q, int bits)
+{
+    const __m512i at = _mm512_and_si512(q, _mm512_set1_epi8(15));
+    __m512i r = _mm512_shuffle_epi8(table[0], at);
+    if (bits > 4) {
+        const __mmask64 odd = _mm512_test_epi8_mask(q, _mm512_set1_epi8(16));
+        r = _mm512_mask_shuffle_epi8(r, odd, table[1], at);
+        if (bits > 5) {
+            const __m512i upper = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[2], at), odd, table[3], at);
+            r = _mm512_mask_mov_epi8(r, _mm512_test_epi8_mask(q, _mm512_set1_epi8(32)), upper);
+        }
+    }
+    return r;
+}
+WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
+{
+    const __m512i q = packed_indices(packed, bits);
+    const __m512i low = pick_bytes(t->low, q, bits), high = pick_bytes(t->high, q, bits);
+    vw w = {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+    return w;
+}
 WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
 {
     sums = _mm512_add_epi32(sums, _mm512_madd_epi16(w->v[0], _mm512_loadu_si512(x)));

@@ -152,6 +152,41 @@ static FN void NAME(transpose)(const float *src, size_t src_stride, float *dst, 
 /* Unpacking bytes to words stays within the four 128-bit parts: bytes 0-7 of each, then 8-15 of each. */
 #define X_ORDER {0, 2, 4, 6, 1, 3, 5, 7}
 
+/* 64 packed codes, a whole block, one to a byte. Bits above those of a code are any, so tables of fewer than 64 entries
+ * repeat. */
+WORD __m512i packed_indices(const uint8_t *packed, int bits)
+{
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)packed));
+    const __m512i nibbles = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+    __m512i more;
+    if (bits == 4) {
+        return nibbles;
+    }
+    if (bits == 5) {
+        int64_t plane;
+        memcpy(&plane, packed + 32, sizeof plane);
+        more = _mm512_rolv_epi64(_mm512_set1_epi64(plane), _mm512_setr_epi64(4, 3, 2, 1, 0, 63, 62, 61));
+    } else {
+        more = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(packed + 32)));
+        more = _mm512_rolv_epi64(more, _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62));
+    }
+    /* the low four bits are nibbles' */
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, more, 0xca);
+}
+
+#define UNPACK_BLOCK
+/* A block in log8's form; see packed.h */
+WORD void unpack_block(const uint8_t *packed, int bits, uint8_t *codes)
+{
+    const int half = 1 << (bits - 1);
+    const __m512i q = packed_indices(packed, bits), one = _mm512_set1_epi8(1);
+    const __mmask64 sign = _mm512_test_epi8_mask(q, _mm512_set1_epi8((char)half));
+    __m512i level = _mm512_and_si512(q, _mm512_set1_epi8((char)(half - 1)));
+    level = _mm512_mask_add_epi8(level, sign, level, one);
+    const __m512i m = _mm512_min_epu8(_mm512_sll_epi16(level, _mm_cvtsi32_si128(8 - bits)), _mm512_set1_epi8(127));
+    _mm512_storeu_si512(codes, _mm512_mask_add_epi8(m, sign, m, _mm512_set1_epi8(INT8_MIN)));
+}
+
 /* Sums of pairs of lanes, of fours, of eights and of all sixteen. */
 #define SUMS
 WORD __m512 sum_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }

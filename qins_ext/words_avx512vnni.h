@@ -50,15 +50,19 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     return w;
 }
 #define DECODE_PACKED
-WORD vt vt_load_packed(const qins_log8_words *t)
+/* Low and high bytes of the words of packed codes: one table holds both signs. */
+typedef struct {
+    __m512i low, high;
+} vp;
+WORD vp vp_load(const qins_log8_words *t)
 {
-    vt r = {{_mm512_load_si512(t->packed_low)}, {_mm512_load_si512(t->packed_high)}};
+    vp r = {_mm512_load_si512(t->packed_low), _mm512_load_si512(t->packed_high)};
     return r;
 }
-/* One table holds the words of both signs. */
-WORD vw vw_of_indices(const vt *t, __m512i q)
+WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
 {
-    const __m512i low = _mm512_permutexvar_epi8(q, t->low[0]), high = _mm512_permutexvar_epi8(q, t->high[0]);
+    const __m512i q = packed_indices(packed, bits);
+    const __m512i low = _mm512_permutexvar_epi8(q, t->low), high = _mm512_permutexvar_epi8(q, t->high);
     vw w = {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
     return w;
 }
