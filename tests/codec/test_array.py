@@ -240,7 +240,9 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match="group_size: expected a positive integer"):
             qins.encode(w, group_size=size)
     for size in (8, 48, 96):
-        with pytest.raises(ValueError, match=f"group_size: expected 32 or a multiple of 64 for codec 'log5', got {size}"):
+        with pytest.raises(
+            ValueError, match=f"group_size: expected 32 or a multiple of 64 for codec 'log5', got {size}"
+        ):
             qins.encode(w, "log5", group_size=size)
     for mu in (-1.0, float("nan"), 1e9):
         with pytest.raises(ValueError, match="mu: expected 0 to 65536"):
@@ -328,6 +330,17 @@ def test_matmul(isa, rng, codec, group, shape):
         error = y.astype(np.float64) - exact
         limit = {2: 8e-3 if dtype is not np.float16 else 1e-3}.get(np.dtype(dtype).itemsize, 2e-4)
         assert np.sqrt((error**2).sum()) <= limit * np.sqrt((exact**2).sum())
+
+
+@pytest.mark.parametrize(("codec", "group"), CODECS)
+@pytest.mark.parametrize("shape", [(0, 0), (0, 64), (5, 0)])
+def test_matmul_without_weights(isa, codec, group, shape):
+    e = qins.encode(np.zeros(shape, np.float32), codec, group_size=group)
+    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
+        for lead in ((), (0,), (1,), (2, 20)):
+            y = qins.matmul(np.ones((*lead, shape[1]), dtype), e, out=np.full((*lead, shape[0]), 7, dtype))
+            assert y.shape == (*lead, shape[0])
+            assert not y.any()
 
 
 def test_matmul_errors(rng):
