@@ -139,7 +139,8 @@ enum { PERCENTS = 12, PERCENTS_IN_SEARCH = 4, NEARERS = 4 };
 static void packed_multipliers(int cover, int around, const int *percent, int count, int sign, int *multiplier)
 {
     for (int i = 0; i < count; i++) {
-        const int m = around + (cover * percent[i] / 2 + 50) / 100 * 2;
+        const int half = percent[i] < 0 ? -50 : 50; /* division rounds toward zero */
+        const int m = around + (cover * percent[i] / 2 + half) / 100 * 2;
         multiplier[i] = sign * (m < 2 ? 2 : m > 256 ? 256 : m);
     }
 }

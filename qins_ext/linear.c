@@ -351,6 +351,10 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     if (batch == 0 || e->rows == 0) {
         return 0;
     }
+    if (e->cols == 0) {
+        memset(y, 0, batch * e->rows * item_size(dtype));
+        return 0;
+    }
     const qins_way way = qins_choose_way(kernels, e, batch, dtype);
     const qins_panels *form = qins_panels_of(kernels, way);
     qins_log8_words own;

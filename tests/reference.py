@@ -36,6 +36,70 @@ def nearest_log8(w: np.ndarray, scale: np.ndarray, mu: float) -> np.ndarray:
     return (m | (np.signbit(w) << 7)).astype(np.uint8)
 
 
+# bits of a packed code
+BITS = {"log6": 6, "log5": 5, "log4": 4}
+
+
+def packed_values(mu: float, bits: int) -> np.ndarray:
+    """Value of every code q of log6, log5 or log4, for S = 1: f(i/h), then -f((i + 1)/h)."""
+    h = 1 << (bits - 1)
+    part = np.arange(h + 1) / h
+    f = (np.expm1(part * np.log1p(mu)) / mu if mu > 0 else part).astype(np.float32)
+    return np.concatenate([f[:-1], -f[1:]])
+
+
+def packed_scale(fields: dict, group_size: int, shape: tuple[int, int]) -> np.ndarray:
+    """S of every weight, with its sign, in float32 as the format specifies."""
+    group = fields["group_scale"].astype(int)
+    multiplier = np.where(group >= 128, -1, 1) * ((group & 127) + 1) / 128
+    s = np.asarray(fields["scale"], np.float32)[:, None] * multiplier.astype(np.float32)
+    return np.repeat(s, group_size, axis=1)[:, : shape[1]]
+
+
+def pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of codes as bytes: blocks of up to 64 codes, each a plane of 4 bits, then one of the others."""
+    rows = []
+    for row in q.astype(int):
+        data = []
+        for block in np.split(row, range(64, len(row), 64)):
+            for low, width in ((0, 4), (4, bits - 4)):
+                plane = [0] * (len(block) * width // 8)
+                for i in range(len(block) if width else 0):
+                    j, at = divmod(i, len(plane))
+                    plane[at] |= (int(block[i]) >> low) % (1 << width) << (width * j)
+                data += plane
+        rows.append(data)
+    return np.array(rows, np.uint8).reshape(len(q), q.shape[1] * bits // 8)
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Return the codes that `pack` packed."""
+    cols = packed.shape[1] * 8 // bits
+    q = np.zeros((len(packed), cols), int)
+    at = 0
+    for begin in range(0, cols, 64):
+        count = min(64, cols - begin)
+        for low, width in ((0, 4), (4, bits - 4)):
+            size = count * width // 8
+            for i in range(count if width else 0):
+                j, byte = divmod(i, size)
+                q[:, begin + i] |= (packed[:, at + byte].astype(int) >> (width * j)) % (1 << width) << low
+            at += size
+    return q
+
+
+def decode_packed(fields: dict, codec: str, group_size: int) -> np.ndarray:
+    bits = BITS[codec]
+    q = unpack(fields[f"codes{bits}"], bits)
+    return packed_values(float(fields["mu"]), bits)[q] * packed_scale(fields, group_size, q.shape)
+
+
+def nearest_packed(w: np.ndarray, scale: np.ndarray, mu: float, bits: int) -> np.ndarray:
+    """Codes of the nearest values."""
+    values = packed_values(mu, bits).astype(np.float64) * scale.astype(np.float64)[..., None]
+    return np.abs(values - w.astype(np.float64)[..., None]).argmin(-1)
+
+
 def encode_golden(w: np.ndarray) -> dict:
     """The seed's encoding, correctly rounded."""
     a = np.abs(w.astype(np.float64))

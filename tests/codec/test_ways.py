@@ -5,11 +5,15 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 
 import qins
 from qins import _core
 
-FORMATS = [("golden", None), ("log9", None), ("rational", None), *(("log8", g) for g in (None, 32, 64, 128, 10))]
+FORMATS = [
+    ("golden", None), ("log9", None), ("rational", None), *(("log8", g) for g in (None, 32, 64, 128, 10)),
+    ("log6", 32), ("log6", 128), ("log5", 64), ("log4", 32), ("log4", 192),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -19,14 +23,15 @@ def forced_way():
 
 
 def way(e, rows, dtype):
-    mu = float(e.fields["mu"]) if e.codec == "log8" else 0.0
+    mu = float(e.fields["mu"]) if "mu" in e.fields else 0.0
     return _core.way(e.codec, mu, e.group_size or 0, rows, dtype)
 
 
 @pytest.mark.parametrize("name", _core.WAYS)
 @pytest.mark.parametrize(("codec", "group_size"), FORMATS)
 def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_size):
-    w = rng.normal(0, 0.02, (70, 330)).astype(np.float32)
+    cols = 328 if codec in reference.BITS else 330
+    w = rng.normal(0, 0.02, (70, cols)).astype(np.float32)
     e = qins.encode(w, codec, group_size=group_size)
     exact = e.decode().astype(np.float64)
     forced_way(name)
@@ -34,7 +39,7 @@ def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_si
         for rows in (1, 2, 7, 17, 50, 130):
             if way(e, rows, np.dtype(dtype).name) != name:
                 continue  # this kernel does not support these codes or this instruction set
-            x = rng.normal(size=(rows, 330)).astype(dtype)
+            x = rng.normal(size=(rows, cols)).astype(dtype)
             expected = x.astype(np.float64) @ exact.T
             error = qins.matmul(x, e).astype(np.float64) - expected
             assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < limit
@@ -62,6 +67,12 @@ def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_si
         ("amx", "log8", 64, "bfloat16", {1: "BYTES", 2: "WORDS", 4: "TILES", 73: "HALF_PANELS"}),
         ("amx", "log8", 32, "float32", {1: "WORDS", 5: "TILES", 129: "PLANE_PANELS"}),
         ("amx", "log8", 32, "bfloat16", {1: "WORDS", 5: "TILES", 73: "HALF_PANELS"}),
+        ("scalar", "log4", 32, "float32", {1: "WORDS", 9: "FLOAT_PANELS"}),
+        ("avx2", "log5", 64, "float32", {1: "WORDS"}),
+        ("avx512vnni", "log6", 128, "float32", {1: "WORDS"}),
+        ("avx512bf16", "log4", 32, "bfloat16", {1: "WORDS", 16: "HALF_PANELS"}),
+        ("amx", "log6", 32, "float32", {1: "WORDS", 5: "TILES", 129: "PLANE_PANELS"}),
+        ("amx", "log5", 64, "bfloat16", {1: "WORDS", 4: "TILES", 73: "HALF_PANELS"}),
     ],
 )
 def test_choice(name, codec, group_size, dtype, expected):

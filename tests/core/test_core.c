@@ -13,7 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "qins.h"
+#include "packed.h"
 #include "test_decoder.h"
 
 static int passed, failed;
@@ -109,7 +109,7 @@ static void *room_for(guarded g, size_t bytes, int at_end)
 static float weights[MOST];
 static uint8_t codes[MOST], more[MOST];
 static qins_golden_tables golden;
-static qins_log8_tables log8;
+static qins_log8_tables log8, log5; /* log5 stands for the packed codecs, whose kernels differ only in their tables */
 static qins_golden_tables small_golden;
 static float weights_small[MOST], importances[MOST];
 
@@ -161,6 +161,15 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
     k->errors_log8(w, importance, n, inverse, 3, &log8, e);
     s->errors_log8(w, importance, n, inverse, 3, &log8, f);
     check(memcmp(e, f, sizeof e) == 0, "errors_log8 with importance", k->name, n, at_end);
+    for (int sign = 1; sign >= -1; sign -= 2) {
+        float of_sign[3] = {inverse[0] * (float)sign, inverse[1] * (float)sign, inverse[2] * (float)sign};
+        k->errors_log8(w, importance, n, of_sign, 3, &log5, e);
+        s->errors_log8(w, importance, n, of_sign, 3, &log5, f);
+        check(memcmp(e, f, sizeof e) == 0, "errors_log8, log5", k->name, n, at_end);
+        k->errors_log8(w, NULL, n, of_sign, 3, &log5, e);
+        s->errors_log8(w, NULL, n, of_sign, 3, &log5, f);
+        check(memcmp(e, f, sizeof e) == 0, "errors_log8, log5, without importance", k->name, n, at_end);
+    }
 
     float *x = room_for(out_a, n * 4, at_end), *y = room_for(out_b, n * 4, at_end);
     const int8_t *sign = place(in_v, more, n, at_end);
@@ -210,10 +219,117 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
     }
 }
 
+/* -- packed codes --------------------------------------------------------------------------------- */
+
+static const qins_codec PACKED[] = {QINS_log6, QINS_log5, QINS_log4};
+enum { PACKED_COUNT = sizeof PACKED / sizeof *PACKED };
+
+/* Code i of a row, by the description in packed.h. */
+static unsigned code_of_bytes(const uint8_t *packed, size_t cols, size_t i, int bits)
+{
+    const size_t block = i / 64 * 64, count = cols - block < 64 ? cols - block : 64, at = i - block;
+    const uint8_t *low = packed + block / 8 * (size_t)bits, *high = low + count / 2;
+    unsigned q = low[at % (count / 2)] >> (at < count / 2 ? 0 : 4) & 15;
+    if (bits == 5) {
+        q |= (high[at % (count / 8)] >> at / (count / 8) & 1u) << 4;
+    } else if (bits == 6) {
+        q |= (high[at % (count / 4)] >> 2 * (at / (count / 4)) & 3u) << 4;
+    }
+    return q;
+}
+
+/* One row in log8's form, and nothing written beside it. */
+static void unpack_at(const qins_kernels *k, size_t cols, int bits, const uint8_t *flip, guarded in, guarded out,
+                      size_t offset, int at_end)
+{
+    const size_t bytes = cols / 8 * (size_t)bits;
+    char *from = at_end ? in.high - bytes : in.low + offset, *to = at_end ? out.high - cols : out.low + offset;
+    memset(out.low, 0x5a, out.room);
+    if (bytes > 0) {
+        memcpy(from, more, bytes);
+    }
+    k->unpack((const uint8_t *)from, cols, bits, flip, (uint8_t *)to);
+    const int h = 1 << (bits - 1);
+    int right = 1;
+    for (size_t i = 0; i < cols; i++) {
+        const int q = (int)code_of_bytes(more, cols, i, bits), sign = q >= h, level = q - sign * h + sign;
+        const int m = level == h ? 127 : level * 128 / h;
+        right &= (uint8_t)to[i] == ((m | sign << 7) ^ flip[i / 32]);
+    }
+    for (const char *p = out.low; p < out.high; p++) {
+        right &= (p >= to && p < to + cols) || *p == 0x5a;
+    }
+    check(right, "unpack", k->name, cols, (size_t)bits);
+}
+
+static void unpacking(const qins_kernels *k)
+{
+    static uint8_t flip[MOST / 32 + 1];
+    const guarded flips = guard(sizeof flip);
+    for (size_t i = 0; i < sizeof flip; i++) {
+        flip[i] = next() % 2 ? 0x80 : 0;
+    }
+    for (int bits = 4; bits <= 6; bits++) {
+        for (size_t cols = 0; cols + 8 < MOST; cols += cols == 520 ? 3560 : 8) {
+            for (int at_end = 0; at_end < 2; at_end++) {
+                const uint8_t *at = place(flips, flip, (cols + 31) / 32, at_end);
+                unpack_at(k, cols, bits, at, in_v, out_a, 0, at_end);
+            }
+        }
+        for (size_t offset = 1; offset < 64; offset++) {
+            unpack_at(k, 152, bits, flip, in_v, out_a, offset, 0);
+        }
+    }
+}
+
+/* Rows of codes: packed, and unpacked whole, in parts and one by one. */
+static void packing(void)
+{
+    enum { ROWS = 3, COLS = 5000 };
+    static uint8_t levels[ROWS * COLS], bytes[ROWS * COLS], group[ROWS * COLS / 32 + ROWS], whole[COLS], part[64];
+    static const size_t WIDTH[] = {8, 32, 56, 64, 72, 96, 200, 4096, 4104, 5000}, GROUP[] = {32, 64, 192, 8192};
+    const qins_kernels *k = qins_isa_at(0);
+    for (size_t i = 0; i < PACKED_COUNT * 10 * 4; i++) {
+        const size_t cols = WIDTH[i % 10], size = GROUP[i / 10 % 4], groups = (cols + size - 1) / size;
+        qins_codes e = {.codec = PACKED[i / 40], .rows = ROWS, .cols = cols, .codes = bytes, .group_size = size};
+        const int bits = log_bits(e.codec), h = 1 << (bits - 1);
+        e.group_scale = group;
+        for (size_t j = 0; j < ROWS * groups; j++) {
+            group[j] = (uint8_t)next();
+        }
+        for (size_t row = 0; row < ROWS; row++) {
+            for (size_t c = 0; c < cols; c++) {
+                levels[row * cols + c] = (uint8_t)(next() % (unsigned)(h + 1) | (next() & 0x80));
+            }
+            qins_pack(levels + row * cols, cols, bits, bytes + row * code_bytes(&e, cols));
+        }
+        int right = 1;
+        for (size_t row = 0; row < ROWS; row++) {
+            qins_unpack(k, &e, row, 0, cols, whole);
+            for (size_t c = 0; c < cols; c++) {
+                const uint8_t flip = group[row * groups + c / size] & 0x80, sign = levels[row * cols + c] & 0x80;
+                int level = levels[row * cols + c] & 127;
+                level = sign == 0 && level == h ? h - 1 : level; /* only exists with the other sign */
+                const int m = level == h ? 127 : level * 128 / h;
+                const uint8_t expected = (uint8_t)((m | (level > 0 ? sign : 0)) ^ flip);
+                right &= whole[c] == expected && qins_code_at(&e, row, c) == expected;
+            }
+            for (size_t begin = 0; begin < cols; begin += 64) {
+                const size_t n = cols - begin < 64 ? cols - begin : 64;
+                qins_unpack(k, &e, row, begin, n, part);
+                right &= memcmp(part, whole + begin, n) == 0;
+            }
+        }
+        check(right, "packed codes", "core", cols, size);
+    }
+}
+
 /* -- error feedback ------------------------------------------------------------------------------- */
 
-static void feedback_at(const qins_kernels *k, size_t cols, int at_end)
+/* capped: for log5, whose scales may be negative */
+static void feedback_at(const qins_kernels *k, size_t cols, int at_end, int capped)
 {
+    const qins_log8_tables *t = capped ? &log5 : &log8;
     enum { COLS = 70, GROUPS = 3 };
     static float panel[COLS * QINS_LANES], feedback[COLS * COLS], scale[GROUPS * QINS_LANES];
     static uint32_t group[COLS];
@@ -225,6 +341,7 @@ static void feedback_at(const qins_kernels *k, size_t cols, int at_end)
     }
     for (size_t i = 0; i < GROUPS * QINS_LANES; i++) {
         scale[i] = i % 11 == 3 ? 0.0f : 0.05f + 0.01f * (float)uniform();
+        scale[i] = capped && i % 3 == 1 ? -scale[i] : scale[i];
     }
     for (size_t i = 0; i < cols; i++) {
         group[i] = (uint32_t)(next() % GROUPS);
@@ -234,12 +351,15 @@ static void feedback_at(const qins_kernels *k, size_t cols, int at_end)
     const uint32_t *g = place(in_v, group, cols * 4, at_end);
     float *a = place(out_a, panel, bytes * 4, at_end), *b = place(out_b, panel, bytes * 4, at_end);
     uint8_t *c = room_for(out_c, bytes, at_end), *d = room_for(out_d, bytes, at_end);
-    k->feedback_log8(a, cols, f, s, g, &log8, c);
-    qins_kernels_scalar.feedback_log8(b, cols, f, s, g, &log8, d);
+    k->feedback_log8(a, cols, f, s, g, t, c);
+    qins_kernels_scalar.feedback_log8(b, cols, f, s, g, t, d);
     check(memcmp(a, b, bytes * 4) == 0 && memcmp(c, d, bytes) == 0, "feedback_log8", k->name, cols, at_end);
     for (size_t j = 0; j < cols; j++) {
         for (size_t r = 0; r < QINS_LANES; r++) {
-            float size = scale[group[j] * QINS_LANES + r] * log8.level[c[j * QINS_LANES + r] & 127];
+            const int32_t level = c[j * QINS_LANES + r] & 127;
+            float size = scale[group[j] * QINS_LANES + r] * t->level[level];
+            check(level <= t->top || (capped && level == t->top + 1 && c[j * QINS_LANES + r] >= 128),
+                  "level of feedback", k->name, j, r);
             float e = panel[j * QINS_LANES + r] - (c[j * QINS_LANES + r] & 128 ? -size : size);
             check(a[j * QINS_LANES + r] == e, "error of feedback_log8", k->name, j, r);
         }
@@ -265,33 +385,94 @@ static qins_fixed fixed_rows(const qins_kernels *k, const float *x, size_t n, in
     return (qins_fixed){fixed, scale, steps, batch};
 }
 
-/* The error allowed to fixed point, per product: half a step of the activations and 1e-4 of the largest level. */
+/* Whether a sum is within the error allowed to fixed point, per product: half a step of the activations and 1e-4 of the
+ * largest level. f: levels with their signs, times s, the group scales. scale: of the activations */
+static int sum_is_right(float out, const float *x, const double *f, const double *s, size_t n, const float *scale,
+                        size_t step)
+{
+    double sum = 0.0, bound = 1e-30;
+    for (size_t i = 0; i < n; i++) {
+        const double v = (double)x[i];
+        sum += f[i] * v;
+        bound += 1e-4 * s[i] * fabs(v) +
+                 fabs(f[i]) * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX * (double)scale[i / step * QINS_BATCH];
+    }
+    return fabs((double)out - sum) <= bound;
+}
+
+/* The scales of the row of activations m */
+static const float *scales_of(const qins_fixed *x, size_t m)
+{
+    const size_t in_set = m % QINS_BATCH;
+    return x->scale + (m - in_set) * x->steps + in_set;
+}
+
 static void check_dots(const qins_kernels *k, const float *x, const uint8_t *u, size_t rows, size_t n, int batch,
                        size_t group_size, const uint8_t *group, int at_end, int decoded_once)
 {
     static QINS_ALIGNED(64) uint8_t room[QINS_WORD_ROOM];
     static qins_log8_words words;
     float out[4 * MANY];
-    qins_log8_words_build(&words, log8.mu);
+    qins_log8_words_build(&words, log8.mu, 8);
     const size_t step = group_size % k->word_step == 0 ? k->word_step : QINS_BLOCK;
     const size_t groups = group_size ? (n + group_size - 1) / group_size : 0;
     const qins_fixed fixed = fixed_rows(k, x, n, batch, step, at_end);
     k->dot_log8(u, rows, n, group, group_size, &words, &fixed, decoded_once ? room : NULL, out);
+    static double f[MOST], s[MOST];
     for (size_t row = 0; row < rows; row++, u += n) {
-        for (int m = 0; m < batch; m++) {
-            const size_t in_set = (size_t)m % QINS_BATCH, set = (size_t)m - in_set;
-            const float *scale = fixed.scale + set * fixed.steps + in_set;
-            double sum = 0.0, bound = 1e-30;
-            for (size_t i = 0; i < n; i++) {
-                double v = (double)x[(size_t)m * n + i];
-                double s = group ? (group[row * groups + i / group_size] + 1) / 256.0 : 1.0;
-                double f = (double)log8.level[u[i] & 127] * s;
-                sum += (u[i] & 128 ? -f : f) * v;
-                bound += 1e-4 * s * fabs(v) +
-                         f * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX * (double)scale[i / step * QINS_BATCH];
+        for (size_t i = 0; i < n; i++) {
+            s[i] = group ? (group[row * groups + i / group_size] + 1) / 256.0 : 1.0;
+            f[i] = (double)log8.level[u[i] & 127] * (u[i] & 128 ? -s[i] : s[i]);
+        }
+        for (size_t m = 0; m < (size_t)batch; m++) {
+            check(sum_is_right(out[row * (size_t)batch + m], x + m * n, f, s, n, scales_of(&fixed, m), step),
+                  "dot_log8", k->name, n, group_size);
+        }
+    }
+}
+
+/* Packed codes, of any bytes, which are decoded once for all rows of activations. */
+static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, int batch, size_t group_size, int at_end)
+{
+    static QINS_ALIGNED(64) uint8_t room[QINS_WORD_ROOM];
+    static qins_log8_words words;
+    static float x[MANY * MOST], level[QINS_LEVELS];
+    static double f[MOST], s[MOST];
+    float out[4 * MANY];
+    const size_t rows = 1 + n / 8 % 3, groups = (n + group_size - 1) / group_size;
+    qins_codes e = {.codec = codec, .rows = rows, .cols = n, .group_size = group_size};
+    qins_log8_levels(2.5f, 1, level);
+    qins_log8_words_build(&words, 2.5f, log_bits(codec));
+    for (size_t i = 0; i < n * (size_t)batch; i++) {
+        x[i] = normal() * (i % 97 == 5 ? 50000.0f : 50.0f);
+    }
+    e.codes = place(in_u, codes + 512, rows * code_bytes(&e, n), at_end);
+    e.group_scale = place(in_v, more, rows * groups, at_end);
+    const qins_fixed fixed = fixed_rows(k, x, n, batch, QINS_BLOCK, at_end);
+    k->dot_log8(e.codes, rows, n, e.group_scale, group_size, &words, &fixed, batch > 1 ? room : NULL, out);
+    for (size_t row = 0; row < rows; row++) {
+        for (size_t i = 0; i < n; i++) {
+            const uint8_t code = qins_code_at(&e, row, i);
+            s[i] = ((e.group_scale[row * groups + i / group_size] & 127) + 1) / 128.0;
+            f[i] = (double)level[code & 127] * (code & 128 ? -s[i] : s[i]);
+        }
+        for (size_t m = 0; m < (size_t)batch; m++) {
+            check(sum_is_right(out[row * (size_t)batch + m], x + m * n, f, s, n, scales_of(&fixed, m), QINS_BLOCK),
+                  "dot_log8, packed", k->name, n, group_size);
+        }
+    }
+}
+
+static void packed_dots(const qins_kernels *k)
+{
+    static const int BATCH[] = {1, 2, 8, QINS_BATCH + 1, MANY};
+    static const size_t GROUP[] = {32, 64, 128, 192, 8192};
+    for (size_t c = 0; c < PACKED_COUNT; c++) {
+        for (size_t n = 8; n < 1200; n += n < 264 ? 8 : 424) { /* 1 to 4 blocks, then two chunks of columns */
+            for (size_t i = 0; i < 5; i++) {
+                packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i) % 5], (int)(n / 8 + i) % 2);
+                packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i + 1) % 5], 1);
             }
-            check(fabs((double)out[row * (size_t)batch + (size_t)m] - sum) <= bound, "dot_log8", k->name, n,
-                  group_size);
         }
     }
 }
@@ -489,7 +670,7 @@ static void dots(const qins_kernels *k)
     for (int b = 0; b < 3; b++) {
         float x[2][100], out[4];
         static qins_log8_words words;
-        qins_log8_words_build(&words, 2.5f);
+        qins_log8_words_build(&words, 2.5f, 8);
         for (int i = 0; i < 100; i++) {
             x[0][i] = x[1][i] = 1.0f;
         }
@@ -511,28 +692,29 @@ static double exact_product(const float *w, const float *x, size_t n)
     return sum;
 }
 
-/* Codes of any codec, with random scales; the arrays end where their pages end. */
+/* Codes of any codec, with random scales; the arrays end where their pages end. Packed codes have a multiple of 8
+ * columns. */
 static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t group_size, float mu)
 {
     static float scale[MOST];
     static uint8_t all[8 * MOST];
     for (size_t i = 0; i < rows * cols; i++) {
         all[i] = (uint8_t)(i < 256 ? i : next());
-        all[i] = codec != QINS_log8 && all[i] == 0 ? 1 : all[i];
+        all[i] = log_bits(codec) == 0 && all[i] == 0 ? 1 : all[i];
     }
     for (size_t i = 0; i < rows; i++) {
         scale[i] = (float)(0.5 + uniform());
     }
     size_t groups = group_size ? (cols + group_size - 1) / group_size : 0;
     qins_codes e = {.codec = codec, .rows = rows, .cols = cols, .group_size = group_size, .mu = mu};
-    e.codes = place(in_u, all, rows * cols, 1);
+    e.codes = place(in_u, all, rows * code_bytes(&e, cols), 1);
     e.log_min = -6.0f;
     e.log_max = 1.0f;
     e.alpha = 2.0f;
     e.z_min = 0.25f;
     e.z_max = 0.96875f;
     e.scale = place(out_a, scale, rows * 4, 1);
-    if (codec == QINS_log8) {
+    if (log_bits(codec) > 0) {
         e.group_scale = place(in_v, more, rows * groups, 1);
     } else {
         for (size_t i = 0; i < rows * cols; i++) {
@@ -604,8 +786,16 @@ static void products(const qins_kernels *k, int emulated)
                  {2, 4200, 192, 2.5f}, {15, 2170, 32, 2.5f},  {15, 2112, 64, 2.5f}};
     for (size_t i = 0; i < sizeof SHAPE / sizeof *SHAPE; i++) {
         for (int codec = 0; codec < QINS_CODEC_COUNT; codec++) {
-            size_t group = codec == QINS_log8 ? SHAPE[i].group_size : 0;
-            qins_codes e = some_codes((qins_codec)codec, SHAPE[i].rows, SHAPE[i].cols, group, SHAPE[i].mu);
+            const int packed = is_packed((qins_codec)codec);
+            size_t group = log_bits((qins_codec)codec) > 0 ? SHAPE[i].group_size : 0, cols = SHAPE[i].cols;
+            if (packed) { /* the next shape that they can have */
+                group = group % 64 == 0 && group > 0 ? group : 32;
+                cols = (cols + 7) / 8 * 8;
+            }
+            if (packed && ((size_t)codec + i) % PACKED_COUNT != 0) {
+                continue; /* they differ only in how they are unpacked, so each shape needs only one of them */
+            }
+            qins_codes e = some_codes((qins_codec)codec, SHAPE[i].rows, cols, group, SHAPE[i].mu);
             for (size_t b = 0; b < sizeof BATCH / sizeof *BATCH; b += emulated ? 3 : 1) { /* emulators are slow */
                 product_at(k, &e, BATCH[b], QINS_F32);
                 product_at(k, &e, BATCH[b], QINS_BF16);
@@ -668,17 +858,25 @@ static void take_outliers(const qins_kernels *k)
 }
 
 /* Activations that dominate a row, where weights are small beside their neighbors. */
-static void outliers_at(const qins_kernels *k, size_t batch, size_t group_size, qins_dtype dtype)
+static void outliers_at(const qins_kernels *k, qins_codec codec, size_t batch, size_t group_size, qins_dtype dtype)
 {
     enum { ROWS = 67, COLS = 320, COLUMNS = QINS_COLUMNS + 5, MOST_BATCH = 70 };
-    static uint8_t u[ROWS * COLS], group[ROWS * COLS];
+    static uint8_t u[ROWS * COLS], packed[ROWS * COLS], group[ROWS * COLS];
     static float scale[ROWS], x[MOST_BATCH * COLS], y[MOST_BATCH * ROWS];
     static char xs[sizeof x], ys[sizeof y];
-    qins_codes e = {.codec = QINS_log8, .rows = ROWS, .cols = COLS, .mu = 2.5f, .group_size = group_size};
+    qins_codes e = {.codec = codec, .rows = ROWS, .cols = COLS, .mu = 2.5f, .group_size = group_size};
+    const int bits = log_bits(codec);
     for (size_t i = 0; i < ROWS * COLS; i++) {
         const size_t col = i % COLS;
         u[i] = (uint8_t)(next() & (col % 13 == 2 ? 0x87 : 0xff));
+        if (bits < 8) {
+            u[i] = (uint8_t)((u[i] & 0x80) | next() % (col % 13 == 2 ? 2u : 1u << (bits - 1)));
+        }
         group[i] = (uint8_t)next();
+    }
+    const size_t bytes = ROWS * code_bytes(&e, COLS);
+    if (bits < 8) {
+        qins_pack(u, ROWS * COLS, bits, packed); /* COLS is a multiple of 64, so rows continue one another */
     }
     for (size_t i = 0; i < ROWS; i++) {
         scale[i] = (float)(0.5 + uniform());
@@ -691,7 +889,7 @@ static void outliers_at(const qins_kernels *k, size_t batch, size_t group_size, 
             x[m * COLS + (2 + 13 * ((m + 7 * j) % COLUMNS)) % COLS] = (j % 2 ? -3e3f : 3e3f) + 1e3f * normal();
         }
     }
-    e.codes = place(in_u, u, sizeof u, 1);
+    e.codes = place(in_u, bits < 8 ? packed : u, bytes, 1);
     e.group_scale = group_size ? place(in_v, group, ROWS * ((COLS + group_size - 1) / group_size), 1) : NULL;
     e.scale = place(out_a, scale, sizeof scale, 1);
     qins_kernels_scalar.narrow[dtype](x, batch * COLS, xs);
@@ -718,8 +916,11 @@ static void outliers(const qins_kernels *k)
     take_outliers(k);
     for (size_t b = 0; b < sizeof BATCH / sizeof *BATCH; b++) {
         for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
-            outliers_at(k, BATCH[b], GROUP[g], QINS_F32);
-            outliers_at(k, BATCH[b], GROUP[g], QINS_F16);
+            outliers_at(k, QINS_log8, BATCH[b], GROUP[g], QINS_F32);
+            outliers_at(k, QINS_log8, BATCH[b], GROUP[g], QINS_F16);
+            if (GROUP[g] > 0) {
+                outliers_at(k, PACKED[(b + g) % PACKED_COUNT], BATCH[b], GROUP[g], QINS_F32);
+            }
         }
     }
 }
@@ -790,6 +991,36 @@ static void conversions(const qins_kernels *k)
 
 /* -- tables --------------------------------------------------------------------------------------- */
 
+/* The levels of a codec of log8's family, the nearest ones, and log8's form of them. */
+static void levels_at(float mu, int bits, int last)
+{
+    static qins_log8_tables t;
+    float form[QINS_LEVELS];
+    qins_log8_tables_build(&t, mu, bits);
+    qins_log8_levels(mu, bits < 8, form);
+    const float *level = t.level;
+    for (int m = 0; m <= last; m++) {
+        double part = (double)m / last;
+        double f = mu == 0.0f ? part : expm1(part * log1p((double)mu)) / (double)mu;
+        check(fabs((double)level[m] - f) <= 6.1e-8 * f, "level", "core", (size_t)bits, (size_t)m);
+        check(bits == 8 || form[m == last ? 127 : m << (8 - bits)] == level[m], "form", "core", (size_t)bits,
+              (size_t)m);
+    }
+    check(level[0] == 0.0f && level[last] == 1.0f, "level ends", "core", (size_t)bits, 0);
+    check(t.top == (bits == 8 ? 127 : last - 1) && t.capped == (bits < 8), "top", "core", (size_t)bits, 0);
+    for (int j = 0; j < 20000; j++) { /* nearest level, near and far from the thresholds */
+        double r =
+            j % 2 ? uniform() * 1.2
+                  : ((double)level[j % last] + (double)level[j % last + 1]) * 0.5 * (1.0 + (uniform() - 0.5) * 1e-6);
+        float x = (float)r;
+        uint32_t m = 0;
+        while ((int)m < last && ((double)level[m] + (double)level[m + 1]) * 0.5 <= (double)x) {
+            m++;
+        }
+        check(qins_lut_count(&t.lut, (int32_t)bits_of(x)) == m, "nearest level", "core", (size_t)bits, (size_t)j);
+    }
+}
+
 static void tables(void)
 {
     for (int i = 0; i < 20000; i++) {
@@ -804,23 +1035,9 @@ static void tables(void)
 
     static const float MU[] = {0.0f, 1e-30f, 1e-6f, 0.01f, 0.5f, 1.0f, 2.5f, 4.0f, 6.0f, 32.0f, 255.0f, 65536.0f};
     for (size_t i = 0; i < sizeof MU / sizeof *MU; i++) {
-        qins_log8_tables_build(&log8, MU[i]);
-        for (int m = 0; m < QINS_LEVELS; m++) {
-            double mu = MU[i], part = m / 127.0;
-            double f = mu == 0.0 ? part : expm1(part * log1p(mu)) / mu;
-            check(fabs((double)log8.level[m] - f) <= 6.1e-8 * f, "level", "core", i, (size_t)m);
-        }
-        check(log8.level[0] == 0.0f && log8.level[127] == 1.0f, "level ends", "core", i, 0);
-        for (int j = 0; j < 20000; j++) { /* nearest level, near and far from the thresholds */
-            double r = j % 2 ? uniform() * 1.2
-                             : ((double)log8.level[j % 127] + (double)log8.level[j % 127 + 1]) * 0.5 *
-                                   (1.0 + (uniform() - 0.5) * 1e-6);
-            float x = (float)r;
-            uint32_t m = 0;
-            while (m < 127 && ((double)log8.level[m] + (double)log8.level[m + 1]) * 0.5 <= (double)x) {
-                m++;
-            }
-            check(qins_lut_count(&log8.lut, (int32_t)bits_of(x)) == m, "nearest level", "core", i, (size_t)j);
+        for (int bits = 8; bits >= 4; bits -= bits == 8 ? 2 : 1) {
+            const int last = bits == 8 ? 127 : 1 << (bits - 1);
+            levels_at(MU[i], bits, last);
         }
     }
     /* ranges from two neighboring floats to all of float32 */
@@ -884,6 +1101,13 @@ static const matrix_case CASES[] = {
     {"rational", QINS_rational, QINS_F32, 37, 301, 0, 0, 1.0f, 0},
     {"rational-special", QINS_rational, QINS_F32, 5, 4099, 0, 0, 1.0f, 1},
     {"rational-spread", QINS_rational, QINS_BF16, 40, 333, 0, 0, 100.0f, 0},
+    {"log6", QINS_log6, QINS_F32, 33, 1000, 32, -1.0f, 1.0f, 0},
+    {"log6-spread-g64", QINS_log6, QINS_F32, 40, 328, 64, -1.0f, 100.0f, 0},
+    {"log5", QINS_log5, QINS_F32, 65, 576, 32, -1.0f, 1.0f, 0},
+    {"log5-f16-g192", QINS_log5, QINS_F16, 12, 648, 192, -1.0f, 1.0f, 0},
+    {"log4", QINS_log4, QINS_F32, 33, 1000, 32, -1.0f, 1.0f, 0},
+    {"log4-linear-g128", QINS_log4, QINS_BF16, 4, 1000, 128, 0.0f, 1.0f, 0},
+    {"log4-special", QINS_log4, QINS_F32, 7, 4504, 64, -1.0f, 1.0f, 1},
 };
 enum { CASE_COUNT = sizeof CASES / sizeof *CASES, BIG = 1 << 16 };
 
@@ -946,8 +1170,8 @@ static uint64_t run_case(const matrix_case *c, const qins_kernels *k, int thread
                     .group_size = c->group_size};
     uint64_t h = 14695981039346656037u;
     check(qins_encode(k, &w, NULL, threads, &e) == 0, "finite", k->name, 0, 0);
-    h = fnv(h, u, n);
-    if (c->codec == QINS_log8) {
+    h = fnv(h, u, c->rows * code_bytes(&e, c->cols));
+    if (log_bits(c->codec) > 0) {
         h = fnv(fnv(fnv(h, scale, c->rows * 4), &e.mu, 4), group, c->rows * groups);
     } else if (c->codec == QINS_rational) {
         h = fnv(fnv(h, &e.z_min, 4), &e.z_max, 4);
@@ -1004,9 +1228,9 @@ static void digests(const char *path, int write)
 
 static void nonfinite(void)
 {
-    const matrix_case *c = &CASES[0];
-    make_weights(c, 0);
-    qins_matrix w = {source, QINS_F32, c->rows, c->cols, (ptrdiff_t)c->cols * 4, 4};
+    enum { ROWS = 37, COLS = 296 }; /* columns that every codec can have */
+    make_weights(&CASES[0], 0);
+    qins_matrix w = {source, QINS_F32, ROWS, COLS, COLS * 4, 4};
     for (int codec = 0; codec < QINS_CODEC_COUNT; codec++) {
         static const float BAD[] = {NAN, INFINITY, -INFINITY};
         for (int b = 0; b < 3; b++) {
@@ -1014,8 +1238,8 @@ static void nonfinite(void)
             static uint8_t u[BIG], v[BIG], g[BIG];
             static float scale[BIG];
             qins_codes e = {.codec = (qins_codec)codec,
-                            .rows = c->rows,
-                            .cols = c->cols,
+                            .rows = ROWS,
+                            .cols = COLS,
                             .codes = u,
                             .mu = -1.0f,
                             .alpha = 1.0f,
@@ -1110,7 +1334,8 @@ int main(int argc, char **argv)
     }
     qins_range range = qins_kernels_scalar.range_golden(weights, MOST, (qins_range){INT32_MAX, 0});
     qins_golden_tables_build(&golden, range);
-    qins_log8_tables_build(&log8, 2.5f);
+    qins_log8_tables_build(&log8, 2.5f, 8);
+    qins_log8_tables_build(&log5, 2.5f, 5);
     in_f = guard((MOST + QINS_BLOCK) * 4 * QINS_BATCH), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
     out_a = guard(MOST * 8), out_b = guard(MOST * 8), out_c = guard(MOST * 8), out_d = guard(MOST * 8);
     for (size_t i = 0; i < qins_isa_count(); i++) {
@@ -1126,10 +1351,14 @@ int main(int argc, char **argv)
         kernels_misaligned(k);
         conversions(k);
         for (size_t n = 0; n <= 70; n += n < 20 ? 1 : 5) {
-            feedback_at(k, n, 0);
-            feedback_at(k, n, 1);
+            for (int capped = 0; capped < 2; capped++) {
+                feedback_at(k, n, 0, capped);
+                feedback_at(k, n, 1, capped);
+            }
         }
+        unpacking(k);
         dots(k);
+        packed_dots(k);
         between_products(k);
         check_decoder(k, check);
         products(k, argc > 2);
@@ -1142,6 +1371,7 @@ int main(int argc, char **argv)
     }
 #include "isas.def"
 #undef X
+    packing();
     digests(argv[1], 0);
     nonfinite();
     parallel(argc < 3);

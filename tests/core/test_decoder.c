@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "decoder.h"
+#include "packed.h"
 #include "test_decoder.h"
 
 enum { HIDDEN = 48, HEADS = 6, KV_HEADS = 2, DIM = 18, INNER = 70, ROOM = 40, ROTARY = 12, MOST_ROWS = 8 };
@@ -23,16 +24,17 @@ static void fill(float *x, size_t n, float middle, float width)
     }
 }
 
-/* Codes of a random matrix, and its dequantized values. */
+/* Codes of a random matrix, and its dequantized values; packed ones only where the columns allow it. */
 typedef struct {
     qins_codes e;
     double *values;
 } matrix;
 
-static matrix random_matrix(const qins_kernels *k, size_t rows, size_t cols, size_t group_size)
+static matrix random_matrix(const qins_kernels *k, qins_codec codec, size_t rows, size_t cols, size_t group_size)
 {
+    codec = cols % 8 == 0 ? codec : QINS_log8;
     float *w = malloc(rows * cols * sizeof *w);
-    matrix m = {.e = {.codec = QINS_log8, .rows = rows, .cols = cols, .group_size = group_size, .mu = -1.0f}};
+    matrix m = {.e = {.codec = codec, .rows = rows, .cols = cols, .group_size = group_size, .mu = -1.0f}};
     fill(w, rows * cols, 0.0f, 0.2f);
     m.e.codes = malloc(rows * cols);
     m.e.scale = malloc(rows * sizeof(float));
@@ -219,15 +221,16 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     return right;
 }
 
-static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activation activation, int fused)
+static setup *random_setup(const qins_kernels *k, qins_codec codec, size_t group_size, qins_activation activation,
+                           int fused)
 {
     setup *s = calloc(1, sizeof *s);
     qins_decoder_layer *l = &s->layer;
-    s->qkv = random_matrix(k, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, group_size);
-    s->o = random_matrix(k, HIDDEN, HEADS * DIM, group_size);
-    s->gate = random_matrix(k, INNER, HIDDEN, group_size);
-    s->up = random_matrix(k, INNER, HIDDEN, group_size);
-    s->down = random_matrix(k, HIDDEN, INNER, group_size);
+    s->qkv = random_matrix(k, codec, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, group_size);
+    s->o = random_matrix(k, codec, HIDDEN, HEADS * DIM, group_size);
+    s->gate = random_matrix(k, codec, INNER, HIDDEN, group_size);
+    s->up = random_matrix(k, codec, INNER, HIDDEN, group_size);
+    s->down = random_matrix(k, codec, HIDDEN, INNER, group_size);
     fill(s->bias, sizeof s->bias / sizeof(float), 0.0f, 0.3f);
     fill(s->before, HIDDEN, 1.0f, 0.3f);
     fill(s->after, HIDDEN, 1.0f, 0.3f);
@@ -243,7 +246,7 @@ static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activa
         for (size_t i = 0; i < 2; i++) {
             const size_t row = of_q + i * KV_HEADS * DIM;
             parts[i]->codes.rows = KV_HEADS * DIM;
-            parts[i]->codes.codes += row * HIDDEN;
+            parts[i]->codes.codes += row * code_bytes(&s->qkv.e, HIDDEN);
             parts[i]->codes.scale += row;
             parts[i]->codes.group_scale = groups ? parts[i]->codes.group_scale + row * groups : NULL;
             parts[i]->bias += row;
@@ -275,10 +278,11 @@ static setup *random_setup(const qins_kernels *k, size_t group_size, qins_activa
 
 void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const char *, size_t, size_t))
 {
-    static const size_t GROUP[] = {0, 16, 32, 64};
+    static const size_t GROUP[] = {0, 16, 32, 64, 32};
+    static const qins_codec CODEC[] = {QINS_log8, QINS_log8, QINS_log8, QINS_log8, QINS_log5};
     for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
         for (int fused = 0; fused < 2; fused++) {
-            setup *s = random_setup(k, GROUP[g], fused ? QINS_GELU_TANH : QINS_SILU, fused);
+            setup *s = random_setup(k, CODEC[g], GROUP[g], fused ? QINS_GELU_TANH : QINS_SILU, fused);
             for (size_t past = 1; past < 34; past += 8) {
                 check(layer_is_right(k, s, 1, 1, past, 0), "decoder layer, a token", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 3, 1, past, 0), "decoder layer, sequences", k->name, GROUP[g], past);

@@ -309,13 +309,14 @@ def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
         raise ValueError(f"out: expected shape {shape} and dtype {x.dtype}, got {out.shape} and {out.dtype}")
     elif np.may_share_memory(out, x):
         raise ValueError("out: expected memory of its own, got memory that overlaps x")
+    x = x.reshape(math.prod(x.shape[:-1]), cols)
     if x.dtype == np.float64:
-        _matmul_by_tiles(x.reshape(-1, cols), e, out)
+        _matmul_by_tiles(x, e, out)
         return out
     name, held = element_dtype(x.dtype)
-    x2 = np.ascontiguousarray(x.reshape(-1, cols), dtype=x.dtype.newbyteorder("=")).view(held)
+    x2 = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("=")).view(held)
     y = out if out.flags.c_contiguous and out.dtype.isnative else np.empty(shape, x2.dtype)
-    y2 = (y.view(held) if y.dtype != held else y).reshape(-1, rows) if x2.shape[0] else np.empty((0, rows), held)
+    y2 = (y.view(held) if y.dtype != held else y).reshape(x2.shape[0], rows)
     _core.linear(e.codec, e.arrays, e.scalars, rows, cols, e.group_size or 0, x2, name, y2, get_num_threads())
     if y is not out:
         out[...] = y.view(x.dtype.newbyteorder("="))

@@ -104,7 +104,8 @@ def code_columns(codec: str, width: int) -> int:
     if not is_packed(codec):
         return width
     if width % LOG_BITS[codec]:
-        raise ValueError(f"codes: expected rows of a multiple of {LOG_BITS[codec]} bytes for {codec}, got {width}")
+        (name, _), bits = ARRAYS[codec], LOG_BITS[codec]
+        raise ValueError(f"{name}: expected rows of a multiple of {bits} bytes for {codec}, got {width}")
     return width // LOG_BITS[codec] * 8
 
 
