@@ -216,7 +216,9 @@ def test_wrong_dtype(w):
 
 def test_wrong_arguments():
     w = np.zeros((2, 2), np.float32)
-    with pytest.raises(ValueError, match="codec: expected one of golden, log9, log8, rational, log6, log5, log4, got 'log7'"):
+    with pytest.raises(
+        ValueError, match="codec: expected one of golden, log9, log8, rational, log6, log5, log4, got 'log7'"
+    ):
         qins.encode(w, "log7")
     with pytest.raises(ValueError, match="group_size: expected None for codec 'golden'"):
         qins.encode(w, "golden", group_size=32)
