@@ -58,6 +58,13 @@ def test_generate(source):
     assert printed(*arguments, "--engine", "core").split() == printed(*arguments).split()
 
 
+def test_demo(source, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "demo.png"
+    printed("demo", "--model", source, "--codec", "log4", "--tokens", 64, "--picture", picture)
+    assert picture.stat().st_size > 1000
+
+
 def test_calibrate(source, tmp_path):
     text = ["--calibrate", source.parent / "text.txt", "--calibration-tokens", 1024]
     printed("quantize", source, tmp_path / "out", "--codec", "log5", "--group-size", 64, *text)
