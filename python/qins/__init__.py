@@ -1,4 +1,4 @@
-"""8-bit weights for language models, as logarithmic codes.
+"""Weights of 8 bits and fewer for language models, as logarithmic codes.
 
 `encode` and `decode` work on NumPy arrays, and `Decoder` runs converted language models with NumPy alone. `QINSLinear`
 and `convert` quantize torch models; `QinsConfig` quantizes models as transformers loads them. Importing this package

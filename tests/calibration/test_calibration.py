@@ -10,7 +10,7 @@ from torch import nn
 import qins
 from qins.calibration import Choice, Store
 from qins.calibration.activations import cut, split
-from qins.codec import DAMPING, ErrorFeedback
+from qins.codec import ARRAYS, DAMPING, LOG_BITS, ErrorFeedback
 
 transformers = pytest.importorskip("transformers")
 from tiny import MODELS, make, outputs, same_state  # noqa: E402
@@ -57,27 +57,53 @@ def recorded_inputs(model, data):
     return {n: torch.cat(x).double().numpy() for n, x in seen.items()}
 
 
-@pytest.mark.parametrize("room", [1, 48 * 48 * 4 + 1, 1 << 30])
-def test_layers_get_the_codes_of_their_inputs(room):
+@pytest.mark.parametrize(
+    ("room", "codec"),
+    [(1, "log8"), (48 * 48 * 4 + 1, "log8"), *((1 << 30, codec) for codec in LOG_BITS)],
+)
+def test_layers_get_the_codes_of_their_inputs(room, codec):
     """The number of rounds does not matter: statistics come from the float model."""
     model, data = Net(), batches()
     text = split(data)
     x = recorded_inputs(model, text.batches)
     weights = {n: m.weight.detach().numpy().copy() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    report = qins.calibrate(model, data, room=room, group_size=32)
+    report = qins.calibrate(model, data, room=room, codec=codec, group_size=32)
     kept = {m.name: m for m in report.converted}
     assert list(kept) == ["a", "b", "c", "unused"]
     assert kept["unused"].kept == "nearest: the calibration text does not reach this layer"
     for name in ("a", "b", "c"):
         assert kept[name].kept == "calibrated"
         assert kept[name].error < 0.7 * kept[name].nearest_error
-        e = ErrorFeedback(x[name].T @ x[name], DAMPING).encode(weights[name], group_size=32)
-        codes = model.get_submodule(name).codes.numpy()
-        assert (codes == e.fields["codes"]).mean() > 0.99  # sums in float32 move a few ties
+        e = ErrorFeedback(x[name].T @ x[name], DAMPING).encode(weights[name], codec, group_size=32)
+        field = ARRAYS[codec][0]
+        codes = model.get_submodule(name).get_buffer(field).numpy()
+        assert (codes == e.fields[field]).mean() > 0.99  # sums in float32 move a few ties
+        assert (kept[name].codec, kept[name].group_size) == (codec, 32)
     assert report.tokens == sum(b.numel() for b in text.batches)
     assert report.held_out == 128
     assert "3 of 4 layers have" in str(report)
     assert model(data[0]).isfinite().all()
+
+
+def test_layers_that_cannot_be_packed_get_log8():
+    model = Net()
+    model.unused = nn.Linear(12, 8)
+    report = qins.calibrate(model, batches(), codec="log4")
+    assert [(m.name, m.codec, m.group_size) for m in report.converted] == [
+        *((name, "log4", 32) for name in "abc"),
+        ("unused", "log8", 64),
+    ]
+    assert "unused: log8 instead of log4: 12 inputs are not a multiple of 8" in str(report)
+    assert model(batches()[0]).isfinite().all()
+
+
+def test_wrong_codec():
+    model = Net()
+    with pytest.raises(ValueError, match="codec: expected one of log8, log6, log5, log4 to calibrate, got 'golden'"):
+        qins.calibrate(model, batches(), codec="golden")
+    with pytest.raises(ValueError, match="group_size: expected 32 or a multiple of 64 for codec 'log4', got 48"):
+        qins.calibrate(model, batches(), codec="log4", group_size=48)
+    assert type(model.a) is nn.Linear
 
 
 def test_deterministic():

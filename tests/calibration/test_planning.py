@@ -10,7 +10,7 @@ import torch
 
 import qins
 from qins.calibration.activations import Layer, cut
-from qins.calibration.planning import Option, allocate, hull, sensitivities
+from qins.calibration.planning import Option, _formats, allocate, hull, sensitivities
 
 transformers = pytest.importorskip("transformers")
 from tiny import make  # noqa: E402
@@ -110,6 +110,35 @@ def test_plan_and_calibrate():
     assert "bits per weight, estimated mean KL divergence" in str(plan)
 
 
+@pytest.mark.parametrize("target", [5.0, 6.5])
+def test_fewer_bits(target):
+    """Bits go to the sensitive layers, from the whole ladder of codecs."""
+    model, batches = model_and_batches()
+    with torch.no_grad():  # an insensitive layer, and a sensitive one
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-4)
+        model.model.layers[1].mlp.down_proj.weight.mul_(10)
+    plan = qins.plan(model, batches, target_bits=target)
+    assert target - 0.3 < plan.bits <= target
+    chosen = {n.removeprefix("model.layers."): o for n, o in plan.chosen.items()}
+    assert chosen["0.mlp.down_proj"].codec == "log4"
+    ladder = ["log4", "log5", "log6", "log8"]
+    steps = {n: ladder.index(o.codec) for n, o in chosen.items()}
+    assert steps["1.mlp.down_proj"] == max(steps.values()) > 0
+    assert all(str(o).startswith(f"{o.codec}/") or str(o) == "log8" for o in chosen.values())
+    report = qins.calibrate(model, batches, plan=plan)
+    assert {m.name: (m.codec, m.group_size) for m in report.converted} == plan.formats
+    assert plan.group_sizes == {n: size for n, (_, size) in plan.formats.items()}
+    assert 8 * report.bytes_after / sum(plan.weights.values()) == pytest.approx(plan.bits)
+
+
+def test_what_is_tried():
+    packed = [(f"log{bits}", size) for bits in (6, 5, 4) for size in (32, 64)]
+    assert _formats(576, True) == [("log8", None), ("log8", 32), ("log8", 64), ("log8", 192), *packed]
+    assert _formats(576, False) == _formats(576, True)[:4]
+    assert _formats(72, True) == [("log8", None), ("log6", 32), ("log5", 32), ("log4", 32)]
+    assert _formats(60, True) == [("log8", None)]  # cannot be packed
+
+
 def test_layers_left_as_floats():
     model, batches = model_and_batches()
     half = model.bfloat16()
@@ -124,7 +153,8 @@ def test_layers_left_as_floats():
 def test_least_bits_for_a_divergence():
     model, batches = model_and_batches()
     loose, tight = (qins.plan(model, batches, target_kld=k) for k in (1.0, 2e-5))
-    assert {str(o) for o in loose.chosen.values()} == {"log8"}
+    assert {o.codec for o in loose.chosen.values()} == {"log4"}
+    assert "log8" in {o.codec for o in tight.chosen.values()}
     assert tight.kld <= 2e-5
     assert tight.bits > loose.bits
 
@@ -133,8 +163,10 @@ def test_errors():
     model, batches = model_and_batches()
     with pytest.raises(ValueError, match="expected one of target_bits and target_kld"):
         qins.plan(model, batches)
-    with pytest.raises(ValueError, match=r"target_bits: expected at least 8\.\d+ for these layers, got 7"):
-        qins.plan(model, batches, target_bits=7)
+    with pytest.raises(ValueError, match=r"target_bits: expected at least 4\.\d+ for these layers, got 3"):
+        qins.plan(model, batches, target_bits=3)
+    with pytest.raises(ValueError, match=r"target_bits: expected at least 8\.\d+ for these layers, got 8.01"):
+        qins.plan(model, batches, target_bits=8.01)
     with pytest.raises(ValueError, match="target_kld: expected at least"):
         qins.plan(model, batches, target_kld=-1.0)
     with pytest.raises(ValueError, match="plan: expected a model whose output has logits, got"):

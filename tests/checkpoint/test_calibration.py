@@ -33,16 +33,18 @@ def source(tmp_path):
 
 def test_from_pretrained_and_quantize_agree(source, tmp_path):
     text = tmp_path / "text.txt"
-    config = qins.QinsConfig(calibration=str(text), calibration_tokens=1024, overrides={"*o_proj": {"codec": "log9"}})
+    overrides = {"*o_proj": {"codec": "log9"}, "*up_proj": {"codec": "log4"}}
+    config = qins.QinsConfig(calibration=str(text), calibration_tokens=1024, overrides=overrides)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     layer = loaded.model.layers[0].self_attn
     assert isinstance(layer.q_proj, qins.QINSLinear)
     assert layer.o_proj.codec == "log9"
+    assert loaded.model.layers[0].mlp.up_proj.codec == "log4"
     nearest = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=qins.QinsConfig())
     assert not torch.equal(layer.q_proj.codes, nearest.model.layers[0].self_attn.q_proj.codes)
     loaded.save_pretrained(tmp_path / "saved")
 
-    config = qins.QinsConfig(overrides={"*o_proj": {"codec": "log9"}})
+    config = qins.QinsConfig(overrides=overrides)
     quantize_checkpoint(source, tmp_path / "out", config, calibration=Calibration(text.read_text(), 1024))
     assert not (tmp_path / "out" / "qins-calibration").exists()
     told = [json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("out", "saved")]
@@ -52,6 +54,21 @@ def test_from_pretrained_and_quantize_agree(source, tmp_path):
         again = qins.load(tmp_path / d)
         assert same_state(again, loaded)
         assert torch.equal(outputs(again), outputs(loaded))
+
+
+@pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
+def test_packed_codes(source, tmp_path, codec):
+    """From files as in memory, and nearer to the original than the nearest codes are."""
+    text = tmp_path / "text.txt"
+    quantize_checkpoint(
+        source, tmp_path / "out", qins.QinsConfig(codec), calibration=Calibration(text.read_text(), 1024)
+    )
+    got = qins.load(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    report = qins.calibrate(model, tokenized(source, text.read_text(), 1024), codec=codec)
+    assert {m.codec for m in report.converted} == {codec}
+    assert same_state(got, model)
+    assert sum(m.error for m in report.converted) < 0.9 * sum(m.nearest_error for m in report.converted)
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 has experts as linear layers")

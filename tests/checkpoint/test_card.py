@@ -72,6 +72,18 @@ def test_beside_codes(source, tmp_path):
     assert text.endswith("## The original's card\n\n# Tiny\n\nA model of two layers.\n")
 
 
+@pytest.mark.parametrize(
+    ("codec", "tags", "title"), [("log4", ["4-bit"], "in 4-bit"), ("log8", ["5-bit", "8-bit"], "in 5- to 8-bit")]
+)
+def test_fewer_bits(source, tmp_path, codec, tags, title):
+    overrides = {"*.down_proj": {"codec": "log5"}} if codec == "log8" else None
+    quantize_checkpoint(source, tmp_path / "out", qins.QinsConfig(codec, overrides=overrides))
+    head, text = parts((tmp_path / "out" / "README.md").read_text())
+    assert head["tags"] == ["chat", "qins", *tags, "cpu"]
+    assert f"{title} logarithmic codes" in text
+    assert f"| codec | {codec}, groups of " in text
+
+
 @pytest.mark.parametrize("original", ["", "no head\n", "---\n- a list\n---\ntext", "---\n{\n---\ntext", "---\n"])
 def test_originals_without_a_head(source, tmp_path, original):
     (source / "README.md").write_text(original)

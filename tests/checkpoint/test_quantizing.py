@@ -24,7 +24,7 @@ from qins.system import locked
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_memory  # noqa: E402
-from tiny import MODELS, make, outputs, same_state  # noqa: E402
+from tiny import COMMON, MODELS, make, outputs, same_state  # noqa: E402
 from tiny_experts import MODELS as MOE  # noqa: E402
 from tiny_experts import V5  # noqa: E402
 from tiny_experts import make as moe  # noqa: E402
@@ -48,7 +48,7 @@ def same_files(one, other, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("codec", ["log8", "log9"])
+@pytest.mark.parametrize("codec", ["log8", "log9", "log4"])
 def test_as_in_process(tmp_path, name, codec):
     model = make(name)
     model.save_pretrained(tmp_path / "float")
@@ -62,6 +62,15 @@ def test_as_in_process(tmp_path, name, codec):
     same_files(tmp_path / "out", tmp_path / "process", name)
 
 
+def test_layers_that_cannot_be_packed_get_log8(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**COMMON | {"intermediate_size": 100})
+    result = same_as_in_process(tmp_path, transformers.LlamaForCausalLM(config), {"codec": "log4"})
+    assert result["notes"] == [
+        f"model.layers.{i}.mlp.down_proj: log8 instead of log4: 100 inputs are not a multiple of 8" for i in range(2)
+    ]
+
+
 def same_as_in_process(tmp_path, model, config):
     model.save_pretrained(tmp_path / "float")
     result = quantize_checkpoint(tmp_path / "float", tmp_path / "out", qins.QinsConfig(**config))
@@ -73,7 +82,7 @@ def same_as_in_process(tmp_path, model, config):
 
 
 @pytest.mark.parametrize("name", MOE)
-@pytest.mark.parametrize("codec", ["log8", "golden"])
+@pytest.mark.parametrize("codec", ["log8", "golden", "log5"])
 def test_experts(tmp_path, name, codec):
     """Experts stored one by one, stacked, or stacked and transposed."""
     result = same_as_in_process(tmp_path, moe(name), {"codec": codec})

@@ -112,10 +112,12 @@ def commands(model, out, root):
         ["chat", model, *short],
         ["quantize", model, out],
         ["quantize", model, f"{out}-all", "--lm-head", "--embeddings"],
+        ["quantize", model, f"{out}-few", "--codec", "log4", "--lm-head", "--embeddings"],
         ["quantize", model, f"{out}-calibrated", "--calibrate", root / "text", "--calibration-tokens", "512"],
     ], [
         ["inspect", out],
         ["inspect", out, "--against", model, "--histogram", f"{out}.png"],
+        ["inspect", f"{out}-few", "--against", model, "--histogram"],
         ["eval", out, "--against", model, *text],
         ["generate", out, "-p", "w1 w2", *short],
         ["chat", out, *short],

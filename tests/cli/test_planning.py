@@ -17,12 +17,13 @@ from tokens import text as words  # noqa: E402
 pytestmark = pytest.mark.once
 
 
-def test_command_line(tmp_path):
+@pytest.mark.parametrize(("target", "least"), [(8.65, 8.0), (5.2, 4.5)])
+def test_command_line(tmp_path, target, least):
     sharp_llama().save_pretrained(tmp_path / "float")
     save_tokenizer(tmp_path / "float")
     (tmp_path / "text.txt").write_text(words(2048))
     command = [sys.executable, "-m", "qins.cli", "quantize", str(tmp_path / "float"), str(tmp_path / "out")]
-    bits = ["--target-bits", "8.65"]
+    bits = ["--target-bits", str(target)]
     run = subprocess.run([*command, *bits], capture_output=True, text=True)
     assert run.returncode == 1
     assert "expected --calibrate TEXT with them" in run.stderr
@@ -30,10 +31,11 @@ def test_command_line(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "bits per weight, estimated mean KL divergence" in run.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["calibration"]["target_bits"] == 8.65
-    assert 8.0 < config["calibration"]["bits"] <= 8.65
+    assert config["calibration"]["target_bits"] == target
+    assert least < config["calibration"]["bits"] <= target
     loaded = qins.load(tmp_path / "out")
     layers = [m for m in loaded.modules() if isinstance(m, qins.QINSLinear)]
-    assert len({m.group_size for m in layers}) > 1
+    assert len({(m.codec, m.group_size) for m in layers}) > 1
+    assert all((m.codec == "log8") == (target > 8) for m in layers if m.codec in ("log4", "log8"))
     weights = sum(m.in_features * m.out_features for m in layers)
     assert 8 * sum(m.encoded.nbytes for m in layers) / weights == pytest.approx(config["calibration"]["bits"])

@@ -136,6 +136,19 @@ def test_every_codec_and_peer(source, text_file):
     json.dumps(found.to_dict())
 
 
+def test_fewer_bits(source, text_file):
+    names = ["log8", *evaluation.PACKED, "calibrated to 5.2 bits"]
+    found = evaluation.evaluate_all(str(source), names, settings(text_file))
+    kl = {m.name: m.comparison.summary().kl_mean for m in found.measured}
+    bits = {m.name: m.bits for m in found.measured}
+    assert kl["log8"] < kl["log6"] < kl["log5"] < kl["log4"]
+    for codec in ("log6", "log5", "log4"):
+        assert kl[f"calibrated {codec}"] < kl[codec]
+        assert bits[f"calibrated {codec}"] == bits[codec] == pytest.approx(int(codec[3]) + 0.25 + 0.5, abs=0.1)
+    assert bits["calibrated to 5.2 bits"] <= 5.2
+    assert kl["calibrated to 5.2 bits"] < kl["log4"]
+
+
 @pytest.mark.parametrize("cols", [1, 31, 32, 100])
 def test_peers(rng, cols):
     w = torch.from_numpy(rng.normal(0, 0.02, (7, cols)).astype(np.float32))

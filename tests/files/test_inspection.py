@@ -20,6 +20,7 @@ from small import converted, model
 from torch import nn
 
 import qins
+from qins.codec import LOG_BITS
 from qins.files import open_checkpoint
 
 pytestmark = pytest.mark.once
@@ -59,6 +60,35 @@ def test_reports_what_is_there(tmp_path, codec, group, kind):
     assert codec in text
     assert f"{held:,}" in text
     assert json.loads(report.to_json())["tensor_bytes"] == held
+
+
+@pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_packed_codes(tmp_path, codec, kind):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(72, 40), nn.Linear(40, 64, bias=False))
+    floats, path = tmp_path / "floats.safetensors", tmp_path / "codes.bin"
+    save_file(m.state_dict(), floats)
+    original = copy.deepcopy(m)
+    qins.convert(m, codec)
+    torch.save(m.state_dict(), path) if kind == "torch" else save_file(m.state_dict(), path)
+    report = qins.inspect(path, against=floats, histograms=True)
+    assert not report.problems
+    assert [(la.codec, la.group_size, la.shape) for la in report.layers] == [
+        (codec, 32, (40, 72)),
+        (codec, 32, (64, 40)),
+    ]
+    weights = 40 * 72 + 64 * 40
+    assert report.bytes_by_kind["stored"] == weights * LOG_BITS[codec] // 8
+    assert report.float32_bytes == 4 * (weights + 40)
+    assert sum(sum(h) for h in report.histograms.values()) == weights
+    for layer, error, before, after in zip(report.layers, report.errors, original, m, strict=True):
+        w, d = before.weight.detach().double(), after.weight.double()
+        assert layer.bytes == sum(b.nbytes for b in after.buffers())
+        assert error.snr_db == pytest.approx(float(10 * torch.log10(w.pow(2).sum() / (w - d).pow(2).sum())))
+    state = m.state_dict()
+    torch.save(state | {f"0.codes{codec[3]}": state[f"0.codes{codec[3]}"][:, :-1].clone()}, tmp_path / "short.pt")
+    assert "expected rows of a multiple of" in qins.inspect(tmp_path / "short.pt").problems[0]
 
 
 def test_tied_weights_count_once(tmp_path):
@@ -268,7 +298,7 @@ def test_not_there_and_not_a_model(tmp_path):
         qins.inspect(tmp_path)
 
 
-@pytest.mark.parametrize("codec", ["log8", "golden", "log9", "rational"])
+@pytest.mark.parametrize("codec", ["log8", "log6", "log5", "log4", "golden", "log9", "rational"])
 def test_histograms(tmp_path, codec):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 64))

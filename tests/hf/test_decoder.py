@@ -100,6 +100,7 @@ def test_logits(tmp_path, name):
     [
         ("llama", {"lm_head": True}),
         *((name, {"lm_head": True, "embeddings": True}) for name in ("llama", "llama, tied", "gemma", "granite")),
+        ("llama, tied", {"lm_head": True, "embeddings": True, "codec": "log4"}),
     ],
     ids=str,
 )
@@ -109,7 +110,7 @@ def test_heads_and_embeddings(tmp_path, name, config):
 
 
 @pytest.mark.filterwarnings("ignore:.*rational:DeprecationWarning")
-@pytest.mark.parametrize("codec", ["log8", "log9", "golden", "rational"])
+@pytest.mark.parametrize("codec", ["log8", "log9", "golden", "rational", "log6", "log5", "log4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codecs_and_dtypes(tmp_path, codec, dtype):
     expected = logits(save(tmp_path, "llama", dtype, codec=codec), IDS)

@@ -164,7 +164,7 @@ def test_every_instruction_set(isa):
     assert divergence(got, logits(model, ids, mask)) < 1e-8
 
 
-@pytest.mark.parametrize("codec", ["golden", "log9"])
+@pytest.mark.parametrize("codec", ["golden", "log9", "log6", "log5", "log4"])
 def test_other_codecs(codec):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qins
+from qins.codec import LOG_BITS
 
 transformers = pytest.importorskip("transformers")
 from peak import peak_while_loading  # noqa: E402
@@ -45,7 +46,7 @@ def test_where_qins_is_not_installed(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("codec", ["log8", "golden", "log9"])
+@pytest.mark.parametrize("codec", ["log8", "golden", "log9", "log4"])
 def test_matrix(tmp_path, name, codec):
     model = make(name)
     cls = type(model)
@@ -69,7 +70,7 @@ def test_matrix(tmp_path, name, codec):
     converted = copy.deepcopy(model)
     report = qins.convert(converted, codec, exclude=["lm_head", "*.gate", "*.router", "*.shared_expert_gate"])
     assert same_state(converted, quantized)
-    least = {"log8": 44.0, "golden": 35.0, "log9": 35.0}[codec]
+    least = {"log8": 44.0, "golden": 35.0, "log9": 35.0, "log4": 19.0}[codec]
     assert all(m.snr_db > least for m in report.converted if "experts" in m.name)
     # what is on the disk
     found = qins.inspect(tmp_path / "one")
@@ -82,7 +83,7 @@ def test_matrix(tmp_path, name, codec):
     assert {e.name for e in found.layers} <= {e.name for e in errors}
     memory = qins.memory_report(quantized)
     assert not memory.problems
-    assert memory.by("role")["codes"] == sum(
+    assert memory.by("role")["codes"] * 8 // LOG_BITS.get(codec, 8) == sum(
         m.in_features * m.out_features if isinstance(m, qins.QINSLinear) else sum(np.prod(s) for s in m.shapes.values())
         for m in quantized.modules()
         if isinstance(m, (qins.QINSLinear, qins.QINSExperts))
@@ -101,6 +102,22 @@ def test_each_expert_is_encoded_by_itself(name):
             alone = qins.encode(weights[i].T if new.is_transposed else weights[i], group_size=32)
             assert alone.shape == tuple(shape)
             assert all(np.array_equal(new.encoded(stack, i).fields[n], f) for n, f in alone.fields.items())
+
+
+@v5_only
+def test_experts_that_cannot_be_packed_get_log8(tmp_path):
+    torch.manual_seed(0)
+    model = mixtral(intermediate_size=100)
+    model.save_pretrained(tmp_path / "float")
+    quantized = type(model).from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig("log5"))
+    report = qins.convert(model, "log5", exclude=["lm_head", "*.gate"])
+    assert same_state(model, quantized)
+    assert {m.codec for m in experts_of(model).values()} == {"log8"}  # the projections of a module have one codec
+    assert model.model.layers[0].self_attn.q_proj.codec == "log5"
+    for told in (report, quantized.hf_quantizer.report):
+        assert sum("experts" in m.name and "100 inputs" in m.note for m in told.converted) == 4
+    quantized.save_pretrained(tmp_path / "out")
+    assert same_state(qins.load(tmp_path / "out"), quantized)
 
 
 @v5_only

@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 
-def adapted(seed=0, name="llama", **kwargs):
+def adapted(seed=0, name="llama", codec="log8", **kwargs):
     """Return a quantized model with an adapter that is not zero."""
     base = make(name)
-    qins.convert(base)
+    qins.convert(base, codec)
     torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False} | kwargs
     return peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
@@ -34,8 +34,9 @@ def layer_of(model):
     return model.base_model.model.model.layers[0].mlp.up_proj
 
 
-def test_training_lowers_the_loss():
-    model = adapted(init_lora_weights=True).train()
+@pytest.mark.parametrize("codec", ["log8", "log4"])
+def test_training_lowers_the_loss(codec):
+    model = adapted(codec=codec, init_lora_weights=True).train()
     codes = {n: b.clone() for n, b in model.named_buffers()}
     ids = torch.arange(3, 43).reshape(2, 20)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
@@ -59,9 +60,10 @@ def test_save_and_reload(tmp_path):
     assert torch.equal(outputs(again), outputs(model))
 
 
+@pytest.mark.parametrize(("codec", "most"), [("log8", 0.02), ("log4", 0.15)])
 @pytest.mark.parametrize("safe", [False, True])
-def test_merge_and_unmerge(safe):
-    model = adapted()
+def test_merge_and_unmerge(safe, codec, most):
+    model = adapted(codec=codec)
     layer = layer_of(model)
     assert type(layer).__name__ == "QINSLoraLinear"
     before = {n: b.clone() for n, b in layer.base_layer.named_buffers()}
@@ -72,9 +74,9 @@ def test_merge_and_unmerge(safe):
     model.merge_adapter(safe_merge=safe)
     assert isinstance(layer.base_layer, qins.QINSLinear)
     error = (layer.base_layer.weight - wanted).norm() / wanted.norm()
-    assert 0 < error < 0.02
+    assert 0 < error < most
     merged = outputs(model)
-    assert (merged - expected).norm() < 0.1 * (expected - original).norm()
+    assert (merged - expected).norm() < 5 * most * (expected - original).norm()
     model.unmerge_adapter()
     assert all(torch.equal(before[n], b) for n, b in layer.base_layer.named_buffers())
     assert torch.equal(outputs(model), expected)

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.once
 
 
-@pytest.fixture(params=["log8", "golden"])
+@pytest.fixture(params=["log8", "golden", "log5"])
 def model(request):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -37,8 +37,11 @@ class Model(nn.Module):
         return self.lm_head(self.special(h) + self.shared(h)[..., :64])
 
 
-@pytest.mark.parametrize("codec", ["golden", "log9", "log8"])
-def test_model(codec):
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    [("golden", 0.02), ("log9", 0.02), ("log8", 0.02), ("log6", 0.04), ("log5", 0.08), ("log4", 0.16)],
+)
+def test_model(codec, most):
     torch.manual_seed(0)
     model = Model()
     ids = torch.randint(50, (2, 9))
@@ -51,9 +54,25 @@ def test_model(codec):
     assert type(model.special) is Special
     assert type(model.lm_head) is nn.Linear
     assert {s.name: s.reason.split()[0] for s in report.skipped} == {"special": "a", "lm_head": "excluded"}
-    assert (after - before).norm() / before.norm() < 0.02
+    assert (after - before).norm() / before.norm() < most
     again = qins.convert(model, codec)
     assert not again.converted
+
+
+@pytest.mark.parametrize(("group", "fallback"), [("default", 64), (128, 128), (None, 32)])
+def test_layers_that_cannot_be_packed_get_log8(group, fallback):
+    model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 64), nn.Embedding(5, 12), nn.Embedding(5, 16))
+    report = qins.convert(model, "log4", group_size=group, embeddings=True)
+    packed = 32 if group in ("default", None) else group
+    found = {m.name: (m.codec, m.group_size) for m in report.converted}
+    assert found == {name: ("log4", packed) for name in "03"} | {name: ("log8", fallback) for name in "12"}
+    assert {m.name: m.note for m in report.converted if m.note} == {
+        "1": "log8 instead of log4: 60 inputs are not a multiple of 8",
+        "2": "log8 instead of log4: 12 inputs are not a multiple of 8",
+    }
+    assert "\n1: log8 instead of log4: 60 inputs" in str(report)
+    assert (model[1].codec, model[1].group_size) == ("log8", fallback)
+    assert model[:2](torch.zeros(3, 64)).isfinite().all()
 
 
 def test_report_counts_bytes_and_error():

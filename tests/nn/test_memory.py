@@ -75,11 +75,15 @@ def test_hidden_copies_are_found():
     assert report.float32_bytes == qins.memory_report(nn.Linear(64, 64)).total_bytes
 
 
-@pytest.mark.parametrize(("codec", "least"), [("log8", 3.9), ("log9", 3.5), ("golden", 1.99)])
-def test_compression_of_codecs(codec, least):
+@pytest.mark.parametrize(
+    ("codec", "least", "most"),
+    [("log8", 3.9, 4), ("log9", 3.5, 4), ("golden", 1.99, 4), ("log6", 5.0, 6), ("log5", 6.0, 7), ("log4", 7.4, 8)],
+)
+def test_compression_of_codecs(codec, least, most):
     layer = qins.QINSLinear.from_linear(nn.Linear(1024, 512, bias=False), codec)
     report = qins.memory_report(layer)
-    assert least < report.compression <= 4
+    assert least < report.compression <= most
+    assert report.float32_bytes == 4 * 1024 * 512
     assert report.total_bytes == sum(b.nbytes for b in layer.buffers())
 
 

@@ -1,4 +1,4 @@
-"""Calibration: a model's own activations determine the log8 codes of its weights.
+"""Calibration: a model's own activations determine the codes of its weights.
 
 Statistics of the layers' inputs are collected in rounds, with as many layers per round as fit in memory. Each layer is
 then rounded with error feedback (codec/feedback.py). Its codes are kept if they do better than the nearest codes on
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..codec import DAMPING, resolve_group_size, warn_if_slow
+from ..codec import DAMPING, LOG_BITS, fallback_note, format_of, resolve_group_size, warn_if_slow
 from ..nn import (
     ConversionReport,
     ConvertedModule,
@@ -87,6 +87,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any] | Text,
     *,
+    codec: str = "log8",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = ("lm_head",),
     group_size: int | str | None = "default",
@@ -97,7 +98,7 @@ def calibrate(
     room: int = 128 << 20,
     show_progress: bool | None = None,
 ) -> CalibrationReport:
-    """Quantize linear layers in place, to QINSLinear with log8 codes chosen from the model's own activations.
+    """Quantize linear layers in place, to QINSLinear with codes chosen from the model's own activations.
 
     The model runs over the batches to collect second moments of each layer's inputs, for a few layers at a time if all
     need more memory than `room`. Then each weight is rounded with error feedback (see `qins.ErrorFeedback`). If that
@@ -108,6 +109,7 @@ def calibrate(
         model: any nn.Module whose forward takes a batch; in float, on the CPU.
         batches: tensors of token ids, (batch, length), or mappings of forward's arguments. 8,192 tokens of text that
             resembles what the model will read are enough; `qins.fidelity.windows` cuts it into batches.
+        codec: "log8", "log6", "log5" or "log4", as in `convert`.
         include: fnmatch patterns of module names to convert; None for all.
         exclude: patterns of module names to skip.
         group_size: as in `convert`.
@@ -115,7 +117,8 @@ def calibrate(
             depend less on this text.
         held_out: share of the batches to hold out.
         sequential: calibrate the layers of later rounds on the codes of earlier layers, instead of on their floats.
-        plan: result of `qins.plan` for the same model. It overrides group_size; layers left out of it stay in float.
+        plan: result of `qins.plan` for the same model. It overrides codec and group_size; layers left out of it stay in
+            float.
         room: memory for statistics, in bytes; layers that do not fit wait for another pass over the batches.
         show_progress: None shows a progress bar on a terminal.
 
@@ -123,12 +126,15 @@ def calibrate(
         a report that prints as a table.
 
     Raises:
-        ValueError: the batches are too few or too uniform, or a weight is NaN or infinite; the model is unchanged.
+        ValueError: the batches are too few or too uniform, a weight is NaN or infinite, or codec is another one; the
+            model is unchanged.
 
     """
+    if codec not in LOG_BITS:
+        raise ValueError(f"codec: expected one of {', '.join(LOG_BITS)} to calibrate, got {codec!r}")
     text = batches if isinstance(batches, Text) else split(batches, held_out)
-    resolve_group_size("log8", group_size, 1)
-    warn_if_slow("log8", group_size)
+    resolve_group_size(codec, group_size, 1)
+    warn_if_slow(codec, group_size)
     report = CalibrationReport(tokens=text.tokens[0], held_out=text.tokens[1])
     chosen = choose(model, include, exclude, report)
     if plan is not None:
@@ -138,17 +144,16 @@ def calibrate(
     check_finite(chosen, experts)
     places = places_of(model, chosen)
     first: dict[int, str] = {id(m.weight): n for m, n in reversed(chosen.items())}
-    planned = plan.group_sizes if plan is not None else {}
-    layers = {
-        n: Layer(m, "log8", resolve_group_size("log8", planned.get(n, group_size), m.in_features))
-        for m, n in chosen.items()
-        if first[id(m.weight)] == n
-    }
+    asked: dict[str, tuple[str, int | str | None]] = dict.fromkeys(chosen.values(), (codec, group_size))
+    if plan is not None:
+        asked |= plan.formats
+    layers = {n: Layer(m, *format_of(*asked[n], m.in_features)) for m, n in chosen.items() if first[id(m.weight)] == n}
     comparison, clock = WeightComparison(), Clock()
     ready: dict[str, QINSLinear] = {}
 
     def install(name: str, choice: Choice) -> None:
-        ready[name] = _encoded_layer(name, layers[name], choice, comparison, report)
+        note = fallback_note(asked[name][0], layers[name].weight.shape[1])
+        ready[name] = _encoded_layer(name, layers[name], choice, comparison, report, note)
         if sequential:
             _put_in_place(ready[name], layers[name].module, places)
 
@@ -173,7 +178,7 @@ def calibrate(
     order = {n: i for i, n in enumerate(layers)}
     report.converted.sort(key=lambda m: order[m.name])
     for name, stacked in experts.items():
-        model.set_submodule(name, encode_experts(name, stacked, "log8", group_size, report))
+        model.set_submodule(name, encode_experts(name, stacked, codec, group_size, report))
     report.seconds_statistics, report.seconds_rounding = clock.statistics, clock.rounding
     give_back_freed_memory()
     tell_others(model)
@@ -187,16 +192,17 @@ def _put_in_place(new: nn.Module, old: nn.Module, places: Places) -> None:
 
 
 def _encoded_layer(
-    name: str, layer: Layer, choice: Choice, comparison: WeightComparison, report: CalibrationReport
+    name: str, layer: Layer, choice: Choice, comparison: WeightComparison, report: CalibrationReport, note: str
 ) -> QINSLinear:
     linear = layer.module
     assert isinstance(linear, nn.Linear)
-    new = QINSLinear.from_encoded(linear, choice.encoded, "log8", layer.group_size)
+    new = QINSLinear.from_encoded(linear, choice.encoded, layer.codec, layer.group_size)
     report.converted.append(
         CalibratedModule(
-            name, (linear.out_features, linear.in_features), "log8", layer.group_size,
+            name, (linear.out_features, linear.in_features), layer.codec, layer.group_size,
             linear.weight.numel() * linear.weight.element_size(), choice.encoded.nbytes,
             comparison.snr_db(linear.weight, choice.encoded), choice.nearest_error, choice.error, choice.kept,
+            note=note,
         )
     )  # fmt: skip
     return new

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ..codec import DAMPING, EncodedArray, ErrorFeedback, encode
+from ..codec import DAMPING, LOG_BITS, EncodedArray, ErrorFeedback, encode
 from ..system import page_out
 from .activations import Layer, Text
 from .rounds import Clock, rounds
@@ -37,12 +37,12 @@ def output_errors(x: Tensor, weight: Tensor, e: EncodedArray | None) -> Tensor:
 def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | None) -> Choice:
     weight = layer.weight
     if feedback is None:
-        nearest = encode(weight, "log8", group_size=layer.group_size)
+        nearest = encode(weight, layer.codec, group_size=layer.group_size)
         return Choice(nearest, kept="nearest: the calibration text does not reach this layer")
-    calibrated = feedback.encode(weight, group_size=layer.group_size)
+    calibrated = feedback.encode(weight, layer.codec, group_size=layer.group_size)
     if held is None or not len(held):
         return Choice(calibrated)
-    nearest = encode(weight, "log8", group_size=layer.group_size)
+    nearest = encode(weight, layer.codec, group_size=layer.group_size)
     size, before, after = (float(output_errors(held, weight, e).sum()) for e in (None, nearest, calibrated))
     if size > 0.0:
         before, after = before / size, after / size
@@ -96,7 +96,7 @@ def choose_codes(
 
     for name, layer in layers.items():
         done = store.get(name) if store else None
-        if done is None and layer.codec != "log8":
+        if done is None and layer.codec not in LOG_BITS:
             done = Choice(encode(layer.weight, layer.codec), kept=f"{layer.codec} has one code per value")
             if store:
                 store.put(name, done)

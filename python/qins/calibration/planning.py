@@ -1,4 +1,4 @@
-"""Mixed precision: choosing each layer's group size to meet a target for bits or for error.
+"""Mixed precision: choosing each layer's codec and group size to meet a target for bits or for error.
 
 The cost of a layer's error is estimated to second order. KL(float || quantized) of a prediction is about half the sum
 over outputs of F dy^2, where dy is the error of an output and F its Fisher information: the mean squared gradient of
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codec import DAMPING, ErrorFeedback
+from ..codec import DAMPING, LOG_BITS, ErrorFeedback, fallback_note, is_packed
 from ..nn import check_finite, choose
 from ..system import progress
 from .activations import Layer, Text, evaluating, forward_call, split
@@ -27,6 +27,9 @@ Tensor = torch.Tensor
 
 # The sizes with fast kernels.
 GROUP_SIZES = (32, 64, 128, 192, 256)
+_PACKED_GROUP_SIZES = (32, 64)
+# Above these bits, plans leave out the packed codecs: nearly every layer can have log8, whose errors are far smaller.
+_LEAST_BITS_WITHOUT_PACKED = 8.0
 _SENSITIVITY_TOKENS = 1024
 
 
@@ -35,18 +38,22 @@ class Option:
     """One possible format of a layer.
 
     Attributes:
-        group_size: log8's group size; None for per-row scales only; -1 to leave the layer in float.
+        group_size: the codec's group size; None for per-row scales only; -1 to leave the layer in float.
         bits: bits per weight, scales included.
         kld: estimated contribution to the model's mean KL divergence, in nats.
+        codec: "log8", "log6", "log5" or "log4".
 
     """
 
     group_size: int | None
     bits: float
     kld: float
+    codec: str = "log8"
 
     def __str__(self) -> str:
-        return "float" if self.group_size == -1 else f"log8/{self.group_size}" if self.group_size else "log8"
+        if self.group_size == -1:
+            return "float"
+        return f"{self.codec}/{self.group_size}" if self.group_size else self.codec
 
 
 @dataclass
@@ -72,6 +79,11 @@ class Plan:
     def kld(self) -> float:
         """Estimated mean KL divergence from the float model, in nats."""
         return sum(o.kld for o in self.chosen.values())
+
+    @property
+    def formats(self) -> dict[str, tuple[str, int | None]]:
+        """Layer name to codec and group size, for the layers to quantize."""
+        return {n: (o.codec, o.group_size) for n, o in self.chosen.items() if o.group_size != -1}
 
     @property
     def group_sizes(self) -> dict[str, int | None]:
@@ -141,15 +153,30 @@ def sensitivities(
 
 
 def options(
-    layer: Layer, feedback: ErrorFeedback, held: Tensor, sensitivity: Tensor, sizes: Iterable[int | None]
+    layer: Layer,
+    feedback: ErrorFeedback,
+    held: Tensor,
+    sensitivity: Tensor,
+    formats: Iterable[tuple[str, int | None]],
 ) -> list[Option]:
-    """Return the options of a layer: log8 with each group size, and its float weight."""
+    """Return the options of a layer: each of these codecs and group sizes, and its float weight."""
     weight = layer.weight
     found = [Option(-1, 8.0 * weight.element_size(), 0.0)]
-    for size in sizes:
-        e = feedback.encode(weight, group_size=size)
+    for codec, size in formats:
+        e = feedback.encode(weight, codec, group_size=size)
         bits = 8 * e.nbytes / weight.numel()
-        found.append(Option(size, bits, 0.5 * float((sensitivity * output_errors(held, weight, e)).sum())))
+        kld = 0.5 * float((sensitivity * output_errors(held, weight, e)).sum())
+        found.append(Option(size, bits, kld, codec))
+    return found
+
+
+def _formats(in_features: int, packed: bool) -> list[tuple[str, int | None]]:
+    """Return the formats to try on a layer: codecs and group sizes."""
+    sizes = [s for s in GROUP_SIZES if in_features % s == 0 and s < in_features]
+    found: list[tuple[str, int | None]] = [("log8", None), *(("log8", s) for s in sizes)]
+    for codec in LOG_BITS:
+        if packed and is_packed(codec) and not fallback_note(codec, in_features):
+            found += [(codec, s) for s in _PACKED_GROUP_SIZES if s == 32 or in_features % s == 0]
     return found
 
 
@@ -225,17 +252,18 @@ def plan_layers(
     """Make a plan for these layers; see `plan`."""
     if not text.held:
         raise ValueError("plan: expected held-out batches, got none")
+    packed = target_bits is None or target_bits <= _LEAST_BITS_WITHOUT_PACKED
     weights = {n: layer.weight.numel() for n, layer in layers.items()}
     sensitivity = sensitivities(model, layers, [*text.held, *text.batches])
     found: dict[str, list[Option]] = {}
     for name, feedback, held in rounds(model, layers, text, damping, room, mapped, clock or Clock()):
         layer = layers[name]
         if feedback is None or held is None or name not in sensitivity:
-            found[name] = [Option(layer.group_size, 8.0, 0.0)]  # the text does not reach this layer
+            bits = float(LOG_BITS[layer.codec])
+            found[name] = [Option(layer.group_size, bits, 0.0, layer.codec)]  # the text does not reach this layer
         else:
-            cols = layer.weight.shape[1]
-            sizes = [None, *(s for s in GROUP_SIZES if cols % s == 0 and s < cols)]
-            found[name] = options(layer, feedback, held, sensitivity[name], sizes)
+            formats = _formats(layer.weight.shape[1], packed)
+            found[name] = options(layer, feedback, held, sensitivity[name], formats)
         advance(weights[name])
     return allocate({n: found[n] for n in layers}, weights, target_bits, target_kld)
 
@@ -252,10 +280,11 @@ def plan(
     room: int = 128 << 20,
     show_progress: bool | None = None,
 ) -> Plan:
-    """Choose each layer's group size, so that bits go where they matter most. Pass the plan to `calibrate`.
+    """Choose each layer's codec and group size, so that bits go where they matter most. Pass it to `calibrate`.
 
-    Each layer is rounded with every fast group size. The cost of its output errors on held-out tokens is estimated from
-    gradients of the model's predictions. A layer may also stay in float.
+    Each layer is rounded to log8 with every fast group size and, unless target_bits is above 8, to log6, log5 and log4
+    in groups of 32 and 64. The cost of its output errors on held-out tokens is estimated from gradients of the model's
+    predictions. A layer may also stay in float.
 
     Args:
         model: a float language model on the CPU, whose output has logits.

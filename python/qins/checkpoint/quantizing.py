@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..calibration import Store
-from ..codec import encode
+from ..codec import encode, fallback_note
 from ..files import (
     Checkpoint,
     GgufCheckpoint,
@@ -37,7 +37,7 @@ Write = Callable[..., None]  # as ShardWriter.write
 _WAITING = 64 << 20  # bytes queued for writing, above which the next tensor has to wait
 _PROGRESS = "qins-progress.json"
 _LOCK = "qins.lock"
-_FILES = 2  # increased when a version writes different tensors, so that it does not resume conversions of an older one
+_FILES = 3  # increased when a version writes different tensors, so that it does not resume conversions of an older one
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -105,12 +105,13 @@ def quantize_checkpoint(
         source: directory or hub name of a checkpoint in safetensors or torch files, or a GGUF file.
         out: output directory; it must not exist, or must be empty or hold this conversion, interrupted.
         config: how to quantize; None for the defaults.
-        calibration: text on which log8's codes are calibrated, and target bits; None rounds to the nearest codes.
+        calibration: text on which codes are calibrated, and target bits; None rounds to the nearest codes.
         show_progress: None shows a progress bar on a terminal.
 
     Returns:
-        dict: layers, bytes_before, bytes_after, files, skipped and source, the quantized format of the
-            source or None; with a target, also plan, its description.
+        dict: layers, bytes_before, bytes_after, files, skipped, notes (sentences on layers whose codec is not the one
+            asked for) and source, the quantized format of the source or None; with a target, also plan, its
+            description.
 
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: no partial file is left under a final name.
@@ -160,8 +161,18 @@ def quantize_checkpoint(
             "bytes_after": planned.nbytes,
             "files": [planned.names[f] for f in planned.names],
             "skipped": [vars(s) for s in quantizer.report.skipped],
+            "notes": [*_notes(planned, config)],
             "source": config.source_format,
         } | ({} if spending is None else {"plan": spending})
+
+
+def _notes(planned: Plan, config: QinsConfig) -> Iterator[str]:
+    """Yield a sentence for each layer that could not have the codec asked for."""
+    for o in planned.encoded:
+        asked, _ = config.asked(o.module.rpartition(".")[0] if o.is_stack else o.module)
+        told = fallback_note(asked, o.targets[0].shape[-1]) if o.codec != asked else ""
+        if told:
+            yield f"{o.module}: {told}"
 
 
 def _convert_shard(

@@ -52,7 +52,7 @@ def _root(
         typer.Option("--verbose", "-v", help="Print what the command does, the total time, and library messages."),
     ] = False,
 ) -> None:
-    """8-bit logarithmic quantization for the weights of language models."""
+    """Logarithmic quantization for the weights of language models, to 8 bits and fewer."""
 
 
 # the help lists commands in this order

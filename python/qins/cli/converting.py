@@ -14,20 +14,24 @@ from .options import group_size_of
 def quantize(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a float checkpoint, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
-    codec: Annotated[str, typer.Option(help="log8, log9, golden or rational.")] = "log8",
+    codec: Annotated[
+        str, typer.Option(help="log8; log6, log5 or log4 for fewer bits; log9, golden or rational.")
+    ] = "log8",
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale (log8): default 64; 0 for per-row scales.")
+        int | None,
+        typer.Option(help="Inputs that share a scale: default 64, or 32 (log6, log5, log4); 0: per-row scales."),
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantize; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to skip; may be repeated.")] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Also quantize the input embedding.")] = False,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Text file to calibrate log8 on; it should resemble what the model will read.")
+        Path | None, typer.Option(help="Text file to calibrate codes on; it should resemble what the model will read.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Maximum number of tokens of that text.")] = 8192,
     target_bits: Annotated[
-        float | None, typer.Option(help="Bits per weight to spend where they matter most, by choosing group sizes.")
+        float | None,
+        typer.Option(help="Bits per weight, such as 4.5, to spend where they matter most: on log4 to log8."),
     ] = None,
     target_kld: Annotated[
         float | None, typer.Option(help="Instead, spend as few bits as this estimated mean KL divergence allows.")
@@ -59,6 +63,8 @@ def quantize(
     ratio = result["bytes_before"] / max(result["bytes_after"], 1)
     sizes = f"{result['bytes_before']:,} to {result['bytes_after']:,} bytes ({ratio:.2f}x)"
     sizes += f", from {result['source']}" if result["source"] else ""
+    for note in result["notes"]:
+        typer.echo(note)
     typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
 
 

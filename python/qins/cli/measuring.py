@@ -18,9 +18,10 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Directory or hub name; without it SmolLM2-135M-Instruct, from its package.")
     ] = None,
-    codec: Annotated[str, typer.Option(help="log8, log9 or golden.")] = "log8",
+    codec: Annotated[str, typer.Option(help="log8, log6, log5, log4, log9 or golden.")] = "log8",
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale (log8): default 64; 0 for per-row scales.")
+        int | None,
+        typer.Option(help="Inputs that share a scale: default 64, or 32 (log6, log5, log4); 0: per-row scales."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of English text to compare on.")] = 2048,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("qins-demo.png"),
@@ -103,7 +104,8 @@ def evaluate(
 
     With --against, it measures MODEL as it is. Without, it makes and measures all variants of MODEL in one run: log8,
     calibrated, 'calibrated to N bits', 'log8 per row', log9, golden, rational, and as peers 'int8 per row', Q8_0,
-    'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'.
+    'uint8 per 64', 'fp8 e4m3 per row', 'bf16 weights' and 'bf16 model'. On request also log6, log5, log4, and each of
+    them after 'calibrated', such as 'calibrated log4'.
     """
     require("torch", "transformers", *(["matplotlib", "jinja2"] if report is not None else []))
     from .. import fidelity

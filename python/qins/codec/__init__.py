@@ -25,9 +25,17 @@ from .fields import (
     field_shapes,
     is_packed,
     split_field,
+    weights_of,
 )
 from .golden import QINSCodec
-from .group_sizes import default_group_size, resolve_group_size, slow_group_size, warn_if_slow
+from .group_sizes import (
+    default_group_size,
+    fallback_note,
+    format_of,
+    resolve_group_size,
+    slow_group_size,
+    warn_if_slow,
+)
 from .instruction_sets import isa, isas, use_isa
 from .packed import unpack
 from .quality import snr_db
@@ -70,8 +78,10 @@ __all__ = [
     "dtype_name",
     "encode",
     "encode_tensor",
+    "fallback_note",
     "field_names",
     "field_shapes",
+    "format_of",
     "is_packed",
     "is_torch",
     "isa",
@@ -87,6 +97,7 @@ __all__ = [
     "use_isa",
     "warn_deprecated",
     "warn_if_slow",
+    "weights_of",
 ]
 
 __getattr__ = lazily(

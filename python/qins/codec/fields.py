@@ -109,6 +109,14 @@ def code_columns(codec: str, width: int) -> int:
     return width // LOG_BITS[codec] * 8
 
 
+def weights_of(field: str, elements: int) -> int:
+    """Return how many weights a field of codes with this many elements holds."""
+    return elements * 8 // _BITS_OF_FIELD.get(field, 8)
+
+
+_BITS_OF_FIELD = {ARRAYS[codec][0]: bits for codec, bits in LOG_BITS.items()}
+
+
 def check_alpha(alpha: float) -> float:
     """Return rational's alpha as a float, or raise a ValueError if it is not positive and finite in float32."""
     if not isinstance(alpha, (int, float, np.integer, np.floating)) or not 1e-30 <= alpha <= 1e30:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from .fields import check_codec, check_group_size
+from .fields import check_codec, check_group_size, is_packed
 
 # On every model measured, groups of 64 are closer to the original than groups of 128 and llama.cpp's Q8_0, at about the
 # same speed (docs/performance.md has the figures). They cost one byte per 64 codes.
@@ -24,6 +24,21 @@ def resolve_group_size(codec: str, group_size: int | str | None, in_features: in
             raise ValueError(f"group_size: expected a positive integer, None or 'default', got {group_size!r}")
         return default_group_size(in_features) if codec == "log8" else check_group_size(codec, None)
     return check_group_size(codec, group_size)
+
+
+def format_of(codec: str, group_size: int | str | None, in_features: int) -> tuple[str, int | None]:
+    """Return the codec and the group size that a matrix of a model gets: log8 if its rows cannot be packed."""
+    size = resolve_group_size(codec, group_size, in_features)
+    if not fallback_note(codec, in_features):
+        return codec, size
+    return "log8", resolve_group_size("log8", "default" if group_size == "default" else size, in_features)
+
+
+def fallback_note(codec: str, in_features: int) -> str:
+    """Return why a matrix gets log8 instead of a packed codec; empty if its rows can be packed."""
+    if not is_packed(codec) or in_features % 8 == 0:
+        return ""
+    return f"log8 instead of {codec}: {in_features} inputs are not a multiple of 8"
 
 
 def slow_group_size(codec: str, group_size: int | str | None) -> str:

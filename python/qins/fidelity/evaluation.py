@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import _core
 from ..calibration import calibrate, cut, plan, split
-from ..codec import isa, snr_db
+from ..codec import LOG_BITS, is_packed, isa, snr_db
 from ..hf import find_model, load_tokenizer, loading, require_transformers
 from ..nn import Coded, ConversionReport, QINSLinear, choose, convert
 from ..system import (
@@ -41,6 +41,8 @@ Tensor = torch.Tensor
 
 # The rows of the full table, in order. "calibrated" is log8 with codes chosen on text that is not evaluated on.
 CODECS = ("log8", "calibrated", "calibrated to 8.13 bits", "log8 per row", "log9", "golden", "rational")
+# Rows on request.
+PACKED = (*filter(is_packed, LOG_BITS), *(f"calibrated {codec}" for codec in LOG_BITS if is_packed(codec)))
 WHOLE_BF16 = "bf16 model"
 _TO_BITS = re.compile(r"calibrated to (\d+(?:\.\d+)?) bits")
 
@@ -236,7 +238,7 @@ class Bench:
         return self.subject.load(self.reference, dtype=torch.float32)
 
     def make(self, name: str) -> Made:
-        """Make one of CODECS, PEERS or WHOLE_BF16 from the float model."""
+        """Make one of CODECS, PACKED, PEERS or WHOLE_BF16 from the float model."""
         model = self._float()
         left = left_out(model)
         if not choose(model, exclude=left):
@@ -255,7 +257,9 @@ class Bench:
             spending = (
                 None if target is None else plan(model, text, target_bits=target, exclude=left, show_progress=show)
             )
-            report = calibrate(model, text, plan=spending, exclude=left, show_progress=show)
+            last = name.rpartition(" ")[2]
+            codec = last if last in LOG_BITS else "log8"
+            report = calibrate(model, text, codec=codec, plan=spending, exclude=left, show_progress=show)
             self.evaluation.about["calibration"] = {
                 "tokens": report.tokens, "held_out": report.held_out, "seconds_statistics": report.seconds_statistics,
                 "seconds_rounding": report.seconds_rounding,
@@ -405,8 +409,8 @@ def evaluate_one(model: str, against: str, settings: Settings) -> Evaluation:
 
 
 def evaluate_all(reference: str | None, names: Sequence[str], settings: Settings) -> Evaluation:
-    """Make models of the given names (of CODECS, PEERS, WHOLE_BF16) from a float one, and measure each against it."""
-    known = [*CODECS, *PEERS, WHOLE_BF16]
+    """Make models of the given names (of CODECS, PACKED, PEERS, WHOLE_BF16) from a float one, and measure each."""
+    known = [*CODECS, *PACKED, *PEERS, WHOLE_BF16]
     for name in names:
         if name not in known and not _TO_BITS.fullmatch(name):
             raise ValueError(f"codec: expected one of {', '.join(known)}, got {name!r}")

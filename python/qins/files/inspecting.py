@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import ARRAYS, LOG_BITS, code_columns, is_packed, slow_group_size, snr_db, unpack
+from ..codec import ARRAYS, LOG_BITS, is_packed, slow_group_size, snr_db, unpack, weights_of
 from .inspection_report import InspectionReport, LayerError
 from .layers import KINDS, EncodedLayer, encoded_layers, is_stack, load_layer
 from .reading import Checkpoint, open_checkpoint, verify
 from .source_formats import open_scaled
 
 _HISTOGRAM_CODES = 1 << 20
-_CODEC_OF_FIELD = {ARRAYS[codec][0]: codec for codec in LOG_BITS}
 
 
 def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
@@ -73,11 +72,7 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
         kind = KINDS[of_layers[key]] if key in of_layers else "other"
         kinds[kind] += t.bytes
         dtypes[t.dtype] += t.bytes
-        weights = t.elements
-        if kind == "stored" and t.shape:
-            weights = (
-                weights // max(t.shape[-1], 1) * code_columns(_CODEC_OF_FIELD.get(of_layers[key], ""), t.shape[-1])
-            )
+        weights = weights_of(of_layers[key], t.elements) if kind == "stored" else t.elements
         report.float32_bytes += 4 * weights if kind in ("stored", "other") else 0
     report.bytes_by_kind, report.bytes_by_dtype = kinds, dict(dtypes)
     report.tensor_bytes = sum(kinds.values())

@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+from ..codec import fallback_note
 from ..nn import (
     ConversionReport,
     ConvertedModule,
@@ -33,7 +34,10 @@ def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> Conve
     coded = floats = 0
     owners: dict[int, str] = {}
     for name, module in coded_modules(model):
-        for part, shape, group_size, fields in module.matrices(name):
+        matrices, asked = list(module.matrices(name)), config.asked(name)[0]
+        told = (fallback_note(asked, shape[-1]) for _, shape, *_ in matrices) if module.codec != asked else ()
+        note = next(filter(None, told), "")
+        for part, shape, group_size, fields in matrices:
             owner = owners.setdefault(id(fields[0]), part)
             config.modules[part] = [module.codec, group_size]
             if module._non_persistent_buffers_set:
@@ -42,7 +46,7 @@ def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> Conve
             size = sum(f.nbytes for f in fields)
             weights = math.prod(shape)
             report.converted.append(
-                ConvertedModule(part, shape, module.codec, group_size, weights * 4, size, float("nan"))
+                ConvertedModule(part, shape, module.codec, group_size, weights * 4, size, float("nan"), note=note)
             )
             coded += weights
     seen: set[int] = set()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..calibration import Choice, Layer, Store, Text, choose_codes, cut, plan_layers, split
+from ..codec import LOG_BITS
 from ..nn import ConversionReport, QINSExperts, QINSLinear, projections
 from ..system import progress, read_text, write_json
 from .choosing import chosen_layers
@@ -56,7 +57,7 @@ class Calibration:
 
     @property
     def has_target(self) -> bool:
-        """Whether to plan group sizes."""
+        """Whether to plan codecs and group sizes."""
         return self.target_bits is not None or self.target_kld is not None
 
     def record(self, text: Text) -> dict[str, Any]:
@@ -131,21 +132,27 @@ class CheckpointCalibration:
     def plan(
         self, modules: Mapping[str, tuple[str, int | None, bool]], calibration: Calibration, config: QinsConfig
     ) -> str:
-        """Choose group sizes, or read the store's plan; make them overrides of the config. Return the plan as text."""
+        """Choose codecs and group sizes, or read the store's plan; make them overrides of the config.
+
+        Returns:
+            the plan as text.
+
+        """
         path = self.store.directory / "plan.json"
         if not path.exists():
-            layers = {n: layer for n, layer in self._layers(modules).items() if layer.codec == "log8"}
+            layers = {n: layer for n, layer in self._layers(modules).items() if layer.codec in LOG_BITS}
             total = sum(layer.weight.numel() for layer in layers.values())
             with progress("planning", total, self.show_progress) as advance:
                 made = plan_layers(
                     self.model, layers, self.text, calibration.target_bits, calibration.target_kld, mapped=True,
                     advance=advance,
                 )  # fmt: skip
-            about = {"sizes": made.group_sizes, "left": made.left, "words": str(made), "bits": made.bits,
+            about = {"formats": made.formats, "left": made.left, "words": str(made), "bits": made.bits,
                      "kld": made.kld}  # fmt: skip
             write_json(path, about)
         about = json.loads(path.read_text("utf-8"))
-        config.overrides = {n: {"codec": "log8", "group_size": s} for n, s in about["sizes"].items()} | config.overrides
+        formats = about["formats"].items()
+        config.overrides = {n: {"codec": codec, "group_size": s} for n, (codec, s) in formats} | config.overrides
         config.exclude = [*config.exclude, *about["left"]]
         assert isinstance(config.calibration, dict)
         config.calibration |= {"bits": about["bits"], "estimated_kld": about["kld"]}

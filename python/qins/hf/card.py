@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..files import open_checkpoint
+from ..codec import LOG_BITS
+from ..files import EncodedLayer, open_checkpoint
 from ..system import atomically
 
 logger = logging.getLogger("qins")
@@ -94,7 +95,9 @@ def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity:
     carried, text = _parts(original)
     about = {k: carried[k] for k in _CARRIED if carried.get(k)}
     base = base or carried.get("base_model")
-    about["tags"] = list(dict.fromkeys([*_listed(about.get("tags")), *_listed(tags), "qins", "8-bit", "cpu"]))
+    widths = _widths(layers)
+    ours = ["qins", *(f"{w}-bit" for w in widths), "cpu"]
+    about["tags"] = list(dict.fromkeys([*_listed(about.get("tags")), *_listed(tags), *ours]))
     if base:
         about |= {"base_model": base, "base_model_relation": "quantized"}
     architecture = (checkpoint.config.get("architectures") or [""])[0]
@@ -104,7 +107,7 @@ def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity:
     made_from = checkpoint.config["quantization_config"].get("source_format")
     body = _TEXT.format(
         ours=_OURS,
-        title=f"{named or architecture} in 8-bit logarithmic codes",
+        title=f"{named or architecture} in {_between(widths)} logarithmic codes",
         codec="; ".join(_codecs(checkpoint.config)),
         bits=8 * sum(layer.bytes for layer in layers) / max(sum(weights), 1),
         weights=sum(weights),
@@ -146,6 +149,15 @@ def _codecs(config: dict[str, Any]) -> list[str]:
     modules = config["quantization_config"]["modules"].values()
     found = Counter((about[0], about[1]) for about in modules if len(about) < 3)
     return [f"{c}, {f'groups of {g} inputs' if g else 'per-row scales'}" for (c, g), _ in found.most_common()]
+
+
+def _widths(layers: list[EncodedLayer]) -> list[int]:
+    """Return the bits of the layers' codes, ascending."""
+    return sorted({LOG_BITS.get(layer.codec, 8) for layer in layers}) or [8]
+
+
+def _between(widths: list[int]) -> str:
+    return f"{widths[0]}-bit" if len(widths) == 1 else f"{widths[0]}- to {widths[-1]}-bit"
 
 
 class UploadWithCard:

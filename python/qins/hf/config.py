@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..codec import check_codec, check_group_size, resolve_group_size, warn_if_slow
+from ..codec import check_codec, check_group_size, format_of, resolve_group_size, warn_if_slow
 
 FORMAT_VERSION = 1
 
@@ -16,14 +16,15 @@ class QinsConfig(QuantizationConfigMixin):
     """How to quantize a model: `AutoModel.from_pretrained(name, quantization_config=QinsConfig())`.
 
     Args:
-        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
-        group_size: inputs per group scale (log8); "default" for `qins.default_group_size` of each layer, None for
-            per-row scales.
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational". A module whose in_features is not a
+            multiple of 8 gets log8 instead of log6, log5 or log4.
+        group_size: inputs per group scale; "default" for 64 (log8) or 32 (log6, log5, log4), None for per-row scales
+            (log8).
         include: fnmatch patterns of module names to quantize; None for all linear layers.
         exclude: patterns of module names to skip, in addition to the output embedding and routers of experts.
         modules_to_not_convert: names or name suffixes, as in other quantization configs; added to `exclude`.
         overrides: pattern to a dict with "codec" and "group_size"; the first pattern that matches a module applies.
-        calibration: text file to calibrate log8 on when a float model is loaded (see `qins.calibrate`); in a saved
+        calibration: text file to calibrate codes on when a float model is loaded (see `qins.calibrate`); in a saved
             checkpoint, a dict that records the calibration.
         calibration_tokens: maximum number of tokens of that text.
         lm_head: also quantize the output embedding. If it is tied to the input embedding, it gets codes of its own,
@@ -140,13 +141,16 @@ class QinsConfig(QuantizationConfigMixin):
         """Return everything: transformers 4 calls this and has no default implementation."""
         return self.to_dict()
 
-    def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
-        """Return codec and group size of a module."""
+    def asked(self, name: str) -> tuple[str, int | str | None]:
+        """Return the codec and group size that the settings give a module."""
         for pattern, values in self.overrides.items():
             if fnmatchcase(name, pattern):
-                codec = values.get("codec", self.codec)
-                return codec, resolve_group_size(codec, values.get("group_size", "default"), in_features)
-        return self.codec, resolve_group_size(self.codec, self.group_size, in_features)
+                return values.get("codec", self.codec), values.get("group_size", "default")
+        return self.codec, self.group_size
+
+    def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
+        """Return codec and group size of a module: log8 where its rows cannot be packed."""
+        return format_of(*self.asked(name), in_features)
 
 
 def _expect(name: str, value: Any, *kinds: type) -> None:

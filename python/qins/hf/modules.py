@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..codec import encode
-from ..nn import Coded, QINSEmbedding, QINSExperts, QINSLinear, field_layout, projections, stack_sizes
+from ..nn import Coded, QINSEmbedding, QINSExperts, QINSLinear, field_layout, format_of_experts
 from .config import QinsConfig
 
 
@@ -145,5 +145,5 @@ def submodule(model: Any, path: str) -> nn.Module | None:
 
 def experts_codec(config: QinsConfig, name: str, module: nn.Module) -> tuple[str, dict[str, int | None]]:
     """Return the codec, and the group size per projection, of a module of experts; overrides match its name."""
-    about = {s: config.layer(name, stack_sizes(module, s)[2]) for s in projections(module)}
-    return next(iter(about.values()))[0], {s: size for s, (_, size) in about.items()}
+    codec, sizes, _ = format_of_experts(module, *config.asked(name))
+    return codec, sizes

@@ -15,7 +15,7 @@ from .converting import (
     tell_others,
 )
 from .embedding import QINSEmbedding
-from .experts import QINSExperts, projections, stack_sizes
+from .experts import QINSExperts, format_of_experts, projections, stack_sizes
 from .kv_cache import GrowingTokens, QINSKVCache, check_cache_codec, savings
 from .linear import QINSLinear
 from .memory import MemoryReport, memory_report
@@ -49,6 +49,7 @@ __all__ = [
     "encode_experts",
     "field_layout",
     "floats_as_bits",
+    "format_of_experts",
     "keep_hooks",
     "linear",
     "memory_report",

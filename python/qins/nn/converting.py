@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from ..codec import EncodedArray, encode, resolve_group_size, warn_if_slow
+from ..codec import EncodedArray, encode, fallback_note, format_of, resolve_group_size, warn_if_slow
 from ..system import give_back_freed_memory, progress
 from .choosing import Layer, check_finite, choose, choose_embeddings, choose_experts
 from .comparing import WeightComparison
 from .embedding import QINSEmbedding
-from .experts import QINSExperts, projections, stack_sizes
+from .experts import QINSExperts, format_of_experts
 from .linear import QINSLinear
 from .report import ConversionReport, ConvertedModule, SkippedModule
 
@@ -42,11 +42,12 @@ def convert(
 
     Args:
         model: any nn.Module that contains linear layers.
-        codec: "log8", "log6", "log5", "log4", "log9" or "golden".
+        codec: "log8", "log6", "log5", "log4", "log9" or "golden". A matrix whose in_features is not a multiple of 8
+            gets log8 instead of log6, log5 or log4, and the report says so.
         include: fnmatch patterns of module names to convert; None for all.
         exclude: patterns of module names to skip.
-        group_size: inputs per group scale (log8); None for per-row scales only; "default" for
-            `qins.default_group_size` of each layer.
+        group_size: inputs per group scale; "default" for 64 (log8) or 32 (log6, log5, log4); None for per-row scales
+            only (log8).
         embeddings: convert embeddings too: the input embedding of a transformers model, all embeddings of others.
         show_progress: None shows a progress bar on a terminal (with rich installed).
 
@@ -83,7 +84,7 @@ def encode_experts(
         ValueError: a weight is NaN or infinite.
 
     """
-    sizes = {s: resolve_group_size(codec, group_size, stack_sizes(module, s)[2]) for s in projections(module)}
+    codec, sizes, note = format_of_experts(module, codec, group_size)
     try:
         new = QINSExperts.from_experts(module, codec, sizes)
     except ValueError as e:
@@ -95,7 +96,7 @@ def encode_experts(
         quality = comparison.stack_snr_db(matrices, lambda i, stack=stack: new.encoded(stack, i))  # type: ignore[misc]
         after = sum(f.nbytes for f in new.fields(stack))
         report.converted.append(
-            ConvertedModule(f"{name}.{stack}", shape, codec, sizes[stack], before.nbytes, after, quality)
+            ConvertedModule(f"{name}.{stack}", shape, codec, sizes[stack], before.nbytes, after, quality, note=note)
         )
     keep_hooks(module, new)
     return new
@@ -129,10 +130,9 @@ def _convert(
         while chosen:
             module = next(iter(chosen))
             name, count, key_of_weight = chosen.pop(module), module.weight.numel(), id(module.weight)
-            size = resolve_group_size(codec, group_size, module.weight.shape[1])
             same = by_weight.get(key_of_weight)
             if same is None:
-                new = _encode_module(name, module, codec, size, report, comparison)
+                new = _encode_module(name, module, codec, group_size, report, comparison)
             else:
                 new = sharing_codes(name, module, same, report)
             keep_hooks(module, new)
@@ -151,9 +151,16 @@ def tell_others(model: nn.Module) -> None:
 
 
 def _encode_module(
-    name: str, module: Layer, codec: str, size: int | None, report: ConversionReport, comparison: WeightComparison
+    name: str,
+    module: Layer,
+    codec: str,
+    group_size: int | str | None,
+    report: ConversionReport,
+    comparison: WeightComparison,
 ) -> QINSLinear | QINSEmbedding:
     weight = module.weight
+    note = fallback_note(codec, weight.shape[1])
+    codec, size = format_of(codec, group_size, weight.shape[1])
     quality = math.nan
     encoded = None
     if weight.device.type != "meta":
@@ -162,7 +169,7 @@ def _encode_module(
     new = _from_encoded(module, encoded, codec, size)
     after = sum(b.numel() * b.element_size() for b in new._buffers.values() if b is not None)
     before = weight.numel() * weight.element_size()
-    report.converted.append(ConvertedModule(name, tuple(weight.shape), codec, size, before, after, quality))
+    report.converted.append(ConvertedModule(name, tuple(weight.shape), codec, size, before, after, quality, note=note))
     return new
 
 

@@ -14,7 +14,7 @@ from .ops import embedding
 
 
 class QINSEmbedding(CodedWeight, nn.Embedding):
-    """An embedding that stores its matrix as 8-bit logarithmic codes and dequantizes only the rows that it looks up.
+    """An embedding that stores its matrix as logarithmic codes and dequantizes only the rows that it looks up.
 
     The codes are frozen and have no gradient. `max_norm` and sparse gradients do not apply. If it replaces a subclass
     that multiplies the rows by a factor, or adds a parameter `bias`, it does the same.
@@ -24,8 +24,8 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
         embedding_dim: its columns.
         padding_idx: as in nn.Embedding; only stored, since codes have no gradient.
         codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
-        group_size: columns per group scale (log8); None for per-row scales only; "default" for
-            `qins.default_group_size` of embedding_dim.
+        group_size: columns per group scale; "default" for 64 (log8) or 32 (log6, log5, log4); None for per-row scales
+            only (log8).
         device: of the buffers.
         dtype: of the result.
 

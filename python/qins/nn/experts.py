@@ -14,7 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..codec import EXPERT_STACKS, EncodedArray, code_columns, decode_fields, encode, field_names
+from ..codec import (
+    EXPERT_STACKS,
+    EncodedArray,
+    code_columns,
+    decode_fields,
+    encode,
+    fallback_note,
+    field_names,
+    format_of,
+    resolve_group_size,
+)
 from .coded import Coded, Matrix, field_layout
 from .ops import multiply_codes, multiply_codes_transposed
 
@@ -36,6 +46,18 @@ def stack_sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
     """Return (experts, out_features, in_features) of one of a module's projections."""
     e, a, b = module._parameters[name].shape  # type: ignore[union-attr]
     return (e, b, a) if getattr(module, "is_transposed", True) else (e, a, b)
+
+
+def format_of_experts(
+    module: nn.Module, codec: str, group_size: int | str | None
+) -> tuple[str, dict[str, int | None], str]:
+    """Return codec and group sizes of a module's projections, and why it is log8 if it was to be a packed codec."""
+    widths = {stack: stack_sizes(module, stack)[2] for stack in projections(module)}
+    note = ""
+    for width in widths.values():  # all projections have one codec
+        if told := fallback_note(codec, width):
+            note, (codec, group_size) = told, format_of(codec, group_size, width)
+    return codec, {stack: resolve_group_size(codec, group_size, w) for stack, w in widths.items()}, note
 
 
 def _plain_gate(module: Any, gate_up: Tensor) -> Tensor:
@@ -124,7 +146,7 @@ grouped_linear_backward.register_autograd(_differentiated(grouped_linear), setup
 
 
 class QINSExperts(Coded):
-    """Experts that store their matrices as 8-bit logarithmic codes; replaces a module of transformers.
+    """Experts that store their matrices as logarithmic codes; replaces a module of transformers.
 
     Each expert's matrix of each projection is encoded separately. The codes are buffers named `<projection>_<field>`,
     with the experts as their first dimension. Matrices are (out_features, in_features), even where the original has

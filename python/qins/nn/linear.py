@@ -13,7 +13,7 @@ from .ops import multiply
 
 
 class QINSLinear(CodedWeight, nn.Linear):
-    """A linear layer that stores its weight as 8-bit logarithmic codes and computes y = x @ W.T + bias from them.
+    """A linear layer that stores its weight as logarithmic codes and computes y = x @ W.T + bias from them.
 
     The codes are buffers with the field names of docs/formats.md (for `golden`: stored, sign, log_min, log_max). They
     are frozen. `bias` stays a trainable parameter, and gradients flow to the input. Scales and ranges stay float32
@@ -24,8 +24,8 @@ class QINSLinear(CodedWeight, nn.Linear):
         out_features: N, size of the last dimension of the output.
         bias: whether the layer has a bias.
         codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
-        group_size: inputs per group scale (log8); None for per-row scales only; "default" for
-            `qins.default_group_size` of in_features.
+        group_size: inputs per group scale; "default" for 64 (log8) or 32 (log6, log5, log4); None for per-row scales
+            only (log8).
         device: of the buffers and the bias.
         dtype: of the bias and of the dequantized `weight`.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codec import FIELD_ROLES, split_field
+from ..codec import FIELD_ROLES, split_field, weights_of
 
 
 def _role(name: str) -> str:
@@ -187,7 +187,13 @@ def _storage_key(t: torch.Tensor) -> tuple[str, int]:
 
 
 def _weights_of_codes(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.numel() for name, t in tensors.items() if _role(name) == "codes")
+    return sum(_weights(name, t) for name, t in tensors.items() if _role(name) == "codes")
+
+
+def _weights(name: str, tensor: torch.Tensor) -> int:
+    """Return the number of weights in a tensor: packed codes hold more than they have elements."""
+    field = split_field(name)
+    return weights_of(field[1], tensor.numel()) if field else tensor.numel()
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
@@ -233,7 +239,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
                              resident, shares)
             )  # fmt: skip
             if shares is None and kind != "attribute" and role in ("codes", "other"):
-                float32 += 4 * t.numel()
+                float32 += 4 * (_weights(name, t) if role == "codes" else t.numel())
             problems += _problems(full, name, kind, role, t, weights, resident, size)
     return MemoryReport(tuple(found), tuple(problems), float32)
 

@@ -16,6 +16,7 @@ class ConvertedModule:
     bytes_before: int
     bytes_after: int
     snr_db: float  # 10 log10 of squared weights over squared errors; infinite if exact, nan on meta
+    note: str = field(default="", kw_only=True)  # why its codec is not the one asked for
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class ConversionReport:
         lines.insert(-1, lines[1])
         if self.source_format:
             lines.append(f"from weights in {self.source_format}")
+        lines += [f"{m.name}: {m.note}" for m in self.converted if m.note]
         if self.skipped:
             lines.append("left as they were:")
             lines += [f"  {s.name} ({s.kind}): {s.reason}" for s in self.skipped]
