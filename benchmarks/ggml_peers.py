@@ -7,6 +7,7 @@ where llama.cpp would choose another format for rows that 256 does not divide.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 from pathlib import Path
@@ -15,6 +16,7 @@ import gguf
 import numpy as np
 import torch
 
+from qins.codec import snr_db
 from qins.fidelity import PEERS
 from qins.fidelity.peers import Peer
 
@@ -89,3 +91,20 @@ def add_peers() -> list[str]:
     for name in _BY_GGML:
         add(name, lambda w, name=name: _by_ggml(library, name, w), bits_of(name))
     return []
+
+
+def main() -> None:
+    """Print the signal to noise of each format on normal weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    ours = list(PEERS)
+    for name in add_peers():
+        print(f"{name:8} NOT RUN (llama-cpp-python is not installed)")
+    w = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
+    for name in (n for n in PEERS if n not in ours):
+        noise = float((PEERS[name].decoded(w) - w).double().square().sum())
+        print(f"{name:8} {PEERS[name].bits(1024):6.3f} bits {snr_db(float(w.double().square().sum()), noise):6.2f} dB")
+
+
+if __name__ == "__main__":
+    main()
