@@ -697,7 +697,7 @@ static double exact_product(const float *w, const float *x, size_t n)
 static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t group_size, float mu)
 {
     static float scale[MOST];
-    static uint8_t all[8 * MOST];
+    static uint8_t all[9 * MOST]; /* the largest shape, with columns rounded up */
     for (size_t i = 0; i < rows * cols; i++) {
         all[i] = (uint8_t)(i < 256 ? i : next());
         all[i] = log_bits(codec) == 0 && all[i] == 0 ? 1 : all[i];
