@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -75,21 +77,21 @@ def _nf4(w: torch.Tensor) -> torch.Tensor:
 def add_peers() -> list[str]:
     """Add the formats to PEERS; return the names of those for which a library is missing."""
 
-    def add(name: str, decoded: object, bits: float) -> None:
-        PEERS[name] = Peer(name, decoded, lambda k: bits)  # type: ignore[arg-type]
+    def add(name: str, decoded: Callable[[torch.Tensor], torch.Tensor], bits: float) -> None:
+        PEERS[name] = Peer(name, decoded, lambda k: bits)
 
     def bits_of(name: str) -> float:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
         return 8 * size / block
 
     for name in _BY_GGUF:
-        add(name, lambda w, name=name: _by_gguf(name, w), bits_of(name))
+        add(name, partial(_by_gguf, name), bits_of(name))
     add("NF4", _nf4, 4.5)
     library = _ggml()
     if library is None:
         return list(_BY_GGML)
     for name in _BY_GGML:
-        add(name, lambda w, name=name: _by_ggml(library, name, w), bits_of(name))
+        add(name, partial(_by_ggml, library, name), bits_of(name))
     return []
 
 

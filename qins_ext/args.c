@@ -132,7 +132,7 @@ int qins_codec_arrays(qins_codec codec, PyObject *arrays, Py_ssize_t rows, Py_ss
     e->codec = codec;
     e->rows = (size_t)rows;
     e->cols = (size_t)cols;
-    const Py_ssize_t width = packed ? cols / 8 * log_bits(codec) : cols;
+    const Py_ssize_t width = (Py_ssize_t)code_bytes(e, e->cols);
     if (qins_array_argument(first, CODES[codec], NPY_UINT8, "uint8", rows, width, writable, &data) < 0) {
         return -1;
     }

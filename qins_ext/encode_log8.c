@@ -227,7 +227,7 @@ static void grouped_codes(qins_reader *r, const qins_encoding *c, size_t row, fl
         for (size_t k = begin, part; k < begin + n; k += part) {
             const size_t g = k / e->group_size;
             part = least((g + 1) * e->group_size - k, begin + n - k);
-            const float s = scale * group_multiplier(e, group[g]), magnitude = s < 0.0f ? -s : s;
+            const float s = scale * group_multiplier(log_bits(e->codec), group[g]), magnitude = s < 0.0f ? -s : s;
             row_codes(r, row, k, part, magnitude, c->tables.log8, codes + (k - begin));
             for (size_t i = k - begin; s < 0.0f && i < k - begin + part; i++) {
                 codes[i] ^= 0x80; /* relative to the scale's sign */

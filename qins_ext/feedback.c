@@ -25,7 +25,8 @@ static void panel_scales(const feeding *f, size_t row, size_t rows, float *scale
         float s = float_at(f->e->scale, row + r);
         const uint8_t *multiplier = group_row(f->e, row + r);
         for (size_t g = 0; g < f->groups; g++) {
-            scale[g * QINS_LANES + r] = multiplier != NULL ? s * group_multiplier(f->e, multiplier[g]) : s;
+            scale[g * QINS_LANES + r] =
+                multiplier != NULL ? s * group_multiplier(log_bits(f->e->codec), multiplier[g]) : s;
         }
     }
 }

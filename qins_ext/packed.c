@@ -45,9 +45,7 @@ uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col)
         q |= (plane[at % bytes] >> (at / bytes * (size_t)width) & ((1u << width) - 1)) << low;
         plane += bytes;
     }
-    const unsigned sign = q >> (bits - 1), level = (q & ((1u << (bits - 1)) - 1)) + sign;
-    const unsigned m = level << (8 - bits), flip = group_row(e, row)[col / e->group_size] & 0x80;
-    return (uint8_t)((m - (m >> 7)) | ((sign << 7) ^ flip));
+    return log8_form(q, bits) ^ (group_row(e, row)[col / e->group_size] & 0x80);
 }
 
 void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed)
@@ -61,14 +59,7 @@ void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed)
             const uint8_t index = (uint8_t)(level - negative);
             q[i] = (uint8_t)((index < top ? index : top) | negative << (bits - 1));
         }
-        for (int low = 0, width = 4; low < bits; low += width, width = bits - 4) {
-            const size_t bytes = count / 8 * (size_t)width;
-            memset(packed, 0, bytes);
-            for (size_t i = 0; i < count; i++) {
-                const unsigned part = q[i] >> low & ((1u << width) - 1);
-                packed[i % bytes] = (uint8_t)(packed[i % bytes] | part << (i / bytes * (size_t)width));
-            }
-            packed += bytes;
-        }
+        pack_planes(q, count, bits, packed);
+        packed += count / 8 * (size_t)bits;
     }
 }

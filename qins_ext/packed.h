@@ -26,10 +26,10 @@ static inline size_t code_bytes(const qins_codes *e, size_t cols)
     return is_packed(e->codec) ? cols / 8 * (size_t)log_bits(e->codec) : cols;
 }
 
-/* The factor of a row's scale that a group_scale stands for */
-static inline float group_multiplier(const qins_codes *e, uint8_t group_scale)
+/* The factor of a row's scale that a group_scale stands for; bits: of the codes */
+static inline float group_multiplier(int bits, uint8_t group_scale)
 {
-    if (!is_packed(e->codec)) {
+    if (bits == 8) {
         return (float)(group_scale + 1) / 256.0f;
     }
     const float multiplier = (float)((group_scale & 127) + 1) / 128.0f;
@@ -37,6 +37,27 @@ static inline float group_multiplier(const qins_codes *e, uint8_t group_scale)
 }
 
 static inline uint8_t log8_group_scale(uint8_t packed) { return (uint8_t)(2 * (packed & 127) + 1); }
+
+/* Log8's form of a packed code, with the sign that is relative to the group's scale */
+static inline uint8_t log8_form(unsigned q, int bits)
+{
+    const unsigned sign = q >> (bits - 1) & 1, m = ((q & ((1u << (bits - 1)) - 1)) + sign) << (8 - bits);
+    return (uint8_t)((m - (m >> 7)) | sign << 7);
+}
+
+/* Writes the planes of one block of packed codes. */
+static inline void pack_planes(const uint8_t *q, size_t count, int bits, uint8_t *packed)
+{
+    for (int low = 0, width = 4; low < bits; low += width, width = bits - 4) {
+        const size_t bytes = count / 8 * (size_t)width;
+        memset(packed, 0, bytes);
+        for (size_t i = 0; i < count; i++) {
+            const unsigned part = q[i] >> low & ((1u << width) - 1);
+            packed[i % bytes] = (uint8_t)(packed[i % bytes] | part << (i / bytes * (size_t)width));
+        }
+        packed += bytes;
+    }
+}
 
 /* The value of 1 in planes, in a row of codes at column k. */
 static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)

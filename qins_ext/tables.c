@@ -4,7 +4,7 @@
  * log and exp are not used because they may differ in the last bit. */
 #include <string.h>
 
-#include "sizes.h"
+#include "packed.h"
 
 static uint64_t bits64(double x)
 {
@@ -328,15 +328,11 @@ void qins_log8_words_build(qins_log8_words *t, float mu, int bits)
         t->word[code] = w;
         t->word_low[code] = (uint8_t)(uint16_t)w;
         t->word_high[code] = (uint8_t)((uint16_t)w >> 8);
-        t->multiplier[code] = (float)(code + 1) / 256.0f;
-        if (bits < 8) {
-            t->multiplier[code] = (float)((code & 127) + 1) / (code < 128 ? 128.0f : -128.0f);
-        }
+        t->multiplier[code] = group_multiplier(bits, (uint8_t)code);
     }
     for (int q = 0; q < 64 && bits < 8; q++) {
-        const int half = 1 << (bits - 1), sign = (q & half) != 0, m = ((q & (half - 1)) + sign) * (QINS_LEVELS / half);
-        const int code = sign << 7 | (m < QINS_LEVELS ? m : QINS_LEVELS - 1);
-        t->packed_form[q] = (uint8_t)code;
+        const uint8_t code = log8_form((unsigned)q, bits);
+        t->packed_form[q] = code;
         t->packed_low[q] = t->word_low[code];
         t->packed_high[q] = t->word_high[code];
     }

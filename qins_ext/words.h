@@ -38,7 +38,7 @@
  */
 #include <string.h>
 
-#include "qins.h"
+#include "packed.h"
 
 #define NAME__(base, isa) base##_##isa
 #define NAME_(base, isa) NAME__(base, isa)

@@ -85,28 +85,33 @@ def check_group_size(codec: str, group_size: int | None) -> int | None:
 _PACKED_GROUP_SIZE = 32
 
 
+_PACKED_BITS = {codec: bits for codec, bits in LOG_BITS.items() if bits < 8}
+
+
 def is_packed(codec: str) -> bool:
     """Whether codes take fewer than 8 bits and are packed: log6, log5 and log4."""
-    return LOG_BITS.get(codec, 8) < 8
+    return codec in _PACKED_BITS
 
 
 def code_width(codec: str, cols: int) -> int:
     """Return the bytes of a row of codes, or raise the ValueError that says why `codec` cannot have these columns."""
-    if not is_packed(codec):
+    bits = _PACKED_BITS.get(codec)
+    if bits is None:
         return cols
     if cols % 8:
         raise ValueError(f"weights: expected a multiple of 8 input features for codec {codec!r}, got {cols}")
-    return cols // 8 * LOG_BITS[codec]
+    return cols // 8 * bits
 
 
 def code_columns(codec: str, width: int) -> int:
     """Return the columns whose codes take `width` bytes a row, or raise the ValueError of a width that none has."""
-    if not is_packed(codec):
+    bits = _PACKED_BITS.get(codec)
+    if bits is None:  # first: products of small layers notice every step
         return width
-    if width % LOG_BITS[codec]:
-        (name, _), bits = ARRAYS[codec], LOG_BITS[codec]
+    if width % bits:
+        name = ARRAYS[codec][0]
         raise ValueError(f"{name}: expected rows of a multiple of {bits} bytes for {codec}, got {width}")
-    return width // LOG_BITS[codec] * 8
+    return width // bits * 8
 
 
 def weights_of(field: str, elements: int) -> int:

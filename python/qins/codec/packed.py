@@ -9,7 +9,7 @@ from .fields import LOG_BITS, code_columns
 
 
 def unpack(codes: Any, codec: str, concatenate: Callable[..., Any]) -> tuple[Any, Any]:
-    """Return the signs and the levels of packed codes.
+    """Return the signs and the levels of packed codes, in log8's form.
 
     Args:
         codes: (rows, bytes) of a wide integer type; qins_ext/packed.h has the layout.
@@ -17,8 +17,8 @@ def unpack(codes: Any, codec: str, concatenate: Callable[..., Any]) -> tuple[Any
         concatenate: np.concatenate or torch.cat.
 
     Returns:
-        two of (rows, columns): 1 where the sign differs from the scale's, and the numerator of the level, 0 to
-        2^(bits-1).
+        two of (rows, columns): 1 where the sign differs from the scale's, and the index 0 to 127 of the level in
+        `_core.levels`.
 
     """
     bits, cols = LOG_BITS[codec], code_columns(codec, codes.shape[1])
@@ -35,4 +35,5 @@ def unpack(codes: Any, codec: str, concatenate: Callable[..., Any]) -> tuple[Any
         blocks.append(block)
     q = concatenate(blocks, 1)
     sign = q >> (bits - 1)
-    return sign, (q & (1 << (bits - 1)) - 1) + sign
+    m = ((q & (1 << (bits - 1)) - 1) + sign) << (8 - bits)
+    return sign, m - (m >> 7)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import _core
 from ..system import get_num_threads
-from .fields import ARRAYS, LOG_BITS, SCALARS, array_names, code_columns, field_names, is_packed
+from .fields import ARRAYS, SCALARS, array_names, code_columns, field_names, is_packed
 from .packed import unpack
 
 try:
@@ -142,11 +142,10 @@ def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor
 
 def _packed_values(codec: str, group_size: int, f: Mapping[str, Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
     """Return magnitudes and signs of log6, log5 or log4."""
-    sign, level = unpack(f[ARRAYS[codec][0]].int(), codec, torch.cat)
-    m = (level << (8 - LOG_BITS[codec])).clamp(max=127)
+    sign, m = unpack(f[ARRAYS[codec][0]].int(), codec, torch.cat)
     group = f["group_scale"].int()
     scale = f["scale"][:, None] * (((group & 127) + 1).float() / 128)
-    of_columns = torch.arange(level.shape[1], device=level.device) // group_size
+    of_columns = torch.arange(m.shape[1], device=m.device) // group_size
     return table[m.long()] * scale[:, of_columns], (sign == 1) ^ (group >= 128)[:, of_columns]
 
 

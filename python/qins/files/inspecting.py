@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import ARRAYS, LOG_BITS, is_packed, slow_group_size, snr_db, unpack, weights_of
+from ..codec import ARRAYS, is_packed, slow_group_size, snr_db, unpack, weights_of
 from .inspection_report import InspectionReport, LayerError
 from .layers import KINDS, EncodedLayer, encoded_layers, is_stack, load_layer
 from .reading import Checkpoint, open_checkpoint, verify
@@ -22,16 +22,13 @@ _HISTOGRAM_CODES = 1 << 20
 def _histogram(checkpoint: Checkpoint, layer: EncodedLayer) -> list[int]:
     codes = checkpoint.load(layer.fields[ARRAYS[layer.codec][0]]).numpy()
     if is_packed(layer.codec):
-        rows = codes.reshape(-1, codes.shape[-1])
-        rows = rows[:: -(-codes.size // _HISTOGRAM_CODES)].astype(np.int32)
-        m = unpack(rows, layer.codec, np.concatenate)[1] << (8 - LOG_BITS[layer.codec])
-        counted: list[int] = np.bincount(np.minimum(m, 127).reshape(-1) >> 2, minlength=32).tolist()
-        return counted
-    codes = codes.reshape(-1)
-    step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that the samples come from all columns
-    # a sign bit and seven bits of magnitude, or eight bits of magnitude, where 255 is the smallest
-    signed = layer.codec in ("log8", "rational")
-    levels = codes[::step] & 0x7F if signed else (255 - codes[::step]) >> 1
+        rows = codes.reshape(-1, codes.shape[-1])[:: -(-codes.size // _HISTOGRAM_CODES)]
+        levels = unpack(rows.astype(np.int32), layer.codec, np.concatenate)[1].reshape(-1)
+    else:
+        step = -(-codes.size // _HISTOGRAM_CODES) | 1  # odd, so that the samples come from all columns
+        sampled = codes.reshape(-1)[::step]
+        # a sign bit and seven bits of magnitude, or eight bits of magnitude, where 255 is the smallest
+        levels = sampled & 0x7F if layer.codec in ("log8", "rational") else (255 - sampled) >> 1
     counts: list[int] = np.bincount(levels >> 2, minlength=32).tolist()
     return counts
 

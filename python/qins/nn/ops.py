@@ -204,9 +204,8 @@ def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dt
     names = field_names(codec, group_size or None)
     flat = ids.reshape(-1)
     rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
-    return decode_fields(codec, rows, group_size or None, dtype).reshape(
-        *ids.shape, code_columns(codec, fields[0].shape[1])
-    )
+    decoded = decode_fields(codec, rows, group_size or None, dtype)
+    return decoded.reshape(*ids.shape, decoded.shape[1])
 
 
 @embedding.register_fake
