@@ -22,7 +22,7 @@ void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_
     }
 }
 
-/* Whatever k is: from the beginning of its block of 64, in windows. */
+/* k may be any column: unpacking starts at its block of 64. */
 static void decode_packed(const qins_decoder *d, size_t row, size_t k, size_t n, float *out)
 {
     enum { WINDOW = 1024 };

@@ -10,7 +10,7 @@ typedef struct {
     const qins_kernels *kernels;
     const qins_matrix *w;
     qins_codes *e;
-    const float *importance; /* log8: weight of each column's squared error, or NULL */
+    const float *importance; /* log8, packed: weight of each column's squared error, or NULL */
     size_t windows;          /* windows per row */
     union {
         const qins_golden_tables *golden;

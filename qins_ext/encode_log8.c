@@ -103,7 +103,7 @@ static float grouped_scale(float most)
     return scale;
 }
 
-/* The smallest multiplier of a group, a multiple of `unit` in 256ths, that covers its largest magnitude. */
+/* The smallest multiplier, in 256ths and a multiple of `unit`, that covers a group's largest magnitude `most` */
 static int covering_multiplier(float most, float scale, int unit)
 {
     int cover = (int)(most / scale * 256.0f) / unit * unit;
@@ -117,8 +117,7 @@ static int covering_multiplier(float most, float scale, int unit)
     return cover;
 }
 
-/* Fills candidate multipliers of log8: `cover`, and up to LESS below and `more` above. Of equal errors, the first wins.
- */
+/* Lists candidate multipliers of log8: `cover`, up to LESS below it and `more` above it, in order of preference. */
 static int log8_multipliers(int cover, int more, int *multiplier)
 {
     int count = 0;
@@ -131,8 +130,8 @@ static int log8_multipliers(int cover, int more, int *multiplier)
     return count;
 }
 
-/* Candidate multipliers of packed codes, with each sign: percentages of the one that covers; then those NEARER the best
- * of them, likewise. An exhaustive search gains 0.02 to 0.09 dB more. */
+/* Candidate multipliers of packed codes, in percent of the one that covers the group's largest magnitude: PERCENT with
+ * each sign, then steps of NEARER from the best of those. An exhaustive search gains 0.02 to 0.09 dB more. */
 static const int PERCENT[] = {100, 95, 90, 105, 97, 92, 87, 82, 102, 107, 85, 110}, NEARER[] = {-2, -1, 1, 2};
 enum { PERCENTS = 12, PERCENTS_IN_SEARCH = 4, NEARERS = 4 };
 
@@ -145,7 +144,7 @@ static void packed_multipliers(int cover, int around, const int *percent, int co
     }
 }
 
-/* Compares candidates; replaces *best and its error if one has less. Of equal errors, the first wins. */
+/* Compares candidates. If one has less error than *least_error, it replaces *best. Of equal errors, the first wins. */
 static void compare_multipliers(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
                                 const int *multiplier, int count, int *best, double *least_error)
 {
@@ -162,8 +161,8 @@ static void compare_multipliers(qins_reader *r, const qins_encoding *e, size_t r
     }
 }
 
-/* The multiplier of a group with the smallest squared error among candidates around the one that covers its largest
- * magnitude; in the search for mu, among fewer. */
+/* The multiplier with the smallest squared error of a group, among candidates around the one that covers its largest
+ * magnitude. In the search for mu, there are fewer candidates. */
 static int best_multiplier(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
                            int in_search, double *total)
 {
@@ -213,7 +212,7 @@ static void row_codes(qins_reader *r, size_t row, size_t k, size_t n, float scal
     }
 }
 
-/* Codes of a row whose group scales are known, a window at a time. */
+/* Rounds a row whose group scales are known, a window at a time. */
 static void grouped_codes(qins_reader *r, const qins_encoding *c, size_t row, float scale)
 {
     const qins_codes *e = c->e;
@@ -230,7 +229,7 @@ static void grouped_codes(qins_reader *r, const qins_encoding *c, size_t row, fl
             const float s = scale * group_multiplier(log_bits(e->codec), group[g]), magnitude = s < 0.0f ? -s : s;
             row_codes(r, row, k, part, magnitude, c->tables.log8, codes + (k - begin));
             for (size_t i = k - begin; s < 0.0f && i < k - begin + part; i++) {
-                codes[i] ^= 0x80; /* relative to the scale's sign */
+                codes[i] ^= 0x80; /* signs are relative to the scale's */
             }
         }
         if (packed) {

@@ -319,7 +319,7 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
 
 /* -- packed codes */
 
-/* A whole block of packed codes, one to a byte */
+/* Unpacks a whole block of packed codes, one to a byte. */
 WORD void packed_indices(const uint8_t *packed, int bits, __m256i *q)
 {
     const __m256i nibbles = _mm256_loadu_si256((const __m256i *)packed), low = _mm256_set1_epi8(15);
@@ -361,7 +361,7 @@ WORD void unpack_block(const uint8_t *packed, int bits, uint8_t *codes)
 }
 
 #define DECODE_PACKED
-/* Low and high bytes of the words of packed codes, in parts of 16 codes */
+/* Low and high bytes of the words of packed codes, 16 codes to a table */
 typedef struct {
     __m256i low[4], high[4];
 } vp;
@@ -374,7 +374,7 @@ WORD vp vp_load(const qins_log8_words *t)
     }
     return r;
 }
-/* Shuffles use the low four bits of q; blends use bit 7 of its shifted copies. */
+/* Shuffles read the low four bits of q; blends read bit 7, to which q is shifted. */
 WORD __m256i pick_bytes(const __m256i *table, __m256i q, int bits)
 {
     __m256i r = _mm256_shuffle_epi8(table[0], q);

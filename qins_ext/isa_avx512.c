@@ -56,7 +56,7 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     return w;
 }
 #define DECODE_PACKED
-/* Low and high bytes of the words of packed codes, in parts of 16 codes */
+/* Low and high bytes of the words of packed codes, 16 codes to a table */
 typedef struct {
     __m512i low[4], high[4];
 } vp;

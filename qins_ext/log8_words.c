@@ -1,4 +1,4 @@
-/* A cache of log8's tables for products, by mu. */
+/* A cache of the tables for products of log8 and packed codes, by mu and bits. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>

@@ -3,12 +3,12 @@
 
 enum { HALF = QINS_BLOCK / 2, FLIPS = QINS_WINDOW / HALF };
 
-/* 0x80 for each 32 columns from k on whose group scale is negative */
+/* For each 32 columns from k on: 0x80 if their group scale is negative, else 0 */
 static void flips_of(const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *flip)
 {
     const size_t each = e->group_size / HALF, first = k / HALF, count = ceil_div(n, HALF);
     const uint8_t *group = group_row(e, row) + first / each;
-    size_t left = each - first % each; /* halves of this group */
+    size_t left = each - first % each; /* 32s left in this group */
     for (size_t i = 0; i < count; i++) {
         flip[i] = *group & 0x80;
         if (--left == 0) {

@@ -1,12 +1,13 @@
 /* Packed codes: log6, log5 and log4.
  *
- * A row is blocks of 64 codes, the last of which may have 8 to 56. With c codes, plane by plane: the low 4 bits of each
- * code, then (log6) 2 or (log5) 1 more. A plane of w bits has c*w/8 bytes, and bits w*j to w*j + w - 1 of byte i belong
- * to code i + j*c*w/8. So a vector unpacks a plane with one shift that is uniform over consecutive bytes, and a block
- * of 64 is 8*bits consecutive bytes.
+ * A row is a sequence of blocks of 64 codes; the last block may have 8 to 56. A block of c codes is stored in planes:
+ * first the low 4 bits of every code, then the remaining 2 (log6) or 1 (log5). A plane of w bits has c*w/8 bytes. Bits
+ * w*j to w*j + w - 1 of byte i belong to code i + j*c*w/8. So a vector unpacks a plane with one shift that is uniform
+ * over consecutive bytes, and a block of 64 is 8*bits consecutive bytes.
  *
- * Kernels read log8's form instead: sign<<7 | m with m = i * 128/h, except 127 for 128 (see qins_log8_levels). The sign
- * of a group's scale is then part of its codes', and its group_scale is log8's: 2 * (group_scale & 127) + 1. */
+ * Most kernels read log8's form instead: sign<<7 | m. The magnitude f(p) of qins.h has m = 128 p, except that 127
+ * stands for 128 (see qins_log8_levels). The sign of a code then includes that of its group's scale, and the
+ * group_scale becomes log8's: 2 * (group_scale & 127) + 1. */
 #ifndef QINS_PACKED_H
 #define QINS_PACKED_H
 
@@ -26,7 +27,7 @@ static inline size_t code_bytes(const qins_codes *e, size_t cols)
     return is_packed(e->codec) ? cols / 8 * (size_t)log_bits(e->codec) : cols;
 }
 
-/* The factor of a row's scale that a group_scale stands for; bits: of the codes */
+/* What a group_scale multiplies the row's scale by, in codes of `bits` bits */
 static inline float group_multiplier(int bits, uint8_t group_scale)
 {
     if (bits == 8) {
@@ -38,7 +39,7 @@ static inline float group_multiplier(int bits, uint8_t group_scale)
 
 static inline uint8_t log8_group_scale(uint8_t packed) { return (uint8_t)(2 * (packed & 127) + 1); }
 
-/* Log8's form of a packed code, with the sign that is relative to the group's scale */
+/* log8's form of a packed code, but with the code's own sign: relative to that of the group's scale */
 static inline uint8_t log8_form(unsigned q, int bits)
 {
     const unsigned sign = q >> (bits - 1) & 1, m = ((q & ((1u << (bits - 1)) - 1)) + sign) << (8 - bits);
@@ -68,15 +69,15 @@ static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, si
         return scale;
     }
     const float unit = scale * t->multiplier[group[k / e->group_size]];
-    return unit < 0.0f ? -unit : unit; /* log8's form has the sign in the codes */
+    return unit < 0.0f ? -unit : unit; /* in log8's form, the codes have the sign */
 }
 
 /* Unpacks columns [k, k + n) of a row; k is a multiple of 64. `codes` has room for n rounded up to 64. */
 void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *codes);
 /* One code in log8's form */
 uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col);
-/* Packs one row of codes: sign<<7 | level, signs relative to those of the group scales. A level that does not exist
- * with its sign becomes the nearest one that does. */
+/* Packs one row of codes, given as sign<<7 | level, with signs relative to those of the group scales. A level that does
+ * not exist with its sign becomes the nearest one that does. */
 void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed);
 
 #endif

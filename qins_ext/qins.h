@@ -12,7 +12,7 @@
  *   log8    code = sign<<7 | m; value = (-1)^sign * S * f(m), f(m) = ((1+mu)^(m/127) - 1)/mu;
  *           S = scale[row], or scale[row] * ((group_scale[row, k/group_size] + 1)/256) when grouped
  *   log6, log5, log4  q = sign<<(bits-1) | i of 6, 5 or 4 bits, in planes (see packed.h), with h = 2^(bits-1);
- *           value = S * f(i/h) without sign, -S * f((i+1)/h) with it, f(p) = ((1+mu)^p - 1)/mu;
+ *           value = S * f(i/h) if sign is 0, -S * f((i+1)/h) if it is 1, f(p) = ((1+mu)^p - 1)/mu;
  *           S = scale[row] * ((group_scale[row, k/group_size] & 127) + 1)/128, negated where bit 7 of group_scale is
  *           set; group_size is 32 or a multiple of 64, and cols a multiple of 8
  *   rational code = sign<<7 | m; |z| = z_max - m/127 * (z_max - z_min);
@@ -55,8 +55,8 @@ typedef struct {
     float mu;
     QINS_ALIGNED(64) float level[QINS_LEVELS]; /* the levels in use, ascending */
     qins_lut lut;                              /* counts midpoints between neighboring levels: the nearest one */
-    int32_t top; /* the largest level whose sign is that of the scale; with the other sign, it is the last level */
-    int capped;  /* whether these two differ */
+    int32_t top; /* the largest level that exists with the scale's sign; the last level exists with the other sign */
+    int capped;  /* whether these two differ: packed codes */
 } qins_log8_tables;
 
 /* Maps golden magnitudes to `stored` and back, for one (log_min, log_max). */
@@ -77,7 +77,7 @@ typedef struct {
  */
 typedef struct {
     float mu;
-    int bits; /* of codes. Those of fewer than 8 are packed (see packed.h): the tables below are for their log8 form */
+    int bits; /* of a code. Codes of fewer than 8 are packed (see packed.h); these tables then are for log8's form */
     QINS_ALIGNED(64) int16_t word[256];
     QINS_ALIGNED(64) uint8_t word_low[256];
     QINS_ALIGNED(64) uint8_t word_high[256];
@@ -87,8 +87,8 @@ typedef struct {
     QINS_ALIGNED(32) int16_t a[16];
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
-    float multiplier[256]; /* by the codec's group_scale; of packed codes with the sign */
-    /* log8's form of packed codes, without flips, and words of packed codes; repeated to 64 */
+    float multiplier[256]; /* by the codec's group_scale; that of packed codes has a sign */
+    /* By packed code, repeated to 64 entries: log8's form without the group scale's sign; the two bytes of its word */
     QINS_ALIGNED(64) uint8_t packed_form[64];
     QINS_ALIGNED(64) uint8_t packed_low[64];
     QINS_ALIGNED(64) uint8_t packed_high[64];
@@ -268,20 +268,20 @@ typedef struct {
     /* log8 */
     void (*encode_log8)(const float *w, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes);
     /* error[i] = sum of importance * (|w inverse[i]| - nearest level)^2, in 16 lanes, the same on every instruction
-     * set; importance may be NULL. If t->capped, weights whose sign is that of inverse have the levels up to t->top */
+     * set; importance may be NULL. If t->capped, weights with the sign of inverse have only the levels up to t->top */
     void (*errors_log8)(const float *w, const float *importance, size_t n, const float *inverse, int candidates,
                         const qins_log8_tables *t, float *error);
     /* Rounds a panel of 16 rows, one lane each, with error feedback. Each column (16 floats) in turn gets the code
      * nearest to w + sum over earlier columns i of feedback[column * cols + i] * e_i, where e_i is weight i minus its
-     * code's value. The e replace the weights. scale: 16 per group, negative only if t->capped; group: the group of
-     * each column. If t->capped, signs of codes are relative to those of the scales. */
+     * code's value. The e replace the weights. scale: 16 per group; group: the group of each column. If t->capped,
+     * scales may be negative, and signs of codes are relative to those of the scales. */
     void (*feedback_log8)(float *panel, size_t cols, const float *feedback, const float *scale, const uint32_t *group,
                           const qins_log8_tables *t, uint8_t *codes);
     /* Decodes one row from column k on; group_scale: that row's, or NULL */
     void (*decode_log8)(const uint8_t *codes, size_t k, size_t n, float scale, const uint8_t *group_scale,
                         size_t group_size, const float *level, float *out);
-    /* packed.h: unpacks the `cols` codes of one row of packed ones, or whole blocks of 64, to log8's form. flip: per 32
-     * codes, XORed with theirs */
+    /* Unpacks `cols` packed codes (see packed.h), a whole row or whole blocks of 64, to log8's form. flip: for each 32
+     * codes, 0x80 to negate them, or 0 */
     void (*unpack)(const uint8_t *packed, size_t cols, int bits, const uint8_t *flip, uint8_t *codes);
     /* rational: z = sign/(1 + alpha |w|) and back; any bit pattern of |w| between range's lo and hi */
     qins_range (*range_rational)(const float *w, size_t n, qins_range r);
@@ -301,8 +301,8 @@ typedef struct {
     /* out[row][m] = sum over a row of f(codes) * group scale * x[m], with batch values per row and room for an even
      * number of rows. group_scale: NULL, or that of all rows; group_size is then 32 or a multiple of 64. room:
      * QINS_WORD_ROOM bytes, aligned to 64, in which at most QINS_WORD_ROWS rows of codes are decoded once for many rows
-     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and they need room if batch
-     * > 1 */
+     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and with batch > 1 they need
+     * room */
     void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, void *room, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with
@@ -366,7 +366,7 @@ double qins_exp(double x);
 /* threshold: ascending bit patterns, repeats allowed. */
 void qins_lut_build(qins_lut *lut, const int32_t *threshold, int count);
 uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern);
-/* Levels by the m of log8, or (packed) of packed codes in log8's form. mu >= 0, finite */
+/* Levels by m: of log8, or, if packed, of packed codes in log8's form. mu >= 0, finite */
 void qins_log8_levels(float mu, int packed, float level[QINS_LEVELS]);
 /* For codes of `bits` bits; mu in [0, QINS_MU_MAX] */
 void qins_log8_tables_build(qins_log8_tables *t, float mu, int bits);
@@ -377,7 +377,7 @@ void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, f
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
 void qins_log8_words_build(qins_log8_words *t, float mu, int bits);
-/* log8_words.c: the words of mu, cached forever; or built in `own` once the cache is full */
+/* log8_words.c: the words of mu and bits, cached forever; or built in `own` once the cache is full */
 const qins_log8_words *qins_log8_words_of(float mu, int bits, qins_log8_words *own);
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f
@@ -394,7 +394,7 @@ typedef struct {
 typedef struct {
     qins_codec codec;
     size_t rows, cols;
-    uint8_t *codes;     /* stored (golden, log9), codes (log8) or w_encoded (rational), rows x cols; or packed codes */
+    uint8_t *codes;     /* stored (golden, log9), codes (log8), w_encoded (rational), rows x cols; or packed codes */
     int8_t *sign;       /* golden, rows x cols */
     uint8_t *sign_bits; /* log9, rows x ceil(cols/8) */
     float log_min, log_max;

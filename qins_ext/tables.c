@@ -134,11 +134,11 @@ uint32_t qins_lut_count(const qins_lut *lut, int32_t pattern)
 
 /* -- log8 ------------------------------------------------------------------------------------- */
 
-/* Packed codes have their levels at multiples of 128/h, except that 127 stands for 128. */
+/* In log8's form, levels of packed codes have an m that is a multiple of 128/h, except that 127 stands for 128. */
 static int level_position(int m, int packed) { return m + (packed && m == QINS_LEVELS - 1); }
 static int last_position(int packed) { return packed ? QINS_LEVELS : QINS_LEVELS - 1; }
 
-/* From m to the next one that codes can have. */
+/* From m to the next level in use. All packed codes count as log6, whose levels include those of log5 and log4. */
 static int next_used(int m, int packed) { return !packed ? 1 : m < QINS_LEVELS - 4 ? 4 : m < QINS_LEVELS - 1 ? 3 : 1; }
 
 void qins_log8_levels(float mu, int packed, float level[QINS_LEVELS])
@@ -160,7 +160,7 @@ void qins_log8_tables_build(qins_log8_tables *t, float mu, int bits)
     qins_log8_levels(mu, t->capped, t->level);
     if (t->capped) {
         last = 1 << (bits - 1);
-        for (int i = 1; i < QINS_LEVELS; i++) { /* log8's form of level i is its multiple of 128/h */
+        for (int i = 1; i < QINS_LEVELS; i++) { /* level i has m = i * 128/h in log8's form */
             t->level[i] = t->level[i < last ? i * (QINS_LEVELS / last) : QINS_LEVELS - 1];
         }
     }
@@ -276,7 +276,7 @@ static void build_factors(qins_log8_words *t, const float *level)
     memset(t->a, 0, sizeof t->a); /* all remain 0 for mu = 0 */
     t->c = 0;
     t->factor_unit = 0.0f;
-    /* b[15] is 1; in packed codes only m = 127 has it, for 128 */
+    /* b[15] is 1. In packed codes, only m = 127, which stands for 128, uses it. */
     const int top = 15 + (t->bits < 8);
     for (int i = 0; i < 16; i++) {
         t->b[i] = fixed_point(qins_exp(step * (i < 15 ? i - top : 0)), 32767.0);

@@ -12,14 +12,14 @@ const char *const qins_way_names[QINS_WAY_COUNT] = {
 
 /* Kinds of codes; bits of a set. */
 enum {
-    DECODED = 1,     /* rational; log8 whose groups do not fit words, or for which words are not exact enough */
+    DECODED = 1,     /* rational; log8 or packed, if groups do not fit words or words are not exact enough */
     FACTORED = 2,    /* golden, log9 */
-    WORDED = 4,      /* log8 with per-row scales, or groups of 32 or of a multiple of 64 */
+    WORDED = 4,      /* log8 or packed, with per-row scales, or groups of 32 or of a multiple of 64 */
     WORD_BLOCKS = 8, /* likewise, in groups that need steps of 64 columns instead of the longest */
-    PLANED = 16,     /* log8 with per-row scales, or groups of a multiple of 64 */
+    PLANED = 16,     /* log8 or packed, with per-row scales, or groups of a multiple of 64 */
     PLANED_128 = 32, /* likewise, of a multiple of 128 */
-    FOLDED = 64,     /* in groups of 32 or 64 */
-    SINGLE = 128,    /* log8 with per-row scales, or groups of a multiple of 64 */
+    FOLDED = 64,     /* log8 or packed, in groups of 32 or 64 */
+    SINGLE = 128,    /* PLANED, but log8 only */
     ANY_CODES = DECODED | FACTORED | WORDED
 };
 

@@ -27,9 +27,9 @@
  *           WORD_STEP: columns whose sums fit 32 bits: 64 or, for words up to QINS_WORD_MAX, 128
  *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations fit in registers
  *           WORD_SETS: up to this many sets of 8 rows of activations, decoding codes again is faster than loading words
- *   packed  if DECODE_PACKED: words of packed codes (see packed.h):
- *           vp_load(t)  vw_decode_packed(const vp *, const uint8_t *packed, int bits), of a block of 64
- *           if UNPACK_BLOCK: unpack_block(packed, bits, codes): a block in log8's form
+ *   packed  optional, for whole blocks of 64 packed codes (see packed.h). If DECODE_PACKED, words without log8's form:
+ *           vp_load(t)  vw_decode_packed(const vp *, const uint8_t *packed, int bits)
+ *           If UNPACK_BLOCK, log8's form: unpack_block(packed, bits, codes)
  *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too

@@ -152,8 +152,8 @@ static FN void NAME(transpose)(const float *src, size_t src_stride, float *dst, 
 /* Unpacking bytes to words stays within the four 128-bit parts: bytes 0-7 of each, then 8-15 of each. */
 #define X_ORDER {0, 2, 4, 6, 1, 3, 5, 7}
 
-/* 64 packed codes, a whole block, one to a byte. Bits above those of a code are any, so tables of fewer than 64 entries
- * repeat. */
+/* A whole block of 64 packed codes, one to a byte. Bits above a code's own are arbitrary, so tables that bytes index
+ * are repeated to 64 entries. */
 WORD __m512i packed_indices(const uint8_t *packed, int bits)
 {
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)packed));
@@ -170,7 +170,7 @@ WORD __m512i packed_indices(const uint8_t *packed, int bits)
         more = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(packed + 32)));
         more = _mm512_rolv_epi64(more, _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62));
     }
-    /* the low four bits are nibbles' */
+    /* the low four bits from nibbles, the others from more */
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, more, 0xca);
 }
 

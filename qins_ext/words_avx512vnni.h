@@ -50,7 +50,7 @@ WORD vw vw_decode(const vt *t, const uint8_t *codes)
     return w;
 }
 #define DECODE_PACKED
-/* Low and high bytes of the words of packed codes: one table holds both signs. */
+/* Low and high bytes of the words of packed codes. A table holds both signs. */
 typedef struct {
     __m512i low, high;
 } vp;
