@@ -1,4 +1,4 @@
-"""Weights of 8 bits and fewer for language models, as logarithmic codes.
+"""Logarithmic codes of 4 to 8 bits for the weights of language models.
 
 `encode` and `decode` work on NumPy arrays, and `Decoder` runs converted language models with NumPy alone. `QINSLinear`
 and `convert` quantize torch models; `QinsConfig` quantizes models as transformers loads them. Importing this package

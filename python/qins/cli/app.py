@@ -52,7 +52,7 @@ def _root(
         typer.Option("--verbose", "-v", help="Print what the command does, the total time, and library messages."),
     ] = False,
 ) -> None:
-    """Logarithmic quantization for the weights of language models, to 8 bits and fewer."""
+    """Quantize language models to logarithmic codes of 4 to 8 bits, and run them on CPUs."""
 
 
 # the help lists commands in this order
