@@ -117,8 +117,8 @@ def calibrate(
             depend less on this text.
         held_out: share of the batches to hold out.
         sequential: calibrate the layers of later rounds on the codes of earlier layers, instead of on their floats.
-        plan: result of `qins.plan` for the same model. It overrides codec and group_size; layers left out of it stay in
-            float.
+        plan: result of `qins.plan` for the same model. It overrides codec and group_size. Layers that it leaves out
+            stay in float.
         room: memory for statistics, in bytes; layers that do not fit wait for another pass over the batches.
         show_progress: None shows a progress bar on a terminal.
 
@@ -126,8 +126,8 @@ def calibrate(
         a report that prints as a table.
 
     Raises:
-        ValueError: the batches are too few or too uniform, a weight is NaN or infinite, or codec is another one; the
-            model is unchanged.
+        ValueError: the batches are too few or too uniform, a weight is NaN or infinite, or the codec cannot be
+            calibrated; the model is unchanged.
 
     """
     if codec not in LOG_BITS:

@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 # The sizes with fast kernels.
 GROUP_SIZES = (32, 64, 128, 192, 256)
 _PACKED_GROUP_SIZES = (32, 64)
-# Above these bits, plans leave out the packed codecs: nearly every layer can have log8, whose errors are far smaller.
+# Above this target, plans leave out the packed codecs: nearly every layer can have log8, whose errors are far smaller.
 _LEAST_BITS_WITHOUT_PACKED = 8.0
 _SENSITIVITY_TOKENS = 1024
 
@@ -282,9 +282,9 @@ def plan(
 ) -> Plan:
     """Choose each layer's codec and group size, so that bits go where they matter most. Pass it to `calibrate`.
 
-    Each layer is rounded to log8 with every fast group size and, unless target_bits is above 8, to log6, log5 and log4
-    in groups of 32 and 64. The cost of its output errors on held-out tokens is estimated from gradients of the model's
-    predictions. A layer may also stay in float.
+    Each layer is rounded to log8 with every fast group size. Unless target_bits is above 8, it is also rounded to log6,
+    log5 and log4 in groups of 32 and 64. The cost of its output errors on held-out tokens is estimated from gradients
+    of the model's predictions. A layer may also stay in float.
 
     Args:
         model: a float language model on the CPU, whose output has logits.

@@ -37,7 +37,7 @@ Write = Callable[..., None]  # as ShardWriter.write
 _WAITING = 64 << 20  # bytes queued for writing, above which the next tensor has to wait
 _PROGRESS = "qins-progress.json"
 _LOCK = "qins.lock"
-_FILES = 3  # increased when a version writes different tensors, so that it does not resume conversions of an older one
+_FILES = 3  # increased when a version writes other tensors, so that it does not resume an older version's conversion
 _CALIBRATION = "qins-calibration"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -109,9 +109,8 @@ def quantize_checkpoint(
         show_progress: None shows a progress bar on a terminal.
 
     Returns:
-        dict: layers, bytes_before, bytes_after, files, skipped, notes (sentences on layers whose codec is not the one
-            asked for) and source, the quantized format of the source or None; with a target, also plan, its
-            description.
+        dict: layers, bytes_before, bytes_after, files, skipped, notes (on layers whose codec is not the one asked for)
+            and source (the quantized format of the source, or None); with a target, also plan (its description).
 
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: no partial file is left under a final name.
@@ -167,7 +166,7 @@ def quantize_checkpoint(
 
 
 def _notes(planned: Plan, config: QinsConfig) -> Iterator[str]:
-    """Yield a sentence for each layer that could not have the codec asked for."""
+    """Yield a note for each layer that could not have the codec asked for."""
     for o in planned.encoded:
         asked, _ = config.asked(o.module.rpartition(".")[0] if o.is_stack else o.module)
         told = fallback_note(asked, o.targets[0].shape[-1]) if o.codec != asked else ""

@@ -31,7 +31,7 @@ def quantize(
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Maximum number of tokens of that text.")] = 8192,
     target_bits: Annotated[
         float | None,
-        typer.Option(help="Bits per weight, such as 4.5, to spend where they matter most: on log4 to log8."),
+        typer.Option(help="Bits per weight, such as 4.5: layers get log4 to log8, more bits where they matter."),
     ] = None,
     target_kld: Annotated[
         float | None, typer.Option(help="Instead, spend as few bits as this estimated mean KL divergence allows.")

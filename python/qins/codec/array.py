@@ -58,7 +58,7 @@ class EncodedArray:
         Args:
             codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational".
             fields: field name to array or number, as in docs/formats.md.
-            group_size: inputs per group scale (log8), or None; None is 32 for log6, log5 and log4.
+            group_size: inputs per group scale, or None. For log6, log5 and log4, None means 32.
 
         Returns:
             the codes.
@@ -215,12 +215,12 @@ def encode(
             features, the last dimension is input features. Values are converted to float32.
         codec: "log8"; "log6", "log5" or "log4" for fewer bits; "log9", "golden" or (deprecated) "rational".
             docs/formats.md has the formulas.
-        group_size: log8: inputs per group scale; None for per-row scales only. log6, log5, log4: 32 (None) or a
-            multiple of 64; in_features must be a multiple of 8.
-        mu: log8's family: curvature of the levels, 0 (linear) to 65536; None searches for the best value.
+        group_size: inputs per group scale. log8: None for per-row scales only. log6, log5, log4: 32 or a multiple of
+            64; None means 32, and in_features must be a multiple of 8.
+        mu: log8, log6, log5, log4: curvature of the levels, 0 (linear) to 65536; None searches for the best value.
         alpha: rational: slope of the levels; None for 1.
-        importance: log8's family: weight of each input's squared error in the search for mu and scales, such as the
-            input's mean square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` builds on this.
+        importance: log8, log6, log5, log4: weight of each input's squared error in the search for mu and scales, such
+            as the input's mean square; shape (in_features,), finite, not negative. `qins.ErrorFeedback` builds on this.
 
     Returns:
         the codes.
@@ -278,9 +278,9 @@ _TILE = 1 << 20
 def matmul(x: Any, e: EncodedArray, *, out: Array | None = None) -> Array:
     """Return x @ W.T, where W of shape (N, K) are the weights in `e`.
 
-    The product is computed straight from the codes and summed in float32. Its relative error is below 2e-4 for log8 and
-    its family, whose kernels round activations to 15 bits with one scale for 64 or 128 columns, and below 1e-6 for
-    golden and log9. A float64 x is multiplied with dequantized weights in float64.
+    The product is computed straight from the codes and summed in float32. Its relative error is below 2e-4 for log8,
+    log6, log5 and log4, whose kernels round activations to 15 bits with one scale for 64 or 128 columns, and below 1e-6
+    for golden and log9. A float64 x is multiplied with dequantized weights in float64.
 
     Args:
         x: floating-point array of shape (..., K).

@@ -17,7 +17,7 @@ _ROWS = 256  # rows of a matrix processed at a time; all at once would double th
 
 
 class ErrorFeedback:
-    """Quantizes weights to log8's family, minimizing the error of the layer's outputs rather than of its weights.
+    """Quantizes to log8, log6, log5 or log4, minimizing the error of a layer's outputs rather than of its weights.
 
     The inputs' mean squares weight the search for mu and scales. Then columns are rounded one after another, by
     descending mean square, and each compensates for the errors that earlier columns caused in the outputs. With the

@@ -15,7 +15,7 @@ def field_names(codec: str, group_size: int | None) -> tuple[str, ...]:
     return (*array_names(codec, group_size), *SCALARS[codec])
 
 
-# Bits of a code in log8's family; codes of fewer than 8 are packed.
+# Bits of a code, for log8's family: log8 and the packed codecs, which have fewer levels.
 LOG_BITS = {"log8": 8, "log6": 6, "log5": 5, "log4": 4}
 # Fields of each codec: arrays in the C core's order, then scalars. `group_scale` joins the arrays of log8's family when
 # the inputs are grouped.
@@ -34,7 +34,7 @@ SCALARS: dict[str, tuple[str, ...]] = {
     "rational": ("alpha", "z_min", "z_max"),
     **dict.fromkeys(LOG_BITS, ("mu",)),
 }
-# The role of each field: "codes" (one per weight), "sign" or "range".
+# The role of each field: "codes" (one per weight, or packed), "sign" or "range".
 FIELD_ROLES = {
     "stored": "codes", "codes": "codes", "codes6": "codes", "codes5": "codes", "codes4": "codes", "w_encoded": "codes",
     "sign": "sign", "sign_bits": "sign",
@@ -89,12 +89,12 @@ _PACKED_BITS = {codec: bits for codec, bits in LOG_BITS.items() if bits < 8}
 
 
 def is_packed(codec: str) -> bool:
-    """Whether codes take fewer than 8 bits and are packed: log6, log5 and log4."""
+    """Return whether codes have fewer than 8 bits and are packed: those of log6, log5 and log4."""
     return codec in _PACKED_BITS
 
 
 def code_width(codec: str, cols: int) -> int:
-    """Return the bytes of a row of codes, or raise the ValueError that says why `codec` cannot have these columns."""
+    """Return the number of bytes in a row of codes; raise a ValueError if `codec` cannot have `cols` columns."""
     bits = _PACKED_BITS.get(codec)
     if bits is None:
         return cols
@@ -104,9 +104,9 @@ def code_width(codec: str, cols: int) -> int:
 
 
 def code_columns(codec: str, width: int) -> int:
-    """Return the columns whose codes take `width` bytes a row, or raise the ValueError of a width that none has."""
+    """Return the number of columns of a row of codes of `width` bytes; raise a ValueError if no number fits."""
     bits = _PACKED_BITS.get(codec)
-    if bits is None:  # first: products of small layers notice every step
+    if bits is None:  # tested first, because each step shows in the time of a small layer
         return width
     if width % bits:
         name = ARRAYS[codec][0]
@@ -115,7 +115,7 @@ def code_columns(codec: str, width: int) -> int:
 
 
 def weights_of(field: str, elements: int) -> int:
-    """Return how many weights a field of codes with this many elements holds."""
+    """Return the number of weights whose codes are in a field with this many elements."""
     return elements * 8 // _BITS_OF_FIELD.get(field, 8)
 
 

@@ -17,7 +17,7 @@ def default_group_size(in_features: int) -> int:
 
 
 def resolve_group_size(codec: str, group_size: int | str | None, in_features: int) -> int | None:
-    """Check a group_size argument; "default" means 64 for log8, 32 for packed codecs and None for others."""
+    """Check a group_size argument. "default" becomes 64 for log8, 32 for packed codecs and None for others."""
     check_codec(codec)
     if isinstance(group_size, str):
         if group_size != "default":
@@ -27,7 +27,7 @@ def resolve_group_size(codec: str, group_size: int | str | None, in_features: in
 
 
 def format_of(codec: str, group_size: int | str | None, in_features: int) -> tuple[str, int | None]:
-    """Return the codec and the group size that a matrix of a model gets: log8 if its rows cannot be packed."""
+    """Return the codec and group size of a model's matrix; log8 replaces a packed codec that its rows do not fit."""
     size = resolve_group_size(codec, group_size, in_features)
     if not fallback_note(codec, in_features):
         return codec, size
@@ -35,7 +35,7 @@ def format_of(codec: str, group_size: int | str | None, in_features: int) -> tup
 
 
 def fallback_note(codec: str, in_features: int) -> str:
-    """Return why a matrix gets log8 instead of a packed codec; empty if its rows can be packed."""
+    """Return why a matrix gets log8 instead of a packed codec; empty if it gets the codec."""
     if not is_packed(codec) or in_features % 8 == 0:
         return ""
     return f"log8 instead of {codec}: {in_features} inputs are not a multiple of 8"

@@ -1,4 +1,4 @@
-"""Packed codes (log6, log5, log4) as one number each, for NumPy arrays and torch tensors alike."""
+"""Unpacking of packed codes (log6, log5, log4), for NumPy arrays and torch tensors alike."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .fields import LOG_BITS, code_columns
 
 
 def unpack(codes: Any, codec: str, concatenate: Callable[..., Any]) -> tuple[Any, Any]:
-    """Return the signs and the levels of packed codes, in log8's form.
+    """Return the signs and levels of packed codes.
 
     Args:
-        codes: (rows, bytes) of a wide integer type; qins_ext/packed.h has the layout.
+        codes: (rows, bytes), cast to an integer type of more than 8 bits; qins_ext/packed.h has the layout.
         codec: "log6", "log5" or "log4".
         concatenate: np.concatenate or torch.cat.
 
     Returns:
-        two of (rows, columns): 1 where the sign differs from the scale's, and the index 0 to 127 of the level in
-        `_core.levels`.
+        two arrays or tensors, (rows, columns): 1 where the sign differs from the scale's, else 0; and the level's index
+        in `_core.levels`, 0 to 127 as in log8.
 
     """
     bits, cols = LOG_BITS[codec], code_columns(codec, codes.shape[1])

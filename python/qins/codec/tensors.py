@@ -141,7 +141,7 @@ def decode_on_device(codec: str, group_size: int | None, fields: Sequence[Tensor
 
 
 def _packed_values(codec: str, group_size: int, f: Mapping[str, Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return magnitudes and signs of log6, log5 or log4."""
+    """Return the magnitudes of log6, log5 or log4, and where they are negative."""
     sign, m = unpack(f[ARRAYS[codec][0]].int(), codec, torch.cat)
     group = f["group_scale"].int()
     scale = f["scale"][:, None] * (((group & 127) + 1).float() / 128)

@@ -41,7 +41,7 @@ Tensor = torch.Tensor
 
 # The rows of the full table, in order. "calibrated" is log8 with codes chosen on text that is not evaluated on.
 CODECS = ("log8", "calibrated", "calibrated to 8.13 bits", "log8 per row", "log9", "golden", "rational")
-# Rows on request.
+# Rows that only --codec adds.
 PACKED = (*filter(is_packed, LOG_BITS), *(f"calibrated {codec}" for codec in LOG_BITS if is_packed(codec)))
 WHOLE_BF16 = "bf16 model"
 _TO_BITS = re.compile(r"calibrated to (\d+(?:\.\d+)?) bits")

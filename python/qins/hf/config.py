@@ -16,8 +16,8 @@ class QinsConfig(QuantizationConfigMixin):
     """How to quantize a model: `AutoModel.from_pretrained(name, quantization_config=QinsConfig())`.
 
     Args:
-        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational". A module whose in_features is not a
-            multiple of 8 gets log8 instead of log6, log5 or log4.
+        codec: "log8", "log6", "log5", "log4", "log9", "golden" or "rational". If in_features is not a
+            multiple of 8, a module gets log8 instead of log6, log5 or log4.
         group_size: inputs per group scale; "default" for 64 (log8) or 32 (log6, log5, log4), None for per-row scales
             (log8).
         include: fnmatch patterns of module names to quantize; None for all linear layers.
@@ -149,7 +149,7 @@ class QinsConfig(QuantizationConfigMixin):
         return self.codec, self.group_size
 
     def layer(self, name: str, in_features: int) -> tuple[str, int | None]:
-        """Return codec and group size of a module: log8 where its rows cannot be packed."""
+        """Return codec and group size of a module; log8 replaces a packed codec that its rows do not fit."""
         return format_of(*self.asked(name), in_features)
 
 

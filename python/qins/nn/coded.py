@@ -84,7 +84,7 @@ class CodedWeight(Coded):
     The codes are buffers with the field names of docs/formats.md (for `golden`: stored, sign, log_min, log_max).
 
     Attributes:
-        group_size: columns per group scale (log8's family), or None.
+        group_size: columns per group scale (log8, log6, log5, log4), or None.
 
     """
 

@@ -42,8 +42,8 @@ def convert(
 
     Args:
         model: any nn.Module that contains linear layers.
-        codec: "log8", "log6", "log5", "log4", "log9" or "golden". A matrix whose in_features is not a multiple of 8
-            gets log8 instead of log6, log5 or log4, and the report says so.
+        codec: "log8", "log6", "log5", "log4", "log9" or "golden". If in_features is not a multiple of 8, a matrix gets
+            log8 instead of log6, log5 or log4, and the report says so.
         include: fnmatch patterns of module names to convert; None for all.
         exclude: patterns of module names to skip.
         group_size: inputs per group scale; "default" for 64 (log8) or 32 (log6, log5, log4); None for per-row scales

@@ -51,7 +51,7 @@ def stack_sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
 def format_of_experts(
     module: nn.Module, codec: str, group_size: int | str | None
 ) -> tuple[str, dict[str, int | None], str]:
-    """Return codec and group sizes of a module's projections, and why it is log8 if it was to be a packed codec."""
+    """Return codec and group sizes of a module's projections, and a note if log8 replaces a packed codec."""
     widths = {stack: stack_sizes(module, stack)[2] for stack in projections(module)}
     note = ""
     for width in widths.values():  # all projections have one codec

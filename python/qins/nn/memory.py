@@ -191,7 +191,7 @@ def _weights_of_codes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _weights(name: str, tensor: torch.Tensor) -> int:
-    """Return the number of weights in a tensor: packed codes hold more than they have elements."""
+    """Return the number of weights in a tensor; packed codes have more of them than elements."""
     field = split_field(name)
     return weights_of(field[1], tensor.numel()) if field else tensor.numel()
 
