@@ -41,7 +41,7 @@ BITS = {"log6": 6, "log5": 5, "log4": 4}
 
 
 def packed_values(mu: float, bits: int) -> np.ndarray:
-    """Value of every code q of log6, log5 or log4, for S = 1: f(i/h), then -f((i + 1)/h)."""
+    """Value of every code q of log6, log5 or log4 for S = 1: first f(i/h), then -f((i + 1)/h)."""
     h = 1 << (bits - 1)
     part = np.arange(h + 1) / h
     f = (np.expm1(part * np.log1p(mu)) / mu if mu > 0 else part).astype(np.float32)
@@ -57,7 +57,7 @@ def packed_scale(fields: dict, group_size: int, shape: tuple[int, int]) -> np.nd
 
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
-    """Rows of codes as bytes: blocks of up to 64 codes, each a plane of 4 bits, then one of the others."""
+    """Rows of codes as bytes: each block of up to 64 codes is a plane of their low 4 bits, then one of the rest."""
     rows = []
     for row in q.astype(int):
         data = []

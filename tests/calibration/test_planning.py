@@ -112,7 +112,7 @@ def test_plan_and_calibrate():
 
 @pytest.mark.parametrize("target", [5.0, 6.5])
 def test_fewer_bits(target):
-    """Bits go to the sensitive layers, from the whole ladder of codecs."""
+    """Sensitive layers get more bits; a plan may use every codec from log4 to log8."""
     model, batches = model_and_batches()
     with torch.no_grad():  # an insensitive layer, and a sensitive one
         model.model.layers[0].mlp.down_proj.weight.mul_(1e-4)

@@ -58,7 +58,7 @@ def test_from_pretrained_and_quantize_agree(source, tmp_path):
 
 @pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
 def test_packed_codes(source, tmp_path, codec):
-    """From files as in memory, and nearer to the original than the nearest codes are."""
+    """Files are calibrated like models in memory; the result is closer to the original than with the nearest codes."""
     text = tmp_path / "text.txt"
     quantize_checkpoint(
         source, tmp_path / "out", qins.QinsConfig(codec), calibration=Calibration(text.read_text(), 1024)

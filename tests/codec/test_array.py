@@ -26,7 +26,7 @@ def weights(rng, shape, dtype=np.float32):
 
 
 def columns(codec, cols):
-    """As many of these columns as the codec can have."""
+    """Return the largest number of columns, at most `cols`, that the codec can have."""
     return cols // 8 * 8 if codec in reference.BITS else cols
 
 

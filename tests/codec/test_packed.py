@@ -23,7 +23,7 @@ def same_bits(a, b):
 
 
 def on_every_isa(function):
-    """The result, an array, which must be the same bit for bit on every instruction set."""
+    """Return the result, an array, which must be the same bit for bit on every instruction set."""
     results = []
     for name in qins.isas():
         with qins.use_isa(name):
@@ -33,7 +33,7 @@ def on_every_isa(function):
 
 
 def unaligned(array):
-    """A copy that begins one byte after an aligned address."""
+    """Return a copy that begins one byte after an aligned address."""
     room = np.zeros(array.nbytes + 1, np.uint8)
     room[1:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return room[1:].view(array.dtype).reshape(array.shape)
@@ -123,7 +123,7 @@ def test_every_length(rng, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_sign_of_a_scale_is_that_of_the_largest_weights(isa, codec):
-    """Only with the other sign do codes reach the scale itself."""
+    """Codes reach the full magnitude of the scale only with the sign opposite to its own."""
     w = np.full((4, 64), 0.25, np.float32)
     w[:, 1::2] = 0
     w[1] *= -1
@@ -138,7 +138,7 @@ def test_the_sign_of_a_scale_is_that_of_the_largest_weights(isa, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_rows_of_any_magnitude(codec, rng):
-    """From subnormal rows to those whose scale has no larger one; also groups of zeros, of one weight, of both."""
+    """Rows from subnormal to those with the largest scale; also groups of zeros, of one weight, and of both."""
     w = rng.normal(0, 1, (24, 136)).astype(np.float32)
     w *= np.float32(10) ** rng.integers(-3, 1, (24, 136)).astype(np.float32)
     size = np.array([1e-45, 1e-42, 1e-38, 5e-32, 7.9e-31, 1e-30, 1e-8, 1, 1e8, 1e30, 1.3e30, 1e38], np.float32)

@@ -238,7 +238,7 @@ static unsigned code_of_bytes(const uint8_t *packed, size_t cols, size_t i, int 
     return q;
 }
 
-/* One row in log8's form, and nothing written beside it. */
+/* Unpacks one row to log8's form and checks that nothing is written beside it. */
 static void unpack_at(const qins_kernels *k, size_t cols, int bits, const uint8_t *flip, guarded in, guarded out,
                       size_t offset, int at_end)
 {
@@ -326,7 +326,7 @@ static void packing(void)
 
 /* -- error feedback ------------------------------------------------------------------------------- */
 
-/* capped: for log5, whose scales may be negative */
+/* capped: log5, whose scales may be negative */
 static void feedback_at(const qins_kernels *k, size_t cols, int at_end, int capped)
 {
     const qins_log8_tables *t = capped ? &log5 : &log8;
@@ -431,7 +431,7 @@ static void check_dots(const qins_kernels *k, const float *x, const uint8_t *u, 
     }
 }
 
-/* Packed codes, of any bytes, which are decoded once for all rows of activations. */
+/* Products of packed codes of arbitrary bytes; each code is decoded once for all rows of activations. */
 static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, int batch, size_t group_size, int at_end)
 {
     static QINS_ALIGNED(64) uint8_t room[QINS_WORD_ROOM];
@@ -692,8 +692,8 @@ static double exact_product(const float *w, const float *x, size_t n)
     return sum;
 }
 
-/* Codes of any codec, with random scales; the arrays end where their pages end. Packed codes have a multiple of 8
- * columns. */
+/* Makes codes of any codec, with random scales, in arrays that end where their pages end. For packed codes, cols is a
+ * multiple of 8. */
 static qins_codes some_codes(qins_codec codec, size_t rows, size_t cols, size_t group_size, float mu)
 {
     static float scale[MOST];
@@ -994,7 +994,7 @@ static void conversions(const qins_kernels *k)
 
 /* -- tables --------------------------------------------------------------------------------------- */
 
-/* The levels of a codec of log8's family, the nearest ones, and log8's form of them. */
+/* Levels of log8 or a packed codec, the search for the nearest one, and their log8 form */
 static void levels_at(float mu, int bits, int last)
 {
     static qins_log8_tables t;
