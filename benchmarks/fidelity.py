@@ -5,8 +5,8 @@
 Models: SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file: each block of 32 weights has at most 16 values),
 all-MiniLM-L6-v2 (float32), Whisper tiny.en (float16; its decoder, on speech by espeak-ng), and random weights: with
 heavy tails and outlier channels, in rows that 64 does not divide. Distance: KL divergence of each prediction in nats;
-for the encoder, 1 - cosine of each text's embedding. Each format's difference from Q8_0 is paired, prediction by
-prediction: mean and standard error, as fractions of Q8_0's mean distance.
+for the encoder, 1 - cosine of each text's embedding. Each format's difference from the unit (Q8_0) is paired,
+prediction by prediction: mean and standard error, as fractions of the unit's mean distance.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """llama.cpp's formats of 4 to 6 bits, and NF4, as the floats that they dequantize to.
 
-Q4_0, Q5_0 and the like come from the gguf package's own quantizers. The K-quants and IQ4_NL, which it can only read,
-come from the ggml library inside llama-cpp-python, if that is installed. Their blocks of 256 may run across rows here,
-where llama.cpp would choose another format for rows that 256 does not divide.
+The gguf package quantizes to Q4_0, Q4_1, Q5_0 and Q5_1. The K-quants and IQ4_NL, which it can only read, come from the
+ggml library inside llama-cpp-python, if that is installed. llama.cpp gives rows that 256 does not divide another
+format; here, blocks of 256 run across rows instead.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def add_peers() -> list[str]:
 
 
 def main() -> None:
-    """Print the signal to noise of each format on normal weights."""
+    """Print the signal-to-noise ratio of each format on normally distributed weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     ours = list(PEERS)
