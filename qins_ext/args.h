@@ -50,7 +50,7 @@ const qins_kernels *qins_active(void);
 extern qins_log8_tables qins_cache_tables;
 /* Below this many elements the GIL stays held: releasing it would cost more than it gains. */
 enum { QINS_RELEASE_GIL_ABOVE = 4096 };
-/* module_codes.c, module_products.c, module_decoder.c: the functions of the module */
-extern PyMethodDef qins_code_methods[], qins_product_methods[], qins_decoder_methods[];
+/* module_codes.c, module_products.c, module_decoder.c, module_exact.c: the functions of the module */
+extern PyMethodDef qins_code_methods[], qins_product_methods[], qins_decoder_methods[], qins_exact_methods[];
 
 #endif

@@ -143,6 +143,7 @@ static int module_exec(PyObject *module)
                  PyModule_AddFunctions(module, qins_code_methods) < 0 ||
                  PyModule_AddFunctions(module, qins_product_methods) < 0 ||
                  PyModule_AddFunctions(module, qins_decoder_methods) < 0 ||
+                 PyModule_AddFunctions(module, qins_exact_methods) < 0 ||
                  PyModule_AddIntConstant(module, "DECODER_ROWS", QINS_DECODER_ROWS) < 0 ||
                  PyModule_AddIntConstant(module, "DECODER_HEAD_DIM", QINS_DECODER_HEAD_DIM) < 0 ||
                  PyModule_AddObjectRef(module, "CODECS", codecs) < 0 ||

@@ -242,6 +242,8 @@ typedef struct {
                        hi >= 0x7f800000 means that a NaN or an infinity is among them */
 } qins_range;
 
+typedef struct qins_restoring qins_restoring; /* exact.h */
+
 enum {
 #define X(name, guard, features) QINS_ISA_##name,
 #include "isas.def"
@@ -320,6 +322,9 @@ typedef struct {
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
+    /* exact.h: restores the first weights of a row, a multiple of 16, while the words last; returns their number. NULL:
+     * no faster than without */
+    size_t (*restore)(qins_restoring *r, const uint16_t *decoded, const uint8_t *codes, size_t n, uint16_t *w);
     const qins_panels *floats, *planes, *halves; /* NULL: floats is the best here */
     const qins_single *single;                   /* or NULL */
     const qins_few *few;                         /* or NULL */

@@ -121,6 +121,20 @@ WORD vf golden_value(const vg *t, __m512i high, __m512i low)
 #define vs_value(t, s, k) \
     golden_value(t, _mm512_srli_epi32((s)->stored, 8 * (k) + 4), _mm512_srli_epi32((s)->low, 8 * (k)))
 
+#define RESTORE 1
+WORD vi vi_load(const uint32_t *p) { return _mm512_loadu_si512(p); }
+WORD vi vi_xor(vi x, vi y) { return _mm512_xor_si512(x, y); }
+WORD vi vi_mul(vi x, vi y) { return _mm512_mullo_epi32(x, y); }
+WORD uint32_t vi_nonzero(vi x) { return _mm512_test_epi32_mask(x, x); }
+/* States below 2^16 take the next words, in the order of the lanes. */
+WORD vi vi_refill(vi state, const uint8_t **words)
+{
+    const __mmask16 more = _mm512_cmplt_epu32_mask(state, _mm512_set1_epi32(1 << 16));
+    const __m512i next = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)*words));
+    *words += 2 * _mm_popcnt_u32(more);
+    return _mm512_mask_or_epi32(state, more, _mm512_slli_epi32(state, 16), _mm512_maskz_expand_epi32(more, next));
+}
+
 #define FLOAT_ROWS 12
 #define FLOAT_PANELS 2
 #define TRANSPOSE

@@ -157,3 +157,87 @@ def feedback_targets(w: np.ndarray, values: np.ndarray, gram: np.ndarray, dampin
         left -= error[:, None] * inverse[j]
         inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return targets
+
+
+def exact_schemes(values: np.ndarray, mantissa_bits: int) -> dict:
+    """Table, bits that follow and center by level and highest 3 bits of a mantissa; values: magnitudes by level."""
+    v, schemes = values.astype(np.float64), {}
+    for p in range(len(v)):
+        below, above = max(p - 1, 0), min(p + 1, len(v) - 1)
+        for m in range(8):
+            if v[p] == 0:
+                schemes[p, m] = 20, mantissa_bits, 0
+                continue
+            distance = abs(v[above] - v[below]) / (above - below) / v[p] * 2**mantissa_bits * (8.5 + m) / 8
+            q = int(np.floor(4 * np.log2(max(distance, 1))))
+            shift = max(q // 4 - 4, 0)
+            schemes[p, m] = q - 4 * shift, min(shift, 15), 64
+    return schemes
+
+
+class ExactStream:
+    """Reads a stream of residuals; qins_ext/exact.h and rans.h have the format."""
+
+    def __init__(self, stream: bytes) -> None:
+        self.data, self.at = bytes(stream), 0
+        assert self.take(4) == b"qex1"
+        self.dtype = {1: "float16", 2: "bfloat16"}[self.number(4)]
+        self.rows, self.cols, self.block_rows, blocks = (self.number(n) for n in (8, 8, 4, 4))
+        self.tables = [self.table() for _ in range(21)]
+        self.blocks = [(self.number(4), self.number(4)) for _ in range(blocks)]
+
+    def take(self, n: int) -> bytes:
+        part = self.data[self.at : self.at + n]
+        assert len(part) == n
+        self.at += n
+        return part
+
+    def number(self, n: int) -> int:
+        return int.from_bytes(self.take(n), "little")
+
+    def table(self) -> list:
+        """Symbol, frequency and offset in the symbol's slots, by slot."""
+        first, n = self.number(1), self.number(1)
+        stored = dict(enumerate(self.take(n), first)) | {255: self.number(1)}
+        weight = {s: (8 + (b - 1) % 8) << (b - 1) // 8 if b else 0 for s, b in stored.items()}
+        total = sum(weight.values())
+        frequency = {s: max((w * 1024 + total // 2) // total, w > 0) for s, w in weight.items()}
+        while (over := sum(frequency.values()) - 1024) != 0:
+            largest = max(frequency.values())
+            s = min(s for s in frequency if frequency[s] == largest)
+            frequency[s] -= 1 if over > 0 else -1
+        return [(s, f, i) for s, f in sorted(frequency.items()) for i in range(f)]
+
+    def weights(self, levels: np.ndarray, decoded: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Restore weights from their codes' levels and dequantized values, as bits."""
+        mantissa = {"float16": 10, "bfloat16": 7}[self.dtype]
+        schemes = exact_schemes(values, mantissa)
+        out = np.zeros((self.rows, self.cols), np.uint16)
+        for block, (words, bytes_of_bits) in enumerate(self.blocks):
+            states = [self.number(4) for _ in range(16)]
+            stream = [self.number(2) for _ in range(words)]
+            bits, used = self.number(bytes_of_bits), 0
+            for row in range(block * self.block_rows, min((block + 1) * self.block_rows, self.rows)):
+                for col in range(self.cols):
+                    d = int(decoded[row, col])
+                    table, shift, center = schemes[int(levels[row, col]), d >> (mantissa - 3) & 7]
+                    x = states[col % 16]
+                    symbol, frequency, offset = self.tables[table][x % 1024]
+                    x = frequency * (x // 1024) + offset
+                    if x < 1 << 16:
+                        x = x << 16 | stream.pop(0)
+                    states[col % 16] = x
+                    count = 16 if symbol == 255 else shift
+                    low = bits >> used & ((1 << count) - 1)
+                    used += count
+                    if symbol == 255:
+                        out[row, col] = low
+                        continue
+                    order = (d & 0x7FFF) + ((symbol - center) << shift) + low
+                    magnitude, negative = (~order, 1) if order < 0 else (order, 0)
+                    out[row, col] = magnitude | (d & 0x8000) ^ (negative << 15)
+            assert states == [1 << 16] * 16
+            assert not stream
+            assert (used + 7) // 8 == bytes_of_bits
+        assert self.at == len(self.data)
+        return out

@@ -96,6 +96,31 @@ def cache_at(
 def way(codec: str, mu: float, group_size: int, batch: int, dtype: str, /) -> str: ...
 def force_way(name: str | None, /) -> None: ...
 def read(array: Array, threads: int, /) -> None: ...
+def exact_encode(
+    codec: str,
+    arrays: tuple[Array, ...],
+    scalars: tuple[float, ...],
+    rows: int,
+    cols: int,
+    group_size: int,
+    weights: Array,
+    dtype: str,
+    threads: int,
+    /,
+) -> bytes: ...
+def exact_decode(
+    codec: str,
+    arrays: tuple[Array, ...],
+    scalars: tuple[float, ...],
+    rows: int,
+    cols: int,
+    group_size: int,
+    stream: Array,
+    weights: Array,
+    dtype: str,
+    threads: int,
+    /,
+) -> bool: ...
 def levels(codec: str, scalars: tuple[float, ...], /) -> bytes: ...
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...

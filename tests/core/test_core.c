@@ -15,6 +15,7 @@
 
 #include "packed.h"
 #include "test_decoder.h"
+#include "test_exact.h"
 
 static int passed, failed;
 
@@ -1364,6 +1365,7 @@ int main(int argc, char **argv)
         packed_dots(k);
         between_products(k);
         check_decoder(k, check);
+        check_exact(k, check);
         products(k, argc > 2);
         outliers(k);
         printf("ran %s\n", k->name);

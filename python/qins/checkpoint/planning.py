@@ -111,6 +111,12 @@ class Plan:
         return [o for o in self.outputs() if o.codec]
 
     @property
+    def encoded_keys(self) -> list[str]:
+        """Tensors of the checkpoint that become codes."""
+        items = (item for items in self.items.values() for item in items)
+        return [key for item in items if any(o.codec for o in item.outputs) for key in item.all_keys]
+
+    @property
     def modules(self) -> dict[str, tuple[str, int | None, bool]]:
         """Linear module to (codec, group_size, transposed)."""
         linear = pending_layers(self.model)

@@ -8,7 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,25 @@ import numpy as np
 import torch
 
 from ..calibration import Store
-from ..codec import encode, fallback_note
+from ..codec import EncodedArray, encode, fallback_note
 from ..files import (
     Checkpoint,
     GgufCheckpoint,
     ReadAhead,
     ShardWriter,
+    check_restorable,
     checksum,
+    exact_bytes,
+    exact_name,
     open_checkpoint,
     open_gguf,
     open_scaled,
+    others_of,
 )
 from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, find_source, hub_name, tokenized, write_card
 from ..system import atomically, locked, progress, write_json
 from .planning import Item, Output, Plan, architecture, converted, plan
+from .recording import ItemRecorder
 
 Write = Callable[..., None]  # as ShardWriter.write
 
@@ -46,9 +51,9 @@ def _directory(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
-def _fingerprint(checkpoint: Checkpoint, config: QinsConfig) -> str:
+def _fingerprint(checkpoint: Checkpoint, config: QinsConfig, exact: bool) -> str:
     """Return a hash of what must not change if a conversion is to be resumed: source files, headers and settings."""
-    h = hashlib.sha256(json.dumps([_FILES, config.to_dict()], sort_keys=True, default=str).encode())
+    h = hashlib.sha256(json.dumps([_FILES, config.to_dict(), exact], sort_keys=True, default=str).encode())
     for path, size in checkpoint.files.items():
         h.update(f"{path.name} {size} {path.stat().st_mtime_ns}".encode())
     for name, t in checkpoint.tensors.items():
@@ -93,6 +98,7 @@ def quantize_checkpoint(
     config: QinsConfig | None = None,
     *,
     calibration: Calibration | None = None,
+    exact: bool = False,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint, file by file; the model is never built, and only a few tensors are in memory at a time.
@@ -106,6 +112,8 @@ def quantize_checkpoint(
         out: output directory; it must not exist, or must be empty or hold this conversion, interrupted.
         config: how to quantize; None for the defaults.
         calibration: text on which codes are calibrated, and target bits; None rounds to the nearest codes.
+        exact: also write `exact-*.safetensors`, from which
+            `qins.files.restore_checkpoint` restores the source bit for bit.
         show_progress: None shows a progress bar on a terminal.
 
     Returns:
@@ -125,14 +133,17 @@ def quantize_checkpoint(
         checkpoint = open_gguf(checkpoint)
     checkpoint = open_scaled(checkpoint)
     planned, quantizer = plan(checkpoint, config)
+    if exact:
+        check_restorable(checkpoint, planned.encoded_keys)
     data = None
     if calibration is not None:
         data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
         config.calibration = calibration.record(data)
-    fingerprint = _fingerprint(checkpoint, config)
+    fingerprint = _fingerprint(checkpoint, config, exact)
     with _reserve(out):
-        _prepare(out, fingerprint, planned.nbytes * (1 if data is None else 2))
         total = sum(t.bytes for t in checkpoint.tensors.values())
+        needed = planned.nbytes * (1 if data is None else 2) + (total if exact else 0)  # residuals are written twice
+        _prepare(out, fingerprint, needed)
         store, spending = None, None
         if calibration is not None and data is not None:
             store = Store(out / _CALIBRATION, fingerprint)
@@ -150,19 +161,37 @@ def quantize_checkpoint(
                     checksums |= {k: checksum(made.load(k)) for k in made.tensors}
                     advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
                 else:
-                    checksums |= _convert_shard(ahead, planned, store, file, out / name, advance)
+                    with _recorder(checkpoint, planned, file, out, exact) as recorder:
+                        checksums |= _convert_shard(ahead, planned, store, file, out / name, recorder, advance)
+        for file in checkpoint.files if exact else ():
+            if file not in planned.names and not (out / exact_name(file.name)).exists():  # part of other files' tensors
+                with ItemRecorder(checkpoint, planned, file, out / exact_name(file.name)) as rest:
+                    rest.write()
         config.checksums = dict(sorted(checksums.items()))
         base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
         _finish(checkpoint, planned, config, out, base, spending)
-        return {
-            "layers": len(planned.encoded),
-            "bytes_before": total,
-            "bytes_after": planned.nbytes,
-            "files": [planned.names[f] for f in planned.names],
-            "skipped": [vars(s) for s in quantizer.report.skipped],
-            "notes": [*_notes(planned, config)],
-            "source": config.source_format,
-        } | ({} if spending is None else {"plan": spending})
+        return (
+            {
+                "layers": len(planned.encoded),
+                "bytes_before": total,
+                "bytes_after": planned.nbytes,
+                "files": [planned.names[f] for f in planned.names],
+                "skipped": [vars(s) for s in quantizer.report.skipped],
+                "notes": [*_notes(planned, config)],
+                "source": config.source_format,
+            }
+            | ({} if spending is None else {"plan": spending})
+            | ({"exact_bytes": exact_bytes(out)} if exact else {})
+        )
+
+
+def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exact: bool) -> Any:
+    """Return a context of what records how a file is restored, or of None."""
+    if not exact:
+        return nullcontext()
+    first = file == next(iter(planned.names))
+    others = others_of(_directory(checkpoint), _copied(checkpoint)) if first else {}
+    return ItemRecorder(checkpoint, planned, file, out / exact_name(file.name), others)
 
 
 def _notes(planned: Plan, config: QinsConfig) -> Iterator[str]:
@@ -180,6 +209,7 @@ def _convert_shard(
     store: Store | None,
     file: Path,
     target: Path,
+    recorder: ItemRecorder | None,
     advance: Callable[[int], None],
 ) -> dict[str, str]:
     """Write one shard; return its tensors' checksums."""
@@ -194,9 +224,11 @@ def _convert_shard(
                 for item, coming in zip_longest(items, items[2:]):
                     if coming is not None:
                         _announce(ahead, store, coming)
-                    _convert_item(ahead, planned, store, item, write)
+                    _convert_item(ahead, planned, store, item, write, recorder)
                     advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
             writer.close()
+            if recorder is not None:
+                recorder.write()  # before the codes get their name, which tells that the shard is complete
         finally:
             with suppress(OSError):  # a full disk may raise again
                 writer.file.close()
@@ -227,12 +259,14 @@ def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
             ahead.announce(key)
 
 
-def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: Item, write: Write) -> None:
+def _convert_item(
+    ahead: ReadAhead, planned: Plan, store: Store | None, item: Item, write: Write, recorder: ItemRecorder | None
+) -> None:
     chosen = {o.name: store.get(o.module) if store is not None and o.codec else None for o in item.outputs}
     made: dict[str, Any] = {}
     if ahead.checkpoint.decodes and item.converter is None and all(o.is_stack and o.codec for o in item.outputs):
         made = {item.name: ahead.checkpoint.load_matrices(item.all_keys[0])}
-    elif any(c is None for c in chosen.values()):
+    elif recorder is not None or any(c is None for c in chosen.values()):
         made = converted(item, planned.model, ahead.load)
     for output in item.outputs:
         if output.guard:
@@ -241,22 +275,40 @@ def _convert_item(ahead: ReadAhead, planned: Plan, store: Store | None, item: It
         if choice is not None:
             for n, array in choice.encoded.fields.items():
                 write(output.stem + n, torch.from_numpy(array))
+            if recorder is not None:
+                recorder.matrix(item, output, None, made[output.name], choice.encoded)
         elif not output.codec:
             write(output.stem, made[output.name])
         else:
             try:
-                _encode(output, made[output.name], write)
+                for part, matrix, encoded in _encode(output, made[output.name], write):
+                    if recorder is not None:
+                        recorder.matrix(item, output, part, matrix, encoded)
             except ValueError as e:
                 raise ValueError(f"{ahead.checkpoint.where(item.all_keys[0])}: {output.name}: {e}") from None
+    if recorder is not None:
+        recorder.item(item)
 
 
-def _encode(output: Output, floats: Any, write: Write) -> None:
-    """Encode a matrix, or the matrices of a stack one by one, and write the codes."""
+def _encode(output: Output, floats: Any, write: Write) -> Iterator[tuple[int | None, torch.Tensor, EncodedArray]]:
+    """Encode a matrix, or the matrices of a stack one by one, and write the codes; yield each with its codes."""
     for i, w in enumerate(floats if output.is_stack else [floats]):
         part = i if output.is_stack else None
         encoded = encode(w.T if output.transposed else w, output.codec, group_size=output.group_size)
         for n, array in encoded.fields.items():
             write(output.stem + n, torch.from_numpy(np.asarray(array)), part)
+        yield part, w, encoded
+
+
+def _copied(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the files that are copied from beside the weights."""
+    if checkpoint.format == "gguf":
+        return []
+    return [
+        p.name
+        for p in sorted(_directory(checkpoint).iterdir())
+        if p.is_file() and not p.name.endswith(_WEIGHTS) and p.name not in ("config.json", CARD)
+    ]
 
 
 def _finish(
@@ -265,9 +317,8 @@ def _finish(
     """Write the index, the configuration and the card; this makes the directory a model."""
     if isinstance(checkpoint, GgufCheckpoint):  # files beside it may belong to other models, so none are copied
         checkpoint.save_tokenizer(out)
-    for path in sorted(_directory(checkpoint).iterdir()) if checkpoint.format != "gguf" else ():
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", CARD):
-            shutil.copyfile(path, out / path.name)
+    for name in _copied(checkpoint):
+        shutil.copyfile(_directory(checkpoint) / name, out / name)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
         write_json(out / "model.safetensors.index.json",

@@ -14,7 +14,7 @@ try:
 except ImportError:  # pragma: no cover - depends on the environment
     sys.exit("the qins command needs typer and rich: pip install 'qins[cli]'")
 
-from .converting import inspect, quantize
+from .converting import inspect, quantize, restore
 from .measuring import bench, demo, evaluate
 from .noise import noise, split_arguments
 from .talking import chat, generate
@@ -60,6 +60,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(inspect)
 app.command()(quantize)
+app.command()(restore)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)

@@ -1,4 +1,4 @@
-"""`qins quantize` and `qins inspect`."""
+"""`qins quantize`, `qins restore` and `qins inspect`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def quantize(
     target_kld: Annotated[
         float | None, typer.Option(help="Instead, spend as few bits as this estimated mean KL divergence allows.")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Also write what restores the model bit for bit: 3 bits per bfloat16 weight, 6 per float16."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Quantize a checkpoint on disk, one tensor at a time: checkpoints of any size, without building the model."""
@@ -54,7 +60,7 @@ def quantize(
         calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)
     elif target_bits is not None or target_kld is not None:
         raise ValueError("target-bits, target-kld: expected --calibrate TEXT with them, got none")
-    result = quantize_checkpoint(model, out, config, calibration=calibration)
+    result = quantize_checkpoint(model, out, config, calibration=calibration, exact=exact)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -66,6 +72,26 @@ def quantize(
     for note in result["notes"]:
         typer.echo(note)
     typer.echo(f"{result['layers']} layers, {sizes}, {len(result['files'])} files in {out}")
+    if exact:
+        share = (result["bytes_after"] + result["exact_bytes"]) / max(result["bytes_before"], 1)
+        typer.echo(f"{result['exact_bytes']:,} bytes more restore the original: {share:.1%} of its bytes in all")
+
+
+def restore(
+    model: Annotated[Path, typer.Argument(help="Directory that `qins quantize --exact` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted run is resumed.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Restore the original of a model that was quantized with --exact, bit for bit."""
+    from ..files import restore_checkpoint
+
+    result = restore_checkpoint(model, out)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    for name in result["changed"]:
+        typer.echo(f"{name}: not restored: it is missing beside the codes, or differs from the original's")
+    typer.echo(f"{len(result['files'])} files in {out}, {result['bytes']:,} bytes, as their SHA-256 says")
 
 
 def inspect(

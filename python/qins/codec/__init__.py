@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..system import lazily
 from .array import EncodedArray, decode, encode, matmul
 from .dtypes import is_torch
+from .exact import RESTORABLE, residual, restore
 from .feedback import DAMPING, ErrorFeedback
 from .fields import (
     ARRAYS,
@@ -56,6 +57,7 @@ __all__ = [
     "FIELD_DTYPES",
     "FIELD_ROLES",
     "LOG_BITS",
+    "RESTORABLE",
     "SCALARS",
     "Blocks",
     "EncodedArray",
@@ -89,7 +91,9 @@ __all__ = [
     "matmul",
     "qins_decode",
     "qins_encode",
+    "residual",
     "resolve_group_size",
+    "restore",
     "slow_group_size",
     "snr_db",
     "split_field",

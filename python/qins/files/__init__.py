@@ -2,6 +2,7 @@
 
 from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
+from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, others_of, restore_checkpoint
 from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
 from .inspection_report import InspectionReport
@@ -15,6 +16,7 @@ __all__ = [
     "DTYPE_CODES",
     "Checkpoint",
     "EncodedLayer",
+    "ExactRecorder",
     "GgufCheckpoint",
     "InspectionReport",
     "ReadAhead",
@@ -22,8 +24,11 @@ __all__ = [
     "ShardWriter",
     "StoredTensor",
     "Target",
+    "check_restorable",
     "checksum",
     "encoded_layers",
+    "exact_bytes",
+    "exact_name",
     "fingerprint",
     "inspect",
     "load_layer",
@@ -31,9 +36,11 @@ __all__ = [
     "open_files",
     "open_gguf",
     "open_scaled",
+    "others_of",
     "read_json",
     "read_text",
     "require_decodable",
+    "restore_checkpoint",
     "source_quantization",
     "verify",
 ]

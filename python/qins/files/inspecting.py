@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..codec import ARRAYS, is_packed, slow_group_size, snr_db, unpack, weights_of
+from .exact import exact_bytes
 from .inspection_report import InspectionReport, LayerError
 from .layers import KINDS, EncodedLayer, encoded_layers, is_stack, load_layer
 from .reading import Checkpoint, open_checkpoint, verify
@@ -55,7 +56,7 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
     of_layers = {key: n for layer in layers for n, key in layer.fields.items()}
     report = InspectionReport(
         str(path), checkpoint.format, {p.name: n for p, n in checkpoint.files.items()}, len(checkpoint.tensors), layers,
-        problems=problems,
+        problems=problems, exact_bytes=exact_bytes(checkpoint.path),
     )  # fmt: skip
     slow = Counter(slow_group_size(layer.codec, layer.group_size) for layer in layers)
     report.notes = [f"{n} layer{'s' if n > 1 else ''} with {told}" for told, n in sorted(slow.items()) if told]

@@ -38,6 +38,7 @@ class InspectionReport:
         verified: number of tensors that match their checksums.
         histograms: of each layer, on request: at most a million weights by magnitude, in 32 equal ranges of the codes,
             from zero up.
+        exact_bytes: bytes of the files beside it that restore its original; 0 if it has none.
 
     """
 
@@ -55,6 +56,7 @@ class InspectionReport:
     errors: list[LayerError] = field(default_factory=list)
     verified: int = 0
     histograms: dict[str, list[int]] = field(default_factory=dict)
+    exact_bytes: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -82,6 +84,18 @@ class InspectionReport:
         codes = sum(layer.bytes for layer in self.layers)
         return 4 * sum(math.prod(layer.shape) for layer in self.layers) / codes if codes else 1.0
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the encoded layers per weight."""
+        weights = sum(math.prod(layer.shape) for layer in self.layers)
+        return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else 0.0
+
+    @property
+    def restoring_bits_per_weight(self) -> float:
+        """Bits per weight of the encoded layers that restoring their original needs besides."""
+        weights = sum(math.prod(layer.shape) for layer in self.layers)
+        return 8 * self.exact_bytes / weights if weights else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary for JSON."""
         return {
@@ -96,6 +110,9 @@ class InspectionReport:
             "compression_in_memory": self.compression_in_memory,
             "compression_on_disk": self.compression_on_disk,
             "compression_of_layers": self.compression_of_layers,
+            "bits_per_weight": self.bits_per_weight,
+            "exact_bytes": self.exact_bytes,
+            "restoring_bits_per_weight": self.restoring_bits_per_weight,
             "bytes_by_kind": self.bytes_by_kind,
             "bytes_by_dtype": self.bytes_by_dtype,
             "layers": [vars(layer) | {"shape": list(layer.shape)} for layer in self.layers],
@@ -142,7 +159,13 @@ class InspectionReport:
         lines.append(f"on disk    {self.file_bytes:,} bytes, {self.compression_on_disk:.2f} times smaller; {overhead}")
         if self.layers:
             lines.append(
-                f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times smaller than float32"
+                f"encoded    {len(self.layers)} layers, {self.compression_of_layers:.2f} times smaller than float32, "
+                f"{self.bits_per_weight:.2f} bits per weight"
+            )
+        if self.exact_bytes:
+            lines.append(
+                f"restoring  the original: {self.exact_bytes:,} bytes more, {self.restoring_bits_per_weight:.2f} bits "
+                f"per encoded weight, {self.bits_per_weight + self.restoring_bits_per_weight:.2f} in all"
             )
         if self.verified:
             lines.append(f"checksums  of {self.verified} tensors match")

@@ -1,0 +1,240 @@
+"""qins quantize --exact and qins restore: the original of a converted checkpoint, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import qins
+from qins.checkpoint import quantize_checkpoint
+from qins.files import exact_bytes, inspect, restore_checkpoint
+
+transformers = pytest.importorskip("transformers")
+from tiny import make, outputs  # noqa: E402
+from tiny_experts import MODELS as MOE  # noqa: E402
+from tiny_experts import V5  # noqa: E402
+from tiny_experts import make as moe  # noqa: E402
+from tokens import save_tokenizer  # noqa: E402
+from tokens import text as words  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+
+def tree(path):
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+def save(model, path, dtype=torch.bfloat16, **options):
+    model.to(dtype).save_pretrained(path, **options)
+    (path / "README.md").write_text("# Original\n")
+    save_tokenizer(path)
+    return model
+
+
+def restored(tmp_path, config=None, **options):
+    """Convert `float` to `out` and restore `back`, which must be the same; return the result of the conversion."""
+    result = quantize_checkpoint(tmp_path / "float", tmp_path / "out", config, exact=True, **options)
+    told = restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert told["changed"] == []
+    assert tree(tmp_path / "back") == tree(tmp_path / "float")
+    assert result["exact_bytes"] == exact_bytes(tmp_path / "out") > 0
+    return result
+
+
+def whole_tensors(path):
+    """Names of the tensors of the original that are stored whole."""
+    names = []
+    for file in sorted(path.glob("exact-*.safetensors")):
+        with safe_open(file, "pt") as f:
+            names += [k for k in f.keys() if k.endswith("#raw")]  # noqa: SIM118
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("codec", ["log8", "log9", "golden", "log4"])
+def test_every_codec(tmp_path, codec, dtype):
+    model = save(make("llama"), tmp_path / "float", dtype)
+    restored(tmp_path, qins.QinsConfig(codec))
+    # the codes are those of a conversion without it, and run without its files
+    quantize_checkpoint(tmp_path / "float", tmp_path / "plain", qins.QinsConfig(codec))
+    for file in (tmp_path / "out").glob("exact-*.safetensors"):
+        file.unlink()
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    assert outputs(qins.load(tmp_path / "out")).shape == outputs(model.float()).shape
+    with pytest.raises(FileNotFoundError, match=r"no exact-\*.safetensors in it; `qins quantize --exact` writes"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "bert", "phi3"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_architectures(tmp_path, name, embeddings):
+    """Transposed weights; embeddings as codes, tied or not."""
+    save(make(name), tmp_path / "float")
+    restored(tmp_path, qins.QinsConfig(lm_head=True, embeddings=embeddings))
+    assert whole_tensors(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts(tmp_path, name):
+    """Experts stored one by one, stacked, or stacked and transposed; none of their weights is stored whole."""
+    save(moe(name), tmp_path / "float")
+    restored(tmp_path)
+    assert whole_tensors(tmp_path / "out") == []
+
+
+def test_several_files(tmp_path):
+    save(make("llama"), tmp_path / "float", max_shard_size="40KB")
+    restored(tmp_path)
+    assert len(list((tmp_path / "out").glob("exact-model-0*.safetensors"))) > 2
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has these experts as linear layers")
+def test_experts_over_several_files(tmp_path):
+    save(moe("mixtral"), tmp_path / "float", max_shard_size="40KB")
+    restored(tmp_path)
+
+
+def test_calibrated(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    from qins.hf import Calibration
+
+    restored(tmp_path, calibration=Calibration(words(2000), 512))
+
+
+def test_tensors_of_all_kinds(tmp_path):
+    """A stored copy of a tied embedding, numbers that are NaN, infinite or -0 in what stays floats, other dtypes."""
+    save(make("llama tied"), tmp_path / "float")
+    file = tmp_path / "float" / "model.safetensors"
+    state = load_file(file)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.norm.weight"][:4] = torch.tensor([-0.0, float("nan"), float("inf"), 1e-39])
+    state["model.norm.weight"].view(torch.int16)[4] = 0x7FA3  # a NaN with a payload
+    state["model.layers.0.self_attn.q_proj.weight"][0, :3] = torch.tensor([-0.0, 0.0, 1e-39])
+    state["extra.counts"] = torch.arange(5)
+    save_file(state, file, {"format": "pt", "made": "by hand"})
+    restored(tmp_path, qins.QinsConfig(lm_head=True))
+    assert whole_tensors(tmp_path / "out") == []
+
+
+def test_an_interrupted_run_resumes(tmp_path):
+    save(make("llama"), tmp_path / "float", max_shard_size="40KB")
+    restored(tmp_path)
+    first = sorted((tmp_path / "back").glob("*.safetensors"))[0]
+    kept = first.stat().st_mtime_ns
+    for file in sorted((tmp_path / "back").iterdir())[1::2]:
+        if file != first:
+            file.unlink()
+    (tmp_path / "back" / "config.json.tmp").write_text("")
+    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(tmp_path / "float")
+    assert first.stat().st_mtime_ns == kept
+
+
+def test_what_is_not_overwritten(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    restored(tmp_path)
+    (tmp_path / "back" / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(FileExistsError, match=r"model.safetensors: differs from the original; nothing is overwritten"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    with pytest.raises(FileExistsError, match=r"expected an empty directory or a restored model, got notes.txt in it"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="expected a directory or nothing, got a file"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "mine" / "notes.txt")
+
+
+def test_files_beside_the_weights_that_changed(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    with (tmp_path / "out" / "tokenizer.json").open("a") as f:
+        f.write("\n")
+    (tmp_path / "out" / "generation_config.json").unlink()
+    told = restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert told["changed"] == ["generation_config.json", "tokenizer.json"]
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "float" / "model.safetensors"
+    ).read_bytes()
+    assert not (tmp_path / "back" / "tokenizer.json").exists()
+
+
+def damaged(tmp_path, file, change):
+    """Convert, change a file's metadata or tensors, and restore into an empty directory."""
+    state, name = load_file(tmp_path / "out" / file), tmp_path / "out" / file
+    with safe_open(name, "pt") as f:
+        metadata = f.metadata()
+    about = json.loads(metadata["qins_exact"]) if "qins_exact" in metadata else {}
+    change(state, about)
+    save_file(state, name, metadata | ({"qins_exact": json.dumps(about)} if about else {}))
+    shutil.rmtree(tmp_path / "back", ignore_errors=True)
+    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def place(**changes):
+    return lambda state, about: about["tensors"][f"{LAYER}.weight"].update(changes)
+
+
+def instead(**place):
+    return lambda state, about: about["tensors"].update({f"{LAYER}.weight": place})
+
+
+DAMAGE = {  # of exact-model.safetensors, but for the first
+    "another code": (lambda s, a: s[f"{LAYER}.codes"][3].add_(1), "damaged"),
+    "bits": (lambda s, a: s[LAYER].__setitem__(-1, 77), "are damaged, or not those of one"),
+    "no stream": (lambda s, a: s.pop(LAYER), f"holds '{LAYER}'"),
+    "no place": (lambda s, a: a["tensors"].pop(f"{LAYER}.weight"), "tells where its bits are"),
+    "circle": (instead(copy=f"{LAYER}.weight"), "tells where its bits are"),
+    "two places": (place(raw="other"), "expected one place"),
+    "another layer": (place(layer="other"), "no codes of other"),
+    "matrix": (place(matrix=7), "expected a matrix below"),
+    "path": (lambda s, a: a.update(file="../up.safetensors"), "expected the name of a file"),
+    "other path": (lambda s, a: a["others"].update({"/etc/x": {"sha256": ""}}), "expected the name of a file"),
+    "header": (lambda s, a: a.update(header="!"), "its stored bytes are damaged"),
+    "size": (lambda s, a: a.update(size=1), "its stored header is damaged: expected 1 bytes"),
+    "version": (lambda s, a: a.update(version=9), "version 9, this qins reads 1"),
+    "sum": (lambda s, a: a.update(sha256="0" * 64), "expected SHA-256 0000"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage(tmp_path, what):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    change, match = DAMAGE[what]
+    file = "model.safetensors" if what == "another code" else "exact-model.safetensors"
+    with pytest.raises(ValueError, match=match):
+        damaged(tmp_path, file, change)
+    assert not list((tmp_path / "back").glob("*.safetensors*") if (tmp_path / "back").exists() else [])
+    assert not (tmp_path / "up.safetensors").exists()
+
+
+def test_what_cannot_be_restored(tmp_path):
+    save(make("llama"), tmp_path / "float", torch.float32)
+    with pytest.raises(ValueError, match="exact restoring expects bfloat16 or float16, got float32: the low 16 bits"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    assert not (tmp_path / "out").exists()
+    model = make("llama").bfloat16()
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path / "torch")
+    torch.save(model.state_dict(), tmp_path / "torch" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="exact restoring expects floats in safetensors files, got torch files"):
+        quantize_checkpoint(tmp_path / "torch", tmp_path / "out", exact=True)
+
+
+def test_inspect_shows_both_sizes(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    report = inspect(tmp_path / "out")
+    assert report.exact_bytes == exact_bytes(tmp_path / "out")
+    weights = sum(a * b for a, b in (layer.shape for layer in report.layers))
+    assert report.restoring_bits_per_weight == 8 * report.exact_bytes / weights
+    assert f"restoring  the original: {report.exact_bytes:,} bytes more" in str(report)
+    assert inspect(tmp_path / "float").exact_bytes == 0
