@@ -53,7 +53,12 @@ def test_signal_to_noise(loaded, codec, group, least):
 # another BLAS. Codes are the same on every instruction set, so all but the best one get by with fewer predictions.
 @pytest.mark.parametrize(
     ("codec", "group", "kl", "agree"),
-    [("golden", None, 1.6e-2, 0.94), ("log8", None, 5e-3, 0.96), ("log8", 64, 3e-3, 0.965), ("log8", 128, 4e-3, 0.96)],
+    [
+        ("golden", None, 1.6e-2, 0.94),
+        ("log8", 64, 3e-3, 0.965),
+        pytest.param("log8", None, 5e-3, 0.96, marks=pytest.mark.once),
+        pytest.param("log8", 128, 4e-3, 0.96, marks=pytest.mark.once),
+    ],
 )
 def test_next_tokens(loaded, ids, codec, group, kl, agree):
     reference, tokenizer = loaded
@@ -66,6 +71,8 @@ def test_next_tokens(loaded, ids, codec, group, kl, agree):
     assert f.kl_mean < kl
     assert f.top1 > agree
     assert abs(math.log(f.perplexity / f.reference_perplexity)) < (0.02 if whole else 0.05)
+    if not whole:
+        return
     # free-running: correct models may diverge at some point, but both must begin the answer the same way
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     a, _ = metrics.greedy(reference, prompt, 24)
@@ -93,7 +100,7 @@ def test_fused_and_decoded_paths_agree(loaded, ids):
     model = copy.deepcopy(loaded[0])
     qins.convert(model)
     before = dict(ops._fused_rows)
-    part = ids[:, : 512 if qins.isa() == qins.isas()[0] else 128]
+    part = ids[:, : 512 if qins.isa() == qins.isas()[0] else 64]
     results = []
     try:
         for rows in (8, 0):
@@ -128,6 +135,7 @@ def test_products_of_real_activations(loaded, ids, group):
             assert error < 2e-4, (name, rows)
 
 
+@pytest.mark.once
 def test_a_shuffled_layer_is_noticed(loaded, ids):
     model = copy.deepcopy(loaded[0])
     qins.convert(model)

@@ -28,6 +28,7 @@ def reference_tokens(model):
 CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("codec", "group"), CODECS)
 def test_greedy_tokens(model, reference_tokens, codec, group):
     converted = copy.deepcopy(model)
