@@ -11,7 +11,7 @@
 enum {
     HEADER = 32,
     BLOCK = 65536,    /* weights of a block, in whole rows */
-    SAMPLE = 1 << 18, /* weights whose residuals are counted */
+    SAMPLE = 1 << 17, /* weights whose residuals are counted */
     LANES_BYTES = 4 * QINS_RANS_LANES
 };
 
@@ -121,21 +121,12 @@ static const uint8_t *window(const residuals *r, size_t row, size_t k, size_t n,
     return room;
 }
 
-/* The symbol of a weight; *low: what follows in bits */
-static uint8_t symbol_of(uint32_t scheme, uint16_t w, uint16_t decoded, uint32_t *low)
-{
-    const int32_t residual = exact_order(w, decoded) - (decoded & 0x7fff);
-    const int32_t symbol = (residual >> exact_shift(scheme)) + exact_center(scheme);
-    *low = (uint32_t)residual & ((1u << exact_shift(scheme)) - 1);
-    return symbol >= 0 && symbol < QINS_RANS_ESCAPE ? (uint8_t)symbol : QINS_RANS_ESCAPE;
-}
-
 /* -- encoding ------------------------------------------------------------------------------------- */
 
 typedef struct {
     residuals r;
     const uint16_t *w;
-    qins_rans_table table[QINS_EXACT_TABLES];
+    uint32_t entry[QINS_EXACT_TABLES * 256]; /* see qins_recording */
     uint64_t inverse[QINS_RANS_SLOTS + 1];
     uint8_t **block; /* allocated */
     uint32_t *words, *bits;
@@ -155,53 +146,25 @@ static void count_symbols(const encoding *c, uint32_t count[QINS_EXACT_TABLES][2
             const uint8_t *codes = window(r, row, k, n, decoded, room);
             for (size_t i = 0; i < n; i++) {
                 uint32_t low, scheme = scheme_at(r, codes[i], decoded[i]);
-                count[exact_table(scheme)][symbol_of(scheme, w[i], decoded[i], &low)]++;
+                count[exact_table(scheme)][exact_symbol(scheme, w[i], decoded[i], &low)]++;
             }
         }
     }
 }
 
-/* Room for one block of n weights: symbols, tables, bits; words fill theirs from the end. */
-typedef struct {
-    uint8_t *symbol, *table, *bits, *words;
-    uint64_t pending; /* bits that are not yet written */
-    int count;
-    size_t bytes;
-} block;
-
-static void put_bits(block *b, uint32_t value, int count)
-{
-    b->pending |= (uint64_t)value << b->count;
-    b->count += count;
-    if (b->count >= 32) {
-        put32(b->bits + b->bytes, (uint32_t)b->pending);
-        b->bytes += 4;
-        b->pending >>= 32;
-        b->count -= 32;
-    }
-}
-
-static void encode_row(const encoding *c, size_t row, size_t at, block *b)
+static void record_row(const encoding *c, size_t row, qins_recording *b, uint32_t *entry)
 {
     const residuals *r = &c->r;
     const size_t cols = r->e->cols;
-    for (size_t k = 0; k < cols; k += QINS_WINDOW) {
+    for (size_t k = 0; k < cols; k += QINS_WINDOW, entry += QINS_WINDOW) {
         uint16_t decoded[QINS_WINDOW];
         uint8_t room[QINS_WINDOW];
         const size_t n = least(cols - k, QINS_WINDOW);
         const uint16_t *w = c->w + row * cols + k;
         const uint8_t *codes = window(r, row, k, n, decoded, room);
-        for (size_t i = 0; i < n; i++) {
-            uint32_t low, scheme = scheme_at(r, codes[i], decoded[i]), table = exact_table(scheme);
-            uint8_t symbol = symbol_of(scheme, w[i], decoded[i], &low);
-            symbol = c->table[table].frequency[symbol] > 0 ? symbol : QINS_RANS_ESCAPE;
-            if (symbol == QINS_RANS_ESCAPE) {
-                put_bits(b, w[i], QINS_EXACT_ESCAPE);
-            } else if (exact_shift(scheme) > 0) {
-                put_bits(b, low, exact_shift(scheme));
-            }
-            b->symbol[at + k + i] = symbol;
-            b->table[at + k + i] = (uint8_t)table;
+        size_t i = r->from.kernels->record ? r->from.kernels->record(b, decoded, codes, w, n, entry) : 0;
+        for (; i < n; i++) {
+            entry[i] = exact_record(b, scheme_at(r, codes[i], decoded[i]), w[i], decoded[i]);
         }
     }
 }
@@ -210,43 +173,46 @@ static void encode_block(encoding *c, size_t index)
 {
     const size_t cols = c->r.e->cols, first = index * c->r.block_rows;
     const size_t rows = least(c->r.block_rows, c->r.e->rows - first), n = rows * cols;
-    uint8_t *room = qins_scratch_take(6 * n + 8);
+    /* entries, bits, words: at most 2 bytes of these per weight */
+    uint8_t *room = qins_scratch_take(4 * n + (2 * n + 4) + (2 * n + 2));
     if (room == NULL) {
         atomic_store(&c->failed, 1);
         return;
     }
-    block b = {.symbol = room, .table = room + n, .bits = room + 2 * n, .words = room + 6 * n + 8};
+    uint32_t *entry = (uint32_t *)(void *)room, state[QINS_RANS_LANES];
+    qins_recording b = {.scheme = c->r.scheme, .entry = c->entry, .bits = room + 4 * n};
+    b.mantissa_bits = c->r.mantissa_bits;
+    b.level_mask = c->r.level_mask;
     for (size_t row = 0; row < rows; row++) {
-        encode_row(c, first + row, row * cols, &b);
+        record_row(c, first + row, &b, entry + row * cols);
     }
-    put32(b.bits + b.bytes, (uint32_t)b.pending);
-    b.bytes += (size_t)(b.count + 7) / 8;
-    /* each weight gave at most 2 bytes of bits and gives at most 2 of words */
-    uint32_t state[QINS_RANS_LANES];
+    for (; b.pending_count > 0; b.pending_count -= 8, b.pending >>= 8) {
+        b.bits[b.bits_bytes++] = (uint8_t)b.pending;
+    }
     for (int lane = 0; lane < QINS_RANS_LANES; lane++) {
         state[lane] = QINS_RANS_START;
     }
-    const uint8_t *end = b.words;
+    const uint8_t *end = room + 8 * n + 6;
+    uint8_t *words = room + 8 * n + 6;
     for (size_t row = rows; row-- > 0;) {
         for (size_t k = cols; k-- > 0;) {
-            const size_t i = row * cols + k;
-            b.words = rans_put(&state[k % QINS_RANS_LANES], &c->table[b.table[i]], c->inverse, b.symbol[i], b.words);
+            words = rans_put(&state[k % QINS_RANS_LANES], c->inverse, entry[row * cols + k], words);
         }
     }
-    const size_t words = (size_t)(end - b.words);
-    uint8_t *out = malloc(LANES_BYTES + words + b.bytes);
+    const size_t size = (size_t)(end - words);
+    uint8_t *out = malloc(LANES_BYTES + size + b.bits_bytes);
     if (out == NULL) {
         atomic_store(&c->failed, 1);
     } else {
         for (int lane = 0; lane < QINS_RANS_LANES; lane++) {
             put32(out + 4 * lane, state[lane]);
         }
-        memcpy(out + LANES_BYTES, b.words, words);
-        memcpy(out + LANES_BYTES + words, b.bits, b.bytes);
+        memcpy(out + LANES_BYTES, words, size);
+        memcpy(out + LANES_BYTES + size, b.bits, b.bits_bytes);
     }
     c->block[index] = out;
-    c->words[index] = (uint32_t)(words / 2);
-    c->bits[index] = (uint32_t)b.bytes;
+    c->words[index] = (uint32_t)(size / 2);
+    c->bits[index] = (uint32_t)b.bits_bytes;
     qins_scratch_give(room);
 }
 
@@ -290,7 +256,12 @@ static qins_exact_result encode_all(encoding *c, int threads, uint8_t **stream, 
         count_symbols(c, count);
     }
     for (int t = 0; t < QINS_EXACT_TABLES; t++) {
-        tables_bytes += qins_rans_describe(count[t], tables + tables_bytes, &c->table[t]);
+        qins_rans_table table;
+        tables_bytes += qins_rans_describe(count[t], tables + tables_bytes, &table);
+        for (int symbol = 0; symbol < 256; symbol++) {
+            const uint32_t frequency = table.frequency[symbol], slot = table.first[symbol];
+            c->entry[256 * t + symbol] = frequency > 0 ? frequency | slot << 16 : 0;
+        }
     }
     free(count);
     qins_rans_inverses(c->inverse);

@@ -60,6 +60,54 @@ struct qins_restoring {
     uint8_t level_mask; /* of a code */
 };
 
+/* A block that is being encoded. */
+struct qins_recording {
+    const uint32_t *scheme; /* as in qins_restoring */
+    const uint32_t *entry;  /* by 256 * table + symbol: frequency | first << 16; 0: not in the table */
+    uint8_t *bits;          /* that follow: at most 2 bytes per weight, and 4 */
+    uint64_t pending;       /* those that are not yet written */
+    int pending_count;
+    size_t bits_bytes;
+    int mantissa_bits;
+    uint8_t level_mask;
+};
+
+static inline void exact_put_bits(qins_recording *r, uint32_t value, int count)
+{
+    r->pending |= (uint64_t)value << r->pending_count;
+    r->pending_count += count;
+    if (r->pending_count >= 32) {
+        for (int i = 0; i < 4; i++) {
+            r->bits[r->bits_bytes++] = (uint8_t)(r->pending >> 8 * i);
+        }
+        r->pending >>= 32;
+        r->pending_count -= 32;
+    }
+}
+
+/* The symbol of a weight; *low: the bits that follow. */
+static inline uint32_t exact_symbol(uint32_t scheme, uint32_t w, uint32_t decoded, uint32_t *low)
+{
+    const int32_t residual = exact_order(w, decoded) - (int32_t)(decoded & 0x7fff);
+    const int32_t symbol = (residual >> exact_shift(scheme)) + exact_center(scheme);
+    *low = (uint32_t)residual & ((1u << exact_shift(scheme)) - 1);
+    return symbol >= 0 && symbol < QINS_RANS_ESCAPE ? (uint32_t)symbol : QINS_RANS_ESCAPE;
+}
+
+/* The entry of a weight's symbol; records the bits that follow. */
+static inline uint32_t exact_record(qins_recording *r, uint32_t scheme, uint32_t w, uint32_t decoded)
+{
+    uint32_t low;
+    const uint32_t *entry = r->entry + (size_t)256 * exact_table(scheme);
+    const uint32_t found = exact_symbol(scheme, w, decoded, &low), symbol = entry[found] > 0 ? found : QINS_RANS_ESCAPE;
+    if (symbol == QINS_RANS_ESCAPE) {
+        exact_put_bits(r, w, QINS_EXACT_ESCAPE);
+    } else if (exact_shift(scheme) > 0) {
+        exact_put_bits(r, low, exact_shift(scheme));
+    }
+    return entry[symbol];
+}
+
 /* The next bits, at most 16; zeros beyond the end, which qins_exact_decode notices afterward */
 static inline uint32_t exact_get_bits(qins_restoring *r, int count)
 {

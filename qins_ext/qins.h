@@ -242,7 +242,8 @@ typedef struct {
                        hi >= 0x7f800000 means that a NaN or an infinity is among them */
 } qins_range;
 
-typedef struct qins_restoring qins_restoring; /* exact.h */
+typedef struct qins_recording qins_recording; /* exact.h */
+typedef struct qins_restoring qins_restoring;
 
 enum {
 #define X(name, guard, features) QINS_ISA_##name,
@@ -322,6 +323,10 @@ typedef struct {
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
+    /* exact.h: entries of the symbols of the first weights of a row, a multiple of 16; returns their number. NULL: no
+     * faster than without */
+    size_t (*record)(qins_recording *r, const uint16_t *decoded, const uint8_t *codes, const uint16_t *w, size_t n,
+                     uint32_t *entry);
     /* exact.h: restores the first weights of a row, a multiple of 16, while the words last; returns their number. NULL:
      * no faster than without */
     size_t (*restore)(qins_restoring *r, const uint16_t *decoded, const uint8_t *codes, size_t n, uint16_t *w);

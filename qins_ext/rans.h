@@ -29,21 +29,22 @@ size_t qins_rans_read(const uint8_t *stored, size_t bytes, qins_rans_table *t);
 /* Per slot: symbol | frequency << 8 | (slot - first) << 19 */
 void qins_rans_slots(const qins_rans_table *t, uint32_t slot[QINS_RANS_SLOTS]);
 
-/* One symbol, in the opposite order of decoding. Words are written downward from `out`, which is returned. */
-static inline uint8_t *rans_put(uint32_t *state, const qins_rans_table *t, const uint64_t inverse[QINS_RANS_SLOTS + 1],
-                                uint8_t symbol, uint8_t *out)
+/* One symbol, in the opposite order of decoding; entry: its frequency | first << 16. Words are written downward from
+ * `out`, which is returned. */
+static inline uint8_t *rans_put(uint32_t *state, const uint64_t inverse[QINS_RANS_SLOTS + 1], uint32_t entry,
+                                uint8_t *out)
 {
-    const uint32_t f = t->frequency[symbol];
+    const uint32_t f = entry & 0xffff;
     uint32_t s = *state;
-    if (s >> (32 - QINS_RANS_BITS) >= f) {
-        out -= 2;
-        out[0] = (uint8_t)s;
-        out[1] = (uint8_t)(s >> 8);
-        s >>= 16;
-    }
+    /* written in any case: half of the symbols need it, which no branch prediction foresees */
+    out[-2] = (uint8_t)s;
+    out[-1] = (uint8_t)(s >> 8);
+    const uint32_t full = s >> (32 - QINS_RANS_BITS) >= f;
+    out -= 2 * full;
+    s >>= 16 * full;
     /* s / f, exact because s < f * 2^22 and f <= 2^10 */
     const uint32_t quotient = (uint32_t)((s * inverse[f]) >> 42);
-    *state = s + t->first[symbol] + quotient * (QINS_RANS_SLOTS - f);
+    *state = s + (entry >> 16) + quotient * (QINS_RANS_SLOTS - f);
     return out;
 }
 

@@ -238,3 +238,28 @@ def test_inspect_shows_both_sizes(tmp_path):
     assert report.restoring_bits_per_weight == 8 * report.exact_bytes / weights
     assert f"restoring  the original: {report.exact_bytes:,} bytes more" in str(report)
     assert inspect(tmp_path / "float").exact_bytes == 0
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 reads whole state dicts")
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_from_pretrained_restores(tmp_path, name):
+    """The original's weights and logits, bit for bit, without writing its files; the model is an ordinary one."""
+    save(moe(name) if name in MOE else make(name), tmp_path / "float", max_shard_size="40KB")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", qins.QinsConfig(lm_head=True), exact=True)
+    cls = getattr(transformers, json.loads((tmp_path / "float" / "config.json").read_text())["architectures"][0])
+    expected = cls.from_pretrained(tmp_path / "float")
+    model = cls.from_pretrained(tmp_path / "out", quantization_config=qins.QinsConfig(restore=True))
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(outputs(model), outputs(expected))
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key].view(torch.uint8), tensor.view(torch.uint8)), key
+    assert not hasattr(model.config, "quantization_config")
+    for one, path in ((model, "again"), (expected, "expected")):
+        one.save_pretrained(tmp_path / path)
+    assert tree(tmp_path / "again") == tree(tmp_path / "expected")
+    for file in (tmp_path / "out").glob("exact-*.safetensors"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="writes what restores the original"):
+        cls.from_pretrained(tmp_path / "out", quantization_config=qins.QinsConfig(restore=True))
+    with pytest.raises(ValueError, match="restore: expected a checkpoint of codes, got one of floats"):
+        cls.from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig(restore=True))

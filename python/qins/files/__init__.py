@@ -2,7 +2,15 @@
 
 from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
-from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, others_of, restore_checkpoint
+from .exact import (
+    ExactRecorder,
+    RestoredCheckpoint,
+    check_restorable,
+    exact_bytes,
+    exact_name,
+    others_of,
+    restore_checkpoint,
+)
 from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
 from .inspection_report import InspectionReport
@@ -20,6 +28,7 @@ __all__ = [
     "GgufCheckpoint",
     "InspectionReport",
     "ReadAhead",
+    "RestoredCheckpoint",
     "ScaledCheckpoint",
     "ShardWriter",
     "StoredTensor",

@@ -23,7 +23,7 @@ import torch
 from ..codec import RESTORABLE, EncodedArray, residual, restore
 from ..system import atomically, locked, progress
 from .layers import EncodedLayer, encoded_layers, load_layer
-from .reading import Checkpoint, open_checkpoint
+from .reading import Checkpoint, StoredTensor, open_checkpoint
 from .shards import DTYPE_CODES, ShardWriter, Target
 
 PREFIX = "exact-"
@@ -242,6 +242,32 @@ def restore_checkpoint(source: str | Path, out: str | Path, *, show_progress: bo
             _restore_file(exact, about, target, advance)
         changed = [name for name, about in others.items() if not _restore_other(source, out, name, about)]
     return {"files": sorted(names), "bytes": total, "changed": changed}
+
+
+class RestoredCheckpoint(Checkpoint):
+    """The original of a checkpoint of codes; its tensors are restored when they are loaded."""
+
+    decodes = True
+
+    def __init__(self, source: Path) -> None:
+        exact = _open(source)
+        super().__init__(source, "safetensors", files=exact.codes.files, config=exact.codes.config)
+        self._exact = exact
+        for about in exact.files:
+            for key, dtype, shape, size in _tensors(_unpacked(about["header"], about["file"]), about, about["file"]):
+                self.tensors[key] = StoredTensor(key, dtype, shape, size, (about["file"], len(self.tensors)))
+                self._where[key] = source / exact_name(about["file"])
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one tensor, bit for bit as it was in the original."""
+        if name not in self.tensors:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        t = self.tensors[name]
+        bits = torch.cat([_bits(part) for part in _parts(self._exact, name, t.dtype, t.shape, set())])
+        if len(bits) != t.bytes:
+            raise ValueError(f"{self.path}: {name}: expected {t.bytes} bytes, restored {len(bits)}")
+        restored: torch.Tensor = bits.view(getattr(torch, t.dtype)).reshape(t.shape)
+        return restored
 
 
 def _open(source: Path) -> _Exact:

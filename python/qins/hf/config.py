@@ -41,6 +41,8 @@ class QinsConfig(QuantizationConfigMixin):
             files. The environment variable QINS_VERIFY=1 does the same. It is not saved.
         decode_step: run decoder layers that the core supports in one call of the core each when decoding a few tokens.
             The environment variable QINS_DECODE_STEP=0 disables it for all models. It is not saved.
+        restore: load the original of a checkpoint that was converted with `qins quantize --exact`: its float weights,
+            bit for bit. It is not saved.
 
     Raises:
         ValueError, TypeError: an argument is unknown or out of range.
@@ -70,6 +72,7 @@ class QinsConfig(QuantizationConfigMixin):
         source_format: str | None = None,
         verify: bool = False,
         decode_step: bool = True,
+        restore: bool = False,
         **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", "qins")
@@ -116,7 +119,7 @@ class QinsConfig(QuantizationConfigMixin):
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
         self.modules, self.checksums, self.source, self.source_format = modules, checksums, source, source_format
-        self.verify, self.decode_step = bool(verify), bool(decode_step)
+        self.verify, self.decode_step, self.restore = bool(verify), bool(decode_step), bool(restore)
         for name, about in (modules or {}).items():
             try:
                 _check_entry(about)
@@ -135,7 +138,12 @@ class QinsConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return the settings that still apply if this config is passed for a checkpoint that has its own."""
-        return {"verify": self.verify, "decode_step": self.decode_step}
+        return {"verify": self.verify, "decode_step": self.decode_step, "restore": self.restore}
+
+    @property
+    def dequantize(self) -> bool:
+        """Whether a checkpoint of codes becomes a float model; transformers then forgets this config."""
+        return self.restore
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return everything: transformers 4 calls this and has no default implementation."""

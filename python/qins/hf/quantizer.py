@@ -33,7 +33,7 @@ from .modules import (
     submodule,
 )
 from .names import some
-from .released import drop_quantization
+from .released import drop_quantization, open_restored
 from .saving import prepare_saving, state_to_save
 
 _VERSION = int(transformers.__version__.partition(".")[0])
@@ -48,7 +48,7 @@ class QinsHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QinsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.floats: Checkpoint | None = None  # an 8-bit or 4-bit checkpoint, while it loads
+        self.floats: Checkpoint | None = None  # while it loads: what dequantizes or restores the floats
         self._released, quantization_config.released = quantization_config.released, None
         if self._released:
             self.pre_quantized = False  # not by qins
@@ -99,6 +99,11 @@ class QinsHfQuantizer(HfQuantizer):
         if _VERSION < 5 and files is None and model.config._name_or_path:  # transformers 4 does not pass them
             with suppress(OSError, ValueError):  # a hub name, or files that open_checkpoint finds ambiguous
                 files = open_checkpoint(model.config._name_or_path).files
+        if self.quantization_config.restore:
+            if not self.pre_quantized:
+                raise ValueError("restore: expected a checkpoint of codes, got one of floats")
+            self.floats = open_restored(files)
+            return
         if self.pre_quantized:
             if self.quantization_config.verify or switch("QINS_VERIFY", False):
                 verify_files(self.quantization_config, files)
@@ -209,6 +214,8 @@ class QinsHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.floats = None
+        if self.quantization_config.restore:
+            return model
         if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
             from .calibrating import calibrate_loaded  # only on use: loading codes does not need it
 

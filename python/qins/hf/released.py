@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import transformers
 
-from ..files import Checkpoint, open_checkpoint, open_scaled, require_decodable, source_quantization
+from ..files import (
+    DTYPE_CODES,
+    Checkpoint,
+    RestoredCheckpoint,
+    open_checkpoint,
+    open_scaled,
+    require_decodable,
+    source_quantization,
+)
 from .models import not_found
 
 _VERSION = int(transformers.__version__.partition(".")[0])
@@ -30,6 +38,10 @@ class DecodedWhenRead:
     def get_shape(self) -> list[int]:
         """Return the shape of the decoded tensor."""
         return list(self._checkpoint.tensors[self._name].shape)
+
+    def get_dtype(self) -> str:
+        """Return safetensors' name of the dtype."""
+        return DTYPE_CODES[self._checkpoint.tensors[self._name].dtype]
 
 
 def decoded_state(checkpoint: Checkpoint) -> dict[str, DecodedWhenRead]:
@@ -52,6 +64,23 @@ def require_encodable(told: Mapping[str, Any]) -> None:
             "`qins quantize` and load its output, or use transformers 5"
         )
     _let_quantizers_read()
+
+
+def open_restored(files: Any) -> RestoredCheckpoint:
+    """Open the original of a checkpoint of codes, to be read while transformers loads it.
+
+    Raises:
+        FileNotFoundError: nothing beside the files restores it.
+        ValueError: this transformers cannot read a state dict tensor by tensor.
+
+    """
+    if _VERSION < 5:
+        raise ValueError(
+            f"restore: transformers {transformers.__version__} reads whole state dicts; restore the files with "
+            "`qins restore`, or use transformers 5"
+        )
+    _let_quantizers_read()
+    return RestoredCheckpoint(Path(next(iter(files))).parent)
 
 
 @functools.cache
