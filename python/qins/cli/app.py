@@ -17,6 +17,7 @@ except ImportError:  # pragma: no cover - depends on the environment
 from .converting import inspect, quantize
 from .measuring import bench, demo, evaluate
 from .noise import noise, split_arguments
+from .serving import serve
 from .talking import chat, generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -63,6 +64,7 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 
 
 def main() -> None:
