@@ -92,6 +92,19 @@ class UntilStop:
             self._ready.append(text[:shown])
 
 
+class _Sampling:
+    """How one request's tokens are chosen.
+
+    Raises:
+        ValueError: a parameter is out of its range.
+
+    """
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self.draws = bool(config.do_sample)
+        self.processors: LogitsProcessorList = model._get_logits_processor(config)
+
+
 class _Answering:
     """What both managers share.
 
@@ -106,7 +119,9 @@ class _Answering:
         super().__init__(**kwargs)
         self.limit = limit
 
-    def _begin(self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any) -> Any:
+    def _begin(
+        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any, sampling: _Sampling
+    ) -> Any:
         """Begin to generate; return the queue of texts and the streamer, which records the tokens in `ids`."""
         raise NotImplementedError
 
@@ -133,7 +148,8 @@ class _Answering:
             raise HTTPException(400, f"stop: expected a text or a list of texts, got {stops!r}")
         gen_config.stop_strings = None
         request_id = f"{request_id}-{next(self._numbers)}"  # clients may choose ids, even one for several requests
-        queue, streamer = self._begin(model, processor, inputs, gen_config, request_id, response_parser)
+        sampling = _Sampling(model, gen_config)
+        queue, streamer = self._begin(model, processor, inputs, gen_config, request_id, response_parser, sampling)
         return UntilStop(queue, stops, streamer.cancel), streamer
 
     async def generate_non_streaming(
@@ -170,7 +186,7 @@ class _DirectStreamer(DirectStreamer):
         super().put(value)
 
 
-class OneByOne(_Answering, GenerateManager):
+class OneByOne(_Answering, GenerateManager):  # type: ignore[misc]  # tokens are a list, not a tensor
     """Answers one request after another, with `model.generate`.
 
     Args:
@@ -183,7 +199,9 @@ class OneByOne(_Answering, GenerateManager):
         super().__init__(limit)
         self.kv_cache = kv_cache
 
-    def _begin(self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any) -> Any:
+    def _begin(
+        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any, sampling: _Sampling
+    ) -> Any:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         streamer = _DirectStreamer(processor._tokenizer, loop, queue, parser)
         given = {**inputs, "streamer": streamer, "generation_config": config}
@@ -210,16 +228,11 @@ class _CBStreamer(CBStreamer):
         super().put(output)
 
 
-class _Sampling:
-    """How one request's tokens are chosen."""
-
-    def __init__(self, model: Any, config: Any) -> None:
-        self.draws = bool(config.do_sample)
-        self.processors: LogitsProcessorList = model._get_logits_processor(config)
-
-
 class _PerRequest(ContinuousBatchingLogitsProcessor):
-    """Applies to each request's logits what `generate` would; what follows draws from all rows, so greedy ones get 0."""
+    """Applies to each request's logits what `generate` would.
+
+    transformers then draws from every row, so a greedy request's row keeps its best token alone.
+    """
 
     supported_kwargs = {"sampling": _Sampling}  # noqa: RUF012 - as in transformers
     ignored_kwargs = ()
@@ -232,9 +245,7 @@ class _PerRequest(ContinuousBatchingLogitsProcessor):
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         states = [r.state for r in requests_with_new_token]
-        self._rows = [
-            (s.logit_processor_kwargs.get("sampling"), s.initial_tokens + s.generated_tokens) for s in states
-        ]
+        self._rows = [(s.logit_processor_kwargs.get("sampling"), s.initial_tokens + s.generated_tokens) for s in states]
         return torch.zeros(len(states), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
@@ -267,7 +278,7 @@ class Together(_Answering, CBGenerateManager):
         super().__init__(limit, cb_config=config)
         shared = type(model.generation_config)(do_sample=True, eos_token_id=-1)
         cb: Any = model.init_continuous_batching(generation_config=shared, continuous_batching_config=config)
-        cb.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_PerRequest()]))  # type: ignore[list-item]
+        cb.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_PerRequest()]))
         cb.logit_processor.tensors_required = 1
         cb.start()
         self._cb: Any = cb
@@ -279,7 +290,9 @@ class Together(_Answering, CBGenerateManager):
                 return
         raise RuntimeError(str(cb.background_thread_status.fatal_error))
 
-    def _begin(self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any) -> Any:
+    def _begin(
+        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any, sampling: _Sampling
+    ) -> Any:
         self._check_alive(request_id)
         queue = asyncio.Queue[Any]()
         streamer = _CBStreamer(self._cb, request_id, processor._tokenizer, asyncio.get_running_loop(), queue, parser)
@@ -295,6 +308,6 @@ class Together(_Answering, CBGenerateManager):
         self._cb.register_result_handler(request_id, take)
         self._cb.add_request(
             inputs["input_ids"], request_id=request_id, streaming=True, max_new_tokens=config.max_new_tokens,
-            eos_token_id=config.eos_token_id, sampling=_Sampling(model, config),
+            eos_token_id=config.eos_token_id, sampling=sampling,
         )  # fmt: skip
         return queue, streamer

@@ -10,12 +10,14 @@ import socket
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import typer
 import uvicorn
 from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 
 from ..files import open_checkpoint
@@ -110,6 +112,20 @@ class _Responses(_Checked, ResponseHandler):
     pass
 
 
+def _refused(status: int, message: str) -> JSONResponse:
+    """Return an error in OpenAI's form; its clients do not show FastAPI's."""
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
+
+
+async def _of_exception(_: Any, error: Any) -> JSONResponse:
+    return _refused(error.status_code, str(error.detail))
+
+
+async def _of_body(_: Any, error: Any) -> JSONResponse:
+    told = [f"{e['msg']}: {(e.get('ctx') or {}).get('error', '')}".strip(": ") for e in error.errors()]
+    return _refused(422, "; ".join(told))
+
+
 class _Abandoning:
     """Cancels a request when its client goes away; uvicorn computes the answer to the end."""
 
@@ -143,18 +159,6 @@ class _Abandoning:
             answering.result()
 
 
-class _Server(uvicorn.Server):
-    """Calls a function when it has begun to listen."""
-
-    def __init__(self, config: uvicorn.Config, begun: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._begun = begun
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._begun()
-
-
 def reserve(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address, on which nothing listens yet.
 
@@ -167,8 +171,12 @@ def reserve(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart waits for old connections
-        bound.bind(address)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart waits for old connections
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
     except OSError as e:
         raise OSError(f"host, port: expected a free address of this machine, got {host}:{port}: {e.strerror}") from e
     return bound
@@ -238,24 +246,11 @@ def _together(model: Any, room: Room) -> Together:
     return Together(model, room.limit, sizes)
 
 
-def run(
-    model: str,
-    host: str,
-    port: int,
-    *,
-    name: str | None = None,
-    threads: int,
-    continuous_batching: bool | None = None,
-    kv_cache: str | None = None,
-    cache_tokens: int | None = None,
-    verify: bool = True,
-) -> None:
-    """Check and load a model, and serve it until Ctrl-C or SIGTERM.
+class Service:
+    """A loaded model and transformers' server for it.
 
     Args:
         model: directory or hub name.
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one.
         name: what requests call the model; None for its directory's or hub name.
         threads: number of threads.
         continuous_batching: whether to compute requests together; None does where transformers can.
@@ -264,54 +259,74 @@ def run(
         verify: whether to compare codes with their checksums.
 
     Raises:
-        OSError: the address is in use, or there is no such model.
+        FileNotFoundError: there is no such model.
         RuntimeError: transformers cannot compute this model's requests together, but shall.
         ValueError: it is not a causal language model, is damaged, or needs more memory than there is.
 
     """
-    bound = reserve(host, port)
-    require_causal_lm(model)
-    together = kv_cache is None and continuous_batching is not False
-    room = Room(model, cache_tokens, together)
-    torch.set_num_threads(threads)
-    tokenizer, loaded = load_tokenizer(model), _load(model, verify)
-    name = name or (Path(model).resolve().name if Path(model).exists() else model)
-    manager: OneByOne | Together = OneByOne(room.limit, kv_cache)
-    if together:
-        try:
-            manager = _together(loaded, room)
-        except (AttributeError, RuntimeError, ValueError) as e:
-            if continuous_batching:
-                raise RuntimeError(f"{model}: transformers cannot compute its requests together: {e}") from e
-            warnings.warn(f"{model}: requests run one after another: {e}", stacklevel=2)
-    models, state = _OneModel(name, loaded, tokenizer), _OneManager(manager)
-    app = build_server(
-        models, _Chats(models, state), _Completions(models, state), _Responses(models, state),
-        None, None, state,  # type: ignore[arg-type] - of the omitted routes
-    )  # fmt: skip
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) not in _OMITTED]
 
-    def tell() -> None:
-        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        chats = bool(getattr(tokenizer, "chat_template", None))
+    def __init__(
+        self,
+        model: str,
+        *,
+        name: str | None,
+        threads: int,
+        continuous_batching: bool | None,
+        kv_cache: str | None,
+        cache_tokens: int | None,
+        verify: bool,
+    ) -> None:
+        require_causal_lm(model)
+        together = kv_cache is None and continuous_batching is not False
+        self.threads, self.room = threads, Room(model, cache_tokens, together)
+        self.name = name or (Path(model).resolve().name if Path(model).exists() else model)
+        torch.set_num_threads(threads)
+        self.tokenizer, loaded = load_tokenizer(model), _load(model, verify)
+        manager: OneByOne | Together = OneByOne(self.room.limit, kv_cache)
+        if together:
+            try:
+                manager = _together(loaded, self.room)
+            except (AttributeError, RuntimeError, ValueError) as e:
+                if continuous_batching:
+                    raise RuntimeError(f"{model}: transformers cannot compute its requests together: {e}") from e
+                warnings.warn(f"{model}: requests run one after another: {e}", stacklevel=2)
+        models, self.state = _OneModel(self.name, loaded, self.tokenizer), _OneManager(manager)
+        given, omitted = (models, self.state), cast(Any, None)
+        self.app = build_server(
+            models, _Chats(*given), _Completions(*given), _Responses(*given), omitted, omitted, self.state
+        )
+        self.app.add_exception_handler(HTTPException, _of_exception)
+        self.app.add_exception_handler(RequestValidationError, _of_body)
+        routes = self.app.router.routes
+        routes[:] = [r for r in routes if getattr(r, "path", None) not in _OMITTED]
+
+    def about(self, address: str) -> str:
+        """Return what to print when the server listens."""
+        chats = bool(getattr(self.tokenizer, "chat_template", None))
         hello = {"messages": [{"role": "user", "content": "Hello"}]} if chats else {"prompt": "Hello"}
-        body = json.dumps({"model": name, **hello, "max_tokens": 32})
-        way = "together" if isinstance(manager, Together) else "one after another"
-        typer.echo(
-            f"{name}: {_size(room.weights)}, {threads} threads, requests {way}, KV cache for {room.tokens:,} tokens "
-            f"({_size(room.cache)})\n{address}/v1\n"
+        body = json.dumps({"model": self.name, **hello, "max_tokens": 32})
+        way = "together" if isinstance(self.state.manager, Together) else "one after another"
+        cache = f"KV cache for {self.room.tokens:,} tokens ({_size(self.room.cache)})"
+        return (
+            f"{self.name}: {_size(self.room.weights)}, {self.threads} threads, requests {way}, {cache}\n"
+            f"{address}/v1\n"
             f"curl {address}/v1/{'chat/' * chats}completions -H 'Content-Type: application/json' "
             f"-d {shlex.quote(body)}\n"
             "Ctrl-C or SIGTERM stops it, after the requests in flight."
         )
 
-    config = uvicorn.Config(_Abandoning(app), log_level="warning", access_log=False)
-    # uvicorn repeats the signal when it is done, which would end this process by it
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        _Server(config, tell).run([bound])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        state.shutdown()  # else the thread of continuous batching keeps the process
+    def run(self, bound: socket.socket, host: str) -> None:
+        """Serve until Ctrl-C or SIGTERM; finish the requests in flight."""
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(_Abandoning(self.app), log_level="warning", access_log=False))
+        # uvicorn repeats the signal when it is done, which would end this process by it
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+        try:
+            bound.listen(2048)
+            typer.echo(self.about(address))
+            server.run([bound])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.state.shutdown()  # else the thread of continuous batching keeps the process

@@ -25,13 +25,13 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the CPUs that this process may use.")] = None,
     continuous_batching: Annotated[
         bool | None,
-        typer.Option(help="Compute requests together, or one after another. Default: together, except with --kv-cache."),
+        typer.Option(help="Compute requests together; the default, except with --kv-cache."),
     ] = None,
     kv_cache: Annotated[
         CachedValues | None, typer.Option(help="Keep attention's values as codes; one request after another.")
     ] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=256, help="Tokens that the KV cache has room for. Default: by the memory there is.")
+        int | None, typer.Option(min=256, help="Tokens that the KV cache has room for; the default depends on memory.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the codes with their checksums first.")] = True,
 ) -> None:
@@ -42,9 +42,11 @@ def serve(
     if kv_cache is not None and continuous_batching:
         raise ValueError("kv-cache: continuous batching has a cache of its own; omit --continuous-batching")
     threads = threads or get_num_threads()  # before torch is imported, whose default ignores control groups
-    from .server import run
+    from .server import Service, reserve
 
-    run(
-        model, host, port, name=name, threads=threads, continuous_batching=continuous_batching,
-        kv_cache=None if kv_cache is None else kv_cache.value, cache_tokens=cache_tokens, verify=verify,
-    )  # fmt: skip
+    with reserve(host, port) as bound:
+        service = Service(
+            model, name=name, threads=threads, continuous_batching=continuous_batching,
+            kv_cache=None if kv_cache is None else kv_cache.value, cache_tokens=cache_tokens, verify=verify,
+        )  # fmt: skip
+        service.run(bound, host)
