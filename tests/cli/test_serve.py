@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 
 import qins
 
@@ -269,6 +270,43 @@ def test_sigterm_finishes_requests(talking):
     with pytest.raises(openai.APIConnectionError):
         served.complete("w9")
     served.close()
+
+
+def test_requests_that_do_not_fit_together_wait(talking, expected):
+    """A cache with room for one request at a time answers six, each as if it were alone."""
+    model, tokenizer = qins.load(talking).eval(), transformers.AutoTokenizer.from_pretrained(talking)
+    sizes = transformers.ContinuousBatchingConfig(
+        page_size=256, num_blocks=2, max_batch_tokens=128, max_requests_per_batch=8, max_memory_percent=1.0
+    )
+    manager = answering.Together(model, 512, sizes)
+    prompts = [[20 + i] * (300 + i) for i in range(6)]
+
+    async def all_of_them():
+        def ask(ids, tokens):
+            config = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+            return manager.generate_non_streaming(model, tokenizer, {"input_ids": ids}, config, "the same id")
+
+        longest = await ask([9] * 500, 100)
+        return len(longest[2]), [a[0] for a in await asyncio.gather(*(ask(p, 8) for p in prompts))]
+
+    try:
+        longest, answers = asyncio.run(all_of_them())
+    finally:
+        manager.stop()
+    assert longest == 12
+    assert answers == [expected(" ".join(f"w{i}" for i in p)) for p in prompts]
+
+
+def test_models_that_transformers_cannot_batch(tmp_path):
+    config = transformers.MambaConfig(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    given = dict(name=None, threads=torch.get_num_threads(), kv_cache=None, cache_tokens=None, verify=True)
+    with pytest.warns(UserWarning, match="requests run one after another"):
+        service = server.Service(str(tmp_path), continuous_batching=None, **given)
+    assert isinstance(service.state.manager, answering.OneByOne)
+    with pytest.raises(RuntimeError, match="transformers cannot compute its requests together"):
+        server.Service(str(tmp_path), continuous_batching=True, **given)
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.data())

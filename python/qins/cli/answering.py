@@ -227,6 +227,12 @@ class _CBStreamer(CBStreamer):
         self.ids = output.generated_tokens
         super().put(output)
 
+    def cancel(self) -> None:
+        super().cancel()
+        # transformers never forgets the handler of a canceled request; steps that have begun still call it
+        handlers = self._cb.output_router.result_handlers
+        asyncio.get_running_loop().call_later(60, handlers.pop, self._request_id, None)
+
 
 class _PerRequest(ContinuousBatchingLogitsProcessor):
     """Applies to each request's logits what `generate` would.
@@ -283,12 +289,13 @@ class Together(_Answering, CBGenerateManager):
         cb.start()
         self._cb: Any = cb
         first = cb.add_request([0], max_new_tokens=1)  # what cannot work fails here
-        while cb.is_running():
-            if (result := cb.get_result(first, timeout=1)) is not None:
-                if result.error is not None:
-                    raise RuntimeError(result.error)
-                return
-        raise RuntimeError(str(cb.background_thread_status.fatal_error))
+        result = None
+        while result is None and cb.is_running():
+            result = cb.get_result(first, timeout=1)
+        error = cb.background_thread_status.fatal_error if result is None else result.error
+        if error is not None:
+            cb.stop()  # restores the model's attention
+            raise RuntimeError(str(error))
 
     def _begin(
         self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any, sampling: _Sampling

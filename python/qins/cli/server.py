@@ -207,8 +207,9 @@ class Room:
 
     def __init__(self, model: str, cache_tokens: int | None, together: bool) -> None:
         config = transformers.AutoConfig.from_pretrained(model).get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries = getattr(config, "num_attention_heads", None) or 0  # none in Mamba, whose state is small
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        width = getattr(config, "head_dim", None) or config.hidden_size // max(queries, 1)
         itemsize = (config.dtype or torch.float32).itemsize
         # keys and values, and the token's column of the mask of a step
         per_token = (2 * config.num_hidden_layers * heads * width + _BATCH * together) * itemsize
