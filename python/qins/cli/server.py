@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 import typer
 import uvicorn
-from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 
 from ..files import open_checkpoint
 from ..hf import QinsConfig, find_source, load_tokenizer, loading, require_causal_lm, require_transformers
