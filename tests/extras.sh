@@ -90,7 +90,7 @@ echo "== .[cli]"
 make_venv cli
 install "$qins[cli]"
 expect "quantize" "$bin/qins" --help
-for command in "demo" "bench" "inspect x" "quantize x y" "eval x" "generate x -p y" "chat x"; do
+for command in "demo" "bench" "inspect x" "quantize x y" "eval x" "generate x -p y" "chat x" "serve x"; do
     # shellcheck disable=SC2086
     refuse "pip install 'qins[" "$bin/qins" $command
 done
@@ -131,4 +131,13 @@ install "$qins[hf,cli]"
 expect "Paris" "$bin/qins" generate "$work/out" -p "The capital of France is" --tokens 8
 refuse "qins[plot]" "$bin/qins" demo
 refuse "qins[plot]" "$bin/qins" eval "$work/out" --against "$smollm2" --report "$work/page.html"
+refuse "qins[serve]" "$bin/qins" serve "$work/out"
+echo "== .[serve]"
+install "$qins[serve]"
+"$bin/qins" serve "$work/out" --port 0 >"$work/served" &
+server=$!
+for _ in $(seq 120); do grep -q SIGTERM "$work/served" && break; sleep 1; done
+expect "Hello" bash -c "$(grep '^curl' "$work/served")"
+kill -TERM "$server"
+wait "$server"
 echo "each extra does what it promises"

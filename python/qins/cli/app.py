@@ -17,6 +17,7 @@ except ImportError:  # pragma: no cover - depends on the environment
 from .converting import inspect, quantize, restore
 from .measuring import bench, demo, evaluate
 from .noise import noise, split_arguments
+from .serving import serve
 from .talking import chat, generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -64,6 +65,7 @@ app.command()(restore)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from .atomic import atomically, locked, write_json
 from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
-from .machine import cpu_name, peak_resident_bytes, reset_peak_resident_bytes
+from .machine import available_bytes, cpu_name, peak_resident_bytes, reset_peak_resident_bytes
 from .pages import give_back_freed_memory, is_resident, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
@@ -19,6 +19,7 @@ __all__ = [
     "VERSION",
     "allow_bars",
     "atomically",
+    "available_bytes",
     "cpu_name",
     "get_num_threads",
     "give_back_freed_memory",

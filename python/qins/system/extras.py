@@ -19,6 +19,10 @@ EXTRAS = {
     "rich": "cli",
     "matplotlib": "plot",
     "jinja2": "plot",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "openai": "serve",
+    "pydantic": "serve",
 }
 
 
