@@ -104,7 +104,7 @@ static void begin(residuals *r, const qins_kernels *kernels, const qins_codes *e
 
 static uint32_t scheme_at(const residuals *r, uint8_t code, uint16_t decoded)
 {
-    return r->scheme[8 * (code & r->level_mask) + (decoded >> (r->mantissa_bits - 3) & 7)];
+    return exact_scheme(r->scheme, code & r->level_mask, decoded, r->mantissa_bits);
 }
 
 /* Dequantizes n <= QINS_WINDOW weights from column k, a multiple of QINS_WINDOW. Returns their codes, a byte each;
@@ -321,8 +321,7 @@ static int restore_rest(qins_restoring *b, const uint16_t *decoded, const uint8_
                         uint16_t *w)
 {
     for (; i < n; i++) {
-        const size_t level = codes[i] & b->level_mask;
-        const uint32_t scheme = b->scheme[8 * level + (decoded[i] >> (b->mantissa_bits - 3) & 7)];
+        const uint32_t scheme = exact_scheme(b->scheme, codes[i] & b->level_mask, decoded[i], b->mantissa_bits);
         uint32_t *state = &b->state[i % QINS_RANS_LANES];
         const uint8_t symbol = rans_symbol(state, b->slots + (scheme & 0xffff));
         if (*state < QINS_RANS_START) {

@@ -27,7 +27,12 @@ enum {
     QINS_EXACT_ESCAPE = 16  /* bits of a weight that no symbol stands for */
 };
 
-/* How a weight is coded: its table's first slot, and from bit 16 on the number of bits that follow. */
+/* How a weight is coded, by its level and its dequantized value: its table's first slot, and from bit 16 on the number
+ * of bits that follow. */
+static inline uint32_t exact_scheme(const uint32_t *schemes, int level, uint32_t decoded, int mantissa_bits)
+{
+    return schemes[8 * level + (int)(decoded >> (mantissa_bits - 3) & 7)];
+}
 static inline uint32_t exact_table(uint32_t scheme) { return (scheme & 0xffff) / QINS_RANS_SLOTS; }
 static inline int exact_shift(uint32_t scheme) { return (int)(scheme >> 16); }
 static inline int exact_center(uint32_t scheme)

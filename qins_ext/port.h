@@ -45,7 +45,6 @@
 #define QINS_TARGET(features) __attribute__((target(features)))
 #define QINS_ALWAYS_INLINE static inline __attribute__((always_inline, unused))
 #define QINS_RESTRICT restrict
-#define QINS_LOWEST_BIT(x) __builtin_ctz(x) /* its position; x > 0 */
 #define QINS_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define QINS_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2) /* into the second-level cache, not the first */
 /* A prefetch that stays just before the first use of a vector. Compilers otherwise gather prefetches in one place,
@@ -58,7 +57,6 @@
 #define QINS_TARGET(features)
 #define QINS_ALWAYS_INLINE static __forceinline
 #define QINS_RESTRICT __restrict
-#define QINS_LOWEST_BIT(x) ((int)_tzcnt_u32(x))
 #define QINS_PREFETCH(p) ((void)(p))
 #define QINS_PREFETCH_FAR(p) ((void)(p))
 #define QINS_PREFETCH_BESIDE(address, vector) ((void)(address))

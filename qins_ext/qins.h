@@ -323,8 +323,8 @@ typedef struct {
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
-    /* exact.h: entries of the symbols of the first weights of a row, a multiple of 16; returns their number. NULL: no
-     * faster than without */
+    /* exact.h, n <= QINS_WINDOW: entries of the symbols of the first weights, a multiple of 16; returns their number.
+     * NULL: no faster than without */
     size_t (*record)(qins_recording *r, const uint16_t *decoded, const uint8_t *codes, const uint16_t *w, size_t n,
                      uint32_t *entry);
     /* exact.h: restores the first weights of a row, a multiple of 16, while the words last; returns their number. NULL:

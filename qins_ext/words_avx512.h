@@ -126,6 +126,12 @@ WORD vi vi_load(const uint32_t *p) { return _mm512_loadu_si512(p); }
 WORD vi vi_xor(vi x, vi y) { return _mm512_xor_si512(x, y); }
 WORD vi vi_mul(vi x, vi y) { return _mm512_mullo_epi32(x, y); }
 WORD uint32_t vi_nonzero(vi x) { return _mm512_test_epi32_mask(x, x); }
+/* Stores the lanes of the mask, one after another; returns their number. Writes 16 elements. */
+WORD size_t vi_list(uint32_t *list, vi x, uint32_t mask)
+{
+    _mm512_storeu_si512(list, _mm512_maskz_compress_epi32((__mmask16)mask, x));
+    return (size_t)_mm_popcnt_u32(mask);
+}
 /* States below 2^16 take the next words, in the order of the lanes. */
 WORD vi vi_refill(vi state, const uint8_t **words)
 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qins
 from qins.checkpoint import quantize_checkpoint
-from qins.files import exact_bytes, inspect, restore_checkpoint
+from qins.files import RestoredCheckpoint, exact_bytes, inspect, restore_checkpoint
 
 transformers = pytest.importorskip("transformers")
 from tiny import make, outputs  # noqa: E402
@@ -238,6 +239,16 @@ def test_inspect_shows_both_sizes(tmp_path):
     assert report.restoring_bits_per_weight == 8 * report.exact_bytes / weights
     assert f"restoring  the original: {report.exact_bytes:,} bytes more" in str(report)
     assert inspect(tmp_path / "float").exact_bytes == 0
+
+
+def test_many_threads_restore(tmp_path):
+    save(moe("gpt_oss"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    expected, restored = load_file(tmp_path / "float" / "model.safetensors"), RestoredCheckpoint(tmp_path / "out")
+    assert set(restored.tensors) == set(expected)
+    with ThreadPoolExecutor(8) as pool:
+        for key, tensor in pool.map(lambda k: (k, restored.load(k)), [*expected] * 10):
+            assert torch.equal(tensor, expected[key]), key
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 reads whole state dicts")

@@ -11,7 +11,7 @@ compile() { # FILE FLAGS...
     local file=$1
     shift
     case "$file $*" in
-    # sanitizers: gcc 12 spends over four minutes on this file at -O1, and one at -O0
+    # with a sanitizer, compilers spend a minute or more on this file at -O1, and a fifth of it at -O0
     *isa_scalar.c*-fsanitize*) set -- "$@" -O0 ;;
     esac
     "$compiler" -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wconversion \

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -252,7 +253,7 @@ class RestoredCheckpoint(Checkpoint):
     def __init__(self, source: Path) -> None:
         exact = _open(source)
         super().__init__(source, "safetensors", files=exact.codes.files, config=exact.codes.config)
-        self._exact = exact
+        self._exact, self._lock = exact, threading.Lock()  # transformers loads tensors with several threads
         for about in exact.files:
             for key, dtype, shape, size in _tensors(_unpacked(about["header"], about["file"]), about, about["file"]):
                 self.tensors[key] = StoredTensor(key, dtype, shape, size, (about["file"], len(self.tensors)))
@@ -263,7 +264,8 @@ class RestoredCheckpoint(Checkpoint):
         if name not in self.tensors:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         t = self.tensors[name]
-        bits = torch.cat([_bits(part) for part in _parts(self._exact, name, t.dtype, t.shape, set())])
+        with self._lock:
+            bits = torch.cat([_bits(part) for part in _parts(self._exact, name, t.dtype, t.shape, set())])
         if len(bits) != t.bytes:
             raise ValueError(f"{self.path}: {name}: expected {t.bytes} bytes, restored {len(bits)}")
         restored: torch.Tensor = bits.view(getattr(torch, t.dtype)).reshape(t.shape)
