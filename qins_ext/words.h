@@ -33,9 +33,10 @@
  *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too
- *   restore if RESTORE: vi_load, vi_xor, vi_min_u, vi_mul, vi_nonzero(v): 16-bit mask of v != 0, vi_refill(states,
- * &words), see restore.inc others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low
- * halves) vf_of_bits Loads and stores accept any alignment. Float sums are never contracted into fused multiply-adds.
+ *   restore if RESTORE, for restore.inc: vi_load vi_xor vi_min_u vi_mul   vi_nonzero(v): 16-bit mask of v != 0
+ *           vi_refill(states, &words)      vi_list(list, v, mask)
+ *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
+ * Loads and stores accept any alignment. Float sums are never contracted into fused multiply-adds.
  */
 #include <string.h>
 
