@@ -2,20 +2,13 @@
 
 from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
-from .exact import (
-    ExactRecorder,
-    RestoredCheckpoint,
-    check_restorable,
-    exact_bytes,
-    exact_name,
-    others_of,
-    restore_checkpoint,
-)
+from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, others_of
 from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
 from .inspection_report import InspectionReport
 from .layers import EncodedLayer, encoded_layers, load_layer
 from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_checkpoint, open_files, verify
+from .restoring import RestoredCheckpoint, restore_checkpoint
 from .scaled import ScaledCheckpoint
 from .shards import DTYPE_CODES, ShardWriter, Target
 from .source_formats import open_scaled, require_decodable, source_quantization
