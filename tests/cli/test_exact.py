@@ -6,12 +6,14 @@ import json
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer.testing")
 pytest.importorskip("tokenizers")
-from terminal import printed
+from terminal import as_shell, printed
 from tokens import save_tokenizer, sharp_llama
+from tokens import text as words
 
 pytestmark = pytest.mark.once
 
@@ -36,3 +38,23 @@ def test_there_and_back(tmp_path):
     told = printed("restore", tmp_path / "out", tmp_path / "again")
     assert "tokenizer.json: not restored: it is missing beside the codes" in told
     assert "1 files in" in told
+
+
+def test_eval_proves_it(tmp_path, monkeypatch, capfd):
+    sharp_llama().bfloat16().save_pretrained(tmp_path / "float")
+    save_tokenizer(tmp_path / "float")
+    (tmp_path / "text.txt").write_text(words(600))
+    printed("quantize", tmp_path / "float", tmp_path / "out", "--exact")
+    arguments = ("--against", tmp_path / "float", "--text", tmp_path / "text.txt", "--tokens", 128, "--restored")
+    codes, restored = json.loads(printed("eval", tmp_path / "out", *arguments, "--json"))["models"]
+    assert restored["name"] == "out, restored"
+    assert restored["fidelity"]["kl_mean"] == restored["fidelity"]["kl_max"] == 0
+    assert codes["fidelity"]["kl_mean"] > 0
+    # another original: its outputs differ
+    other = sharp_llama()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    other.bfloat16().save_pretrained(tmp_path / "float")
+    code, _, told = as_shell(monkeypatch, capfd, "eval", tmp_path / "out", *arguments)
+    assert code == 1
+    assert "the restored model's outputs differ from the original's" in told

@@ -87,6 +87,12 @@ def evaluate(
     calibrate: Annotated[
         Path | None, typer.Option(help="Text for 'calibrated'; without it, the part of the text not compared on.")
     ] = None,
+    restored: Annotated[
+        bool,
+        typer.Option(
+            "--restored", help="Also measure what MODEL's exact-*.safetensors restore; exit with 1 if it differs."
+        ),
+    ] = False,
     max_kld: Annotated[
         float | None, typer.Option(help="Exit with 1 if a measured model's mean KL divergence is above this.")
     ] = None,
@@ -120,13 +126,15 @@ def evaluate(
     )
     if against is not None and (model is None or codec):
         raise ValueError("against: expected a MODEL to measure, and no --codec")
+    if restored and against is None:
+        raise ValueError("restored: expected --against with the original, got none")
     kind = fidelity.kind_of(against or model)
     if max_kld is not None and kind == fidelity.ENCODER:
         raise ValueError("max-kld: expected a model that predicts tokens, got an encoder, which is measured by cosines")
     if tasks and kind != fidelity.DECODER:
         raise ValueError(f"task: expected a decoder, got an {kind}")
     if against is not None and model is not None:
-        found = fidelity.evaluate_one(model, against, settings)
+        found = fidelity.evaluate_one(model, against, settings, restored)
     else:
         names = (
             [*codec, *([*fidelity.PEERS, fidelity.WHOLE_BF16] if peers else [])]
@@ -144,6 +152,9 @@ def evaluate(
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
         _print_evaluation(found)
+    if restored and found.measured[-1].distances.any():
+        typer.echo("the restored model's outputs differ from the original's", err=True)
+        raise typer.Exit(1)
     worst = max(float(m.distances.mean()) for m in found.measured)
     if max_kld is not None and not worst <= max_kld:
         typer.echo(f"mean KL divergence {worst:.3e} is above {max_kld:g}", err=True)

@@ -21,7 +21,8 @@ from torch import nn
 from .. import _core
 from ..calibration import calibrate, cut, plan, split
 from ..codec import LOG_BITS, is_packed, isa, snr_db
-from ..hf import find_model, load_tokenizer, loading, require_transformers
+from ..files import inspect
+from ..hf import QinsConfig, find_model, find_source, load_tokenizer, loading, require_transformers
 from ..nn import Coded, ConversionReport, QINSLinear, choose, convert
 from ..system import (
     cpu_name,
@@ -298,6 +299,12 @@ class Bench:
             bits = float(torch.finfo(model.dtype).bits)
         return Made(model, bits, _weight_snr(path, self.reference) if layers else {})
 
+    def restored(self, path: str) -> Made:
+        """Load the original that a checkpoint's `exact-*.safetensors` restore."""
+        model = self.subject.load(path, dtype=torch.float32, quantization_config=QinsConfig(restore=True))
+        found = inspect(find_source(path))
+        return Made(model, found.bits_per_weight + found.restoring_bits_per_weight)
+
     def _check_vocabulary(self, name: str, model: Any, recording: Recording) -> None:
         expected, got = recording.reference()["vocabulary"], vocabulary(model)
         if got != expected:
@@ -399,12 +406,23 @@ def default_names(reference: str | None, peers: bool = True) -> list[str]:
     return codecs + ([*PEERS, WHOLE_BF16] if peers else [])
 
 
-def evaluate_one(model: str, against: str, settings: Settings) -> Evaluation:
-    """Measure a model, directory or hub name, against its float original."""
+def evaluate_one(model: str, against: str, settings: Settings, restored: bool = False) -> Evaluation:
+    """Measure a model, directory or hub name, against its float original.
+
+    Args:
+        model: directory or hub name.
+        against: that of its original.
+        settings: what to measure on.
+        restored: also measure the original that the model's `exact-*.safetensors` restore; its distances are 0.
+
+    """
     bench = Bench(against, settings)
     bench.evaluation.about["model"] = model
     with bench.recording() as recording:
-        bench.measure(Path(model).name or model, lambda: bench.load(model), recording)
+        name = Path(model).name or model
+        bench.measure(name, lambda: bench.load(model), recording)
+        if restored:
+            bench.measure(f"{name}, restored", lambda: bench.restored(model), recording)
     return bench.evaluation
 
 
