@@ -90,7 +90,7 @@ echo "== .[cli]"
 make_venv cli
 install "$qins[cli]"
 expect "quantize" "$bin/qins" --help
-for command in "demo" "bench" "inspect x" "quantize x y" "eval x" "generate x -p y" "chat x" "serve x"; do
+for command in "demo" "bench" "inspect x" "quantize x y" "restore x y" "eval x" "generate x -p y" "chat x" "serve x"; do
     # shellcheck disable=SC2086
     refuse "pip install 'qins[" "$bin/qins" $command
 done
