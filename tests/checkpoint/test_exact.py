@@ -192,15 +192,27 @@ DAMAGE = {  # of exact-model.safetensors, but for the first
     "bits": (lambda s, a: s[LAYER].__setitem__(-1, 77), "are damaged, or not those of one"),
     "no stream": (lambda s, a: s.pop(LAYER), f"holds '{LAYER}'"),
     "no place": (lambda s, a: a["tensors"].pop(f"{LAYER}.weight"), "tells where its bits are"),
-    "circle": (instead(copy=f"{LAYER}.weight"), "tells where its bits are"),
-    "two places": (place(raw="other"), "expected one place"),
+    "no stored tensor": (
+        instead(stored="nope", checksum=""),
+        "no tensor nope, which restores model",
+    ),
+    "no checksum": (instead(stored="nope"), "up_proj.weight: a checksum, got {'stored': 'nope'}"),
+    "a list": (lambda s, a: a["tensors"].update({"x": ["layer"]}), r"x: a checksum, got \['layer'\]"),
+    "no header": (lambda s, a: a.pop("header"), "expected header of type str, got None"),
+    "infinite": (lambda s, a: a.update(size=float("inf")), "expected size of type int, got inf"),
+    "other's type": (lambda s, a: a.update(others=[]), r"expected others of type dict, got \[\]"),
+    "other's place": (lambda s, a: a["others"].update(x=None), "a checksum or bytes of x, got None"),
+    "row": (place(row=-1), "row as a number, got -1"),
+    "own name": (lambda s, a: a.update(file="config.json.tmp"), "expected files of other names than 'config.json.tmp'"),
+    "circle": (instead(copy=f"{LAYER}.weight", checksum=""), "tells where its bits are"),
+    "two places": (place(raw="other"), "up_proj.weight: one place, got"),
     "another layer": (place(layer="other"), "no codes of other"),
     "matrix": (place(matrix=7), "expected a matrix below"),
     "path": (lambda s, a: a.update(file="../up.safetensors"), "expected the name of a file"),
     "other path": (lambda s, a: a["others"].update({"/etc/x": {"sha256": ""}}), "expected the name of a file"),
     "header": (lambda s, a: a.update(header="!"), "its stored bytes are damaged"),
     "size": (lambda s, a: a.update(size=1), "its stored header is damaged: expected 1 bytes"),
-    "version": (lambda s, a: a.update(version=9), "version 9, this qins reads 1"),
+    "version": (lambda s, a: a.update(version=9), "expected version 1, got 9"),
     "sum": (lambda s, a: a.update(sha256="0" * 64), "expected SHA-256 0000"),
 }
 
@@ -215,6 +227,90 @@ def test_damage(tmp_path, what):
         damaged(tmp_path, file, change)
     assert not list((tmp_path / "back").glob("*.safetensors*") if (tmp_path / "back").exists() else [])
     assert not (tmp_path / "up.safetensors").exists()
+
+
+def test_restored_tensors_are_checked(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    file = tmp_path / "out" / "model.safetensors"
+    whole = file.read_bytes()
+    for key, change in (
+        (f"{LAYER}.scale", lambda t: t.mul_(2)),
+        (f"{LAYER}.codes", lambda t: t[3].bitwise_xor_(128)),
+        ("model.norm.weight", lambda t: t.mul_(2)),
+    ):
+        state = load_file(file)
+        change(state[key])
+        save_file(state, file, {"format": "pt"})
+        with pytest.raises(ValueError, match="damaged"):
+            RestoredCheckpoint(tmp_path / "out").load(f"{LAYER}.weight" if "norm" not in key else key)
+        file.write_bytes(whole)
+
+
+def test_what_is_not_restored_is_named(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    (tmp_path / "float" / "sub").mkdir()
+    for name in ("consolidated.safetensors", "vocab.pt", "qins.lock"):
+        (tmp_path / "float" / name).write_bytes(b"x")
+    result = quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    assert result["not_restored"] == ["consolidated.safetensors", "qins.lock", "sub/", "vocab.pt"]
+    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    missing = {p.name for p in (tmp_path / "float").iterdir()} - {p.name for p in (tmp_path / "back").iterdir()}
+    assert missing == {"consolidated.safetensors", "qins.lock", "sub", "vocab.pt"}
+
+
+def test_files_of_unusual_names(tmp_path):
+    """An index that names a file without the usual suffix; tensors that nobody uses, named as fields of codes are."""
+    save(make("llama"), tmp_path / "float")
+    (tmp_path / "float" / "model.safetensors").rename(tmp_path / "float" / "model.sft")
+    state = load_file(tmp_path / "float" / "model.sft")
+    state["lm_head.codes"] = torch.zeros(3)
+    save_file(state, tmp_path / "float" / "model.sft", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model.sft")}
+    (tmp_path / "float" / "model.safetensors.index.json").write_text(json.dumps(index))
+    restored(tmp_path)
+    state[f"{LAYER}.mu"] = torch.zeros(())
+    save_file(state, tmp_path / "float" / "model.sft", {"format": "pt"})
+    index["weight_map"][f"{LAYER}.mu"] = "model.sft"
+    (tmp_path / "float" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"up_proj.mu: a tensor has the name that a field of codes needs"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "other")
+
+
+def test_nothing_is_written_through_links(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    (tmp_path / "back").mkdir()
+    (tmp_path / "victim").write_text("mine")
+    for name in ("model.safetensors.tmp", "config.json.tmp"):
+        (tmp_path / "back" / name).symlink_to(tmp_path / "victim")
+    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert tree(tmp_path / "back") == tree(tmp_path / "float")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "qins.lock").symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="qins.lock"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "linked")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_directory_of_codes(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    with pytest.raises(FileExistsError, match="expected another directory than that of the codes"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "out")
+    with pytest.raises(NotADirectoryError, match="expected the directory of a converted checkpoint, got a file"):
+        restore_checkpoint(tmp_path / "out" / "model.safetensors", tmp_path / "back")
+    (tmp_path / "out" / "exact-model.safetensors").write_bytes(b"garbage")
+    assert any("exact-model.safetensors" in p for p in inspect(tmp_path / "out").problems)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(OSError, match=r"back: needs [\d,]+ bytes, the disk has 100 free"):
+        restore_checkpoint(tmp_path / "out", tmp_path / "back")
 
 
 def test_what_cannot_be_restored(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -157,6 +158,10 @@ def plan(checkpoint: Checkpoint, config: QinsConfig) -> tuple[Plan, QinsHfQuanti
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{checkpoint.path}: no weight for {', '.join(missing[:3])}{more}")
+    targets = [t.name for item in items for t in item.targets]
+    twice = next((n for n, count in Counter(targets).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{checkpoint.path}: {twice}: a tensor has the name that a field of codes needs")
     for item in items:
         result.items.setdefault(checkpoint.where(item.all_keys[0]), []).append(item)
     result.items = {f: result.items[f] for f in checkpoint.files if f in result.items}

@@ -27,6 +27,7 @@ from ..files import (
     checksum,
     exact_bytes,
     exact_name,
+    not_restored,
     open_checkpoint,
     open_gguf,
     open_scaled,
@@ -44,6 +45,7 @@ _PROGRESS = "qins-progress.json"
 _LOCK = "qins.lock"
 _FILES = 3  # increased when a version writes other tensors, so that it does not resume an older version's conversion
 _CALIBRATION = "qins-calibration"
+_OWN = (_PROGRESS, _LOCK, _CALIBRATION)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -181,7 +183,7 @@ def quantize_checkpoint(
                 "source": config.source_format,
             }
             | ({} if spending is None else {"plan": spending})
-            | ({"exact_bytes": exact_bytes(out)} if exact else {})
+            | (_exact_figures(checkpoint, out) if exact else {})
         )
 
 
@@ -192,6 +194,11 @@ def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exac
     first = file == next(iter(planned.names))
     others = others_of(_directory(checkpoint), _copied(checkpoint)) if first else {}
     return ItemRecorder(checkpoint, planned, file, out / exact_name(file.name), others)
+
+
+def _exact_figures(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    others = others_of(_directory(checkpoint), _copied(checkpoint))
+    return {"exact_bytes": exact_bytes(out), "not_restored": not_restored(checkpoint, others)}
 
 
 def _notes(planned: Plan, config: QinsConfig) -> Iterator[str]:
@@ -304,10 +311,14 @@ def _copied(checkpoint: Checkpoint) -> list[str]:
     """Return the names of the files that are copied from beside the weights."""
     if checkpoint.format == "gguf":
         return []
+    weights = {p.name for p in checkpoint.files}
     return [
         p.name
         for p in sorted(_directory(checkpoint).iterdir())
-        if p.is_file() and not p.name.endswith(_WEIGHTS) and p.name not in ("config.json", CARD)
+        if p.is_file()
+        and p.name not in weights
+        and not p.name.endswith(_WEIGHTS)
+        and p.name not in ("config.json", CARD, *_OWN)
     ]
 
 

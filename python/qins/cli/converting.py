@@ -75,6 +75,8 @@ def quantize(
     if exact:
         share = (result["bytes_after"] + result["exact_bytes"]) / max(result["bytes_before"], 1)
         typer.echo(f"{result['exact_bytes']:,} bytes more restore the original: {share:.1%} of its bytes in all")
+        if result["not_restored"]:
+            typer.echo(f"not restored, and not copied: {', '.join(result['not_restored'])}")
 
 
 def restore(

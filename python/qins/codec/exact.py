@@ -55,7 +55,8 @@ def restore(e: EncodedArray, residual: Array, dtype: str) -> Array:
         array of e's shape: float16, or the bits of bfloat16 as uint16.
 
     Raises:
-        ValueError: the residual is damaged, or belongs to other codes or another dtype.
+        ValueError: the residual is damaged, or belongs to other codes or another dtype. Damaged bits may go unnoticed,
+            so keep a checksum of the weights.
 
     """
     if dtype not in RESTORABLE:

@@ -21,7 +21,7 @@ import torch
 
 from ..codec import RESTORABLE, EncodedArray, residual
 from ..system import atomically
-from .reading import Checkpoint
+from .reading import Checkpoint, checksum
 from .shards import ShardWriter, Target
 
 PREFIX = "exact-"
@@ -34,7 +34,7 @@ _CHUNK = 1 << 24  # bytes of a file that are hashed or copied at a time
 
 def exact_name(file: str) -> str:
     """Return the name of the file that restores this file of the original."""
-    return PREFIX + file
+    return f"{PREFIX}{file}" if file.endswith(".safetensors") else f"{PREFIX}{file}.safetensors"
 
 
 def sha256(path: Path) -> str:
@@ -123,20 +123,23 @@ class ExactRecorder:
 
     def layer(self, key: str, layer: str, transposed: bool, index: int | None = None, row: int = 0) -> None:
         """Record that a tensor of the original is a layer, or rows of one of its matrices from `row` on."""
-        self._where[key] = {"layer": layer, "transposed": transposed, "matrix": index, "row": row}
+        self._add(key, {"layer": layer, "transposed": transposed, "matrix": index, "row": row})
 
     def stored(self, key: str, name: str) -> None:
         """Record that a tensor is stored with the codes."""
-        self._where[key] = {"stored": name}
+        self._add(key, {"stored": name})
 
     def copy(self, key: str, other: str) -> None:
         """Record that a tensor has the bits of another tensor."""
-        self._where[key] = {"copy": other}
+        self._add(key, {"copy": other})
 
     def raw(self, key: str) -> None:
         """Record a tensor whole."""
-        self._where[key] = {"raw": key}
+        self._add(key, {"raw": key})
         self._raw.append(key)
+
+    def _add(self, key: str, place: dict[str, Any]) -> None:
+        self._where[key] = place | {"checksum": checksum(self.checkpoint.load(key))}
 
     def write(self, others: Mapping[str, Any]) -> None:
         """Write the file; `others`: what to store about the original's files that hold no weights."""
@@ -178,9 +181,17 @@ def stream_name(layer: str, index: int | None) -> str:
 
 def others_of(directory: Path, copied: list[str]) -> dict[str, Any]:
     """Return what restores the files beside the weights: a checksum if a copy lies beside the codes, else its bytes."""
-    return {
-        p.name: {"sha256": sha256(p)} if p.name in copied else {"bytes": packed_text(p.read_bytes())}
-        for p in sorted(directory.iterdir())
-        if p.is_file()
-        and (p.name in copied or (p.suffix in (".json", ".md") and not p.name.endswith(".bin.index.json")))
-    }
+    others: dict[str, Any] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name in copied:
+            others[path.name] = {"sha256": sha256(path)}
+        elif path.name in _REWRITTEN and path.stat().st_size <= _MOST:
+            others[path.name] = {"bytes": packed_text(path.read_bytes())}
+    return others
+
+
+def not_restored(checkpoint: Checkpoint, others: Mapping[str, Any]) -> list[str]:
+    """Return the names of what lies beside an original's weights and is not restored."""
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    known = {*others, *(p.name for p in checkpoint.files)}
+    return sorted(p.name + "/" * p.is_dir() for p in directory.iterdir() if p.name not in known)

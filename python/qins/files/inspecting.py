@@ -15,6 +15,7 @@ from .exact import exact_bytes
 from .inspection_report import InspectionReport, LayerError
 from .layers import KINDS, EncodedLayer, encoded_layers, is_stack, load_layer
 from .reading import Checkpoint, open_checkpoint, verify
+from .restoring import exact_problems
 from .source_formats import open_scaled
 
 _HISTOGRAM_CODES = 1 << 20
@@ -80,6 +81,7 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
             if histograms:
                 report.histograms[layer.name] = _histogram(checkpoint, layer)
         report.verified = _verify(checkpoint, problems)
+        problems += exact_problems(checkpoint.path)
     if against is not None:
         report.errors = _compare(checkpoint, layers, open_scaled(open_checkpoint(against)))
     return report

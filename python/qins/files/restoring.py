@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ..codec import EncodedArray, restore
 from ..system import atomically, locked, progress
 from .exact import METADATA, PREFIX, RAW, VERSION, bits_of, exact_name, sha256, stream_name, unpacked_text
 from .layers import EncodedLayer, encoded_layers, load_layer
-from .reading import Checkpoint, StoredTensor, open_checkpoint
+from .reading import Checkpoint, StoredTensor, checksum, open_checkpoint
 from .shards import DTYPE_CODES
 
 
@@ -58,17 +59,26 @@ def restore_checkpoint(source: str | Path, out: str | Path, *, show_progress: bo
     """
     source, out = Path(source), Path(out)
     exact = _open(source)
+    if out.exists() and source.resolve() == out.resolve():
+        raise FileExistsError(f"{out}: expected another directory than that of the codes")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: expected a directory or nothing, got a file")
     out.mkdir(parents=True, exist_ok=True)
     names = {about["file"] for about in exact.files}
     others = {name: about for f in exact.files for name, about in f["others"].items()}
     lock = "qins.lock"
+    clash = {lock, *(f"{n}.tmp" for n in (*names, *others))} & {*names, *others} or names & {*others}
+    if clash:
+        raise ValueError(f"{source}: expected files of other names than {min(clash)!r}")
     expected = {*names, *others, *(f"{n}.tmp" for n in (*names, *others)), lock}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in expected)
     if foreign:
         raise FileExistsError(f"{out}: expected an empty directory or a restored model, got {foreign[0]} in it")
     total = sum(about["size"] for about in exact.files)
+    needed = sum(about["size"] for about in exact.files if not (out / about["file"]).exists())
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise OSError(f"{out}: needs {needed:,} bytes, the disk has {free:,} free")
     with (
         locked(out / lock, f"{out}: another process is restoring into it"),
         progress("restoring", total, show_progress, in_bytes=True) as advance,
@@ -108,26 +118,42 @@ class RestoredCheckpoint(Checkpoint):
         t = self.tensors[name]
         with self._lock:
             bits = torch.cat([bits_of(part) for part in _parts(self._exact, name, t.dtype, t.shape, set())])
-        if len(bits) != t.bytes:
-            raise ValueError(f"{self.path}: {name}: expected {t.bytes} bytes, restored {len(bits)}")
+        expected, got = self._exact.where[name]["checksum"], checksum(bits)
+        if got != expected or len(bits) != t.bytes:
+            raise ValueError(
+                f"{self.path}: {name}: expected checksum {expected}, restored {got}: the codes or their "
+                f"{PREFIX}*.safetensors are damaged, or not those of one conversion"
+            )
         restored: torch.Tensor = bits.view(getattr(torch, t.dtype)).reshape(t.shape)
         return restored
 
 
+def exact_problems(directory: Path) -> list[str]:
+    """Return sentences on what is wrong with the files that restore a directory's original."""
+    if not directory.is_dir() or not any(directory.glob(f"{PREFIX}*.safetensors")):
+        return []
+    try:
+        _open(directory)
+    except (OSError, ValueError) as e:
+        return [str(e)]
+    return []
+
+
 def _open(source: Path) -> _Exact:
+    if source.exists() and not source.is_dir():
+        raise NotADirectoryError(f"{source}: expected the directory of a converted checkpoint, got a file")
     codes = open_checkpoint(source)
-    paths = sorted(source.glob(f"{PREFIX}*.safetensors")) if source.is_dir() else []
+    paths = sorted(source.glob(f"{PREFIX}*.safetensors"))
     if not paths:
         raise FileNotFoundError(
             f"{source}: no {PREFIX}*.safetensors in it; `qins quantize --exact` writes what restores the original"
         )
-    problems: list[str] = []
-    exact = _Exact(codes, {layer.name: layer for layer in encoded_layers(codes, problems)})
-    if problems:
-        raise ValueError(f"{source}: {problems[0]}")
+    exact = _Exact(codes, {layer.name: layer for layer in encoded_layers(codes, [])})
     for path in paths:
         streams = open_checkpoint(path)
         about = _about(path, streams.metadata.get(METADATA, ""))
+        if about["file"] in (f["file"] for f in exact.files):
+            raise ValueError(f"{path}: restores {about['file']}, as another file does")
         exact.files.append(about)
         exact.where |= about["tensors"]
         exact.streams |= dict.fromkeys(streams.tensors, streams)
@@ -138,19 +164,40 @@ def _about(path: Path, text: str) -> dict[str, Any]:
     """Return a file's metadata, checked as far as names and types go."""
     try:
         about = json.loads(text)
-        if about["version"] != VERSION:
-            raise ValueError(f"version {about['version']}, this qins reads {VERSION}")
+        _expect(isinstance(about, dict), "an object", about)
+        _expect(about.get("version") == VERSION, f"version {VERSION}", about.get("version"))
+        kinds = {"file": str, "size": int, "sha256": str, "header": str, "tensors": dict, "others": dict}
+        for name, kind in kinds.items():
+            _expect(type(about.get(name)) is kind, f"{name} of type {kind.__name__}", about.get(name))
         for name in (about["file"], *about["others"]):
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"expected the name of a file, got {name!r}")
-        about["size"] = int(about["size"])
-        for tensor, where in about["tensors"].items():
-            if len({"layer", "stored", "copy", "raw"} & set(where)) != 1:
-                raise ValueError(f"{tensor}: expected one place, got {where}")
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{path}: not readable as a file that restores an original: {e!r}") from None
+            plain = Path(name).name == name and name not in ("", ".", "..") and not {*name} & {"\\", "\0"}
+            _expect(plain, "the name of a file", name)
+        for tensor, place in about["tensors"].items():
+            _check_place(tensor, place)
+        for name, other in about["others"].items():
+            known = isinstance(other, dict) and len(other) == 1 and set(other) <= {"sha256", "bytes"}
+            _expect(known and all(isinstance(v, str) for v in other.values()), f"a checksum or bytes of {name}", other)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not readable as a file that restores an original: {e}") from None
     result: dict[str, Any] = about
     return result
+
+
+def _expect(right: bool, what: str, got: Any) -> None:
+    if not right:
+        raise ValueError(f"expected {what}, got {repr(got)[:80]}")
+
+
+def _check_place(tensor: str, place: Any) -> None:
+    """Raise a ValueError unless this is the place of a tensor's bits."""
+    _expect(isinstance(place, dict) and type(place.get("checksum")) is str, f"{tensor}: a checksum", place)
+    kinds = {"layer", "stored", "copy", "raw"} & set(place)
+    _expect(len(kinds) == 1 and all(type(place[k]) is str for k in kinds), f"{tensor}: one place", place)
+    for name in ("matrix", "row"):
+        number = place.get(name)
+        right = number is None or (type(number) is int and number >= 0)
+        _expect(right, f"{tensor}: {name} as a number", number)
+    _expect(type(place.get("transposed", False)) is bool, f"{tensor}: transposed as true or false", place)
 
 
 def _restore_file(exact: _Exact, about: dict[str, Any], target: Path, advance: Any) -> None:
@@ -190,10 +237,10 @@ def _tensors(header: bytes, about: dict[str, Any], name: str) -> list[tuple[str,
         if len(header) + end != about["size"]:
             raise ValueError(f"expected {about['size']} bytes, got {len(header) + end}")
         return [
-            (k, dtypes.get(t["dtype"], t["dtype"]), tuple(t["shape"]), int(last) - int(first))
+            (k, dtypes[t["dtype"]], tuple(map(int, t["shape"])), int(last) - int(first))
             for (first, last), k, t in found
         ]
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(f"{name}: its stored header is damaged: {e}") from None
 
 
@@ -207,6 +254,8 @@ def _parts(exact: _Exact, key: str, dtype: str, shape: tuple[int, ...], seen: se
     elif "raw" in where:
         yield _load(exact.streams, f"{key}{RAW}")
     elif "stored" in where:
+        if where["stored"] not in exact.codes.tensors:
+            raise ValueError(f"{exact.codes.path}: no tensor {where['stored']}, which restores {key}")
         yield exact.codes.load(where["stored"])
     else:
         yield from _matrices(exact, key, where, dtype, shape)
@@ -224,7 +273,7 @@ def _matrices(
     layer = exact.layers.get(where["layer"])
     if layer is None:
         raise ValueError(f"{exact.codes.path}: no codes of {where['layer']}, which restore {key}")
-    index, row = where.get("matrix"), where.get("row", 0)
+    index, row = where.get("matrix"), where.get("row") or 0
     for i in [index] if index is not None or not layer.is_stack else range(layer.shape[0]):
         matrix = _matrix(exact, layer, i, dtype)
         if where.get("transposed"):
@@ -252,15 +301,18 @@ def _matrix(exact: _Exact, layer: EncodedLayer, index: int | None, dtype: str) -
 
 def _restore_other(source: Path, out: Path, name: str, about: Any) -> bool:
     """Write a file that holds no weights; return False if the copy beside the codes is not the original's."""
-    target = out / name
-    if "bytes" in about:
-        data = unpacked_text(about["bytes"], name)
-    elif (source / name).is_file() and sha256(source / name) == about["sha256"]:
-        data = (source / name).read_bytes()
-    else:
+    target, copy = out / name, source / name
+    data = unpacked_text(about["bytes"], name) if "bytes" in about else None
+    if data is None and not (copy.is_file() and sha256(copy) == about["sha256"]):
         return False
-    if target.exists() and target.read_bytes() != data:
-        raise FileExistsError(f"{target}: differs from the original; nothing is overwritten")
+    if target.exists():
+        expected = about["sha256"] if data is None else hashlib.sha256(data).hexdigest()
+        if sha256(target) != expected:
+            raise FileExistsError(f"{target}: differs from the original; nothing is overwritten")
+        return True
     with atomically(target) as temporary:
-        temporary.write_bytes(data)
+        if data is None:
+            shutil.copyfile(copy, temporary)
+        else:
+            temporary.write_bytes(data)
     return True

@@ -16,6 +16,8 @@ from typing import Any
 def atomically(target: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. On success it is synced and renamed to `target`; on error it is deleted."""
     temporary = target.with_name(target.name + ".tmp")
+    if temporary.is_symlink():  # writing would follow it
+        temporary.unlink()
     try:
         yield temporary
         with temporary.open("r+b") as f:
@@ -41,7 +43,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
     """
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             _lock(file, what)
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder deleted it meanwhile
