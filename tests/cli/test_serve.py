@@ -216,6 +216,25 @@ def test_long_prompts(served):
         ("/completions", b'{"prompt": "w9", "temperature": -1}', 400, "-1"),
         ("/completions", b'{"prompt": "w9", "stop": [4]}', 400, "stop: expected a text or a list of texts, got [4]"),
         ("/completions", b'{"prompt": "w9", "nonsense": 1}', 422, "nonsense"),
+        (
+            "/completions",
+            b'{"prompt": "w9", "max_tokens": true}',
+            400,
+            "max_tokens: expected a positive integer, got True",
+        ),
+        (
+            "/completions",
+            b'{"prompt": "w9", "max_tokens": 1.5}',
+            400,
+            "max_tokens: expected a positive integer, got 1.5",
+        ),
+        ("/completions", b'{"prompt": "w9", "model": "\\ud800"}', 400, "requested"),
+        (
+            "/chat/completions",
+            b'{"messages": [{"role": "user", "content": "w9"}], "logit_bias": "w9"}',
+            400,
+            "logit_bias: expected an object of numbers, got 'w9'",
+        ),
         ("/embeddings", b'{"input": "w9"}', 404, "Not Found"),
         ("/completions", b'{"prompt": "w9", "model": "other"}', 400, "pinned to 'model'; requested 'other'"),
     ],
@@ -224,6 +243,30 @@ def test_malformed_requests(served, path, body, status, said):
     got, text = served.post(path, body)
     assert (got, said in json.loads(text)["error"]["message"]) == (status, True), text
     assert served.complete("w9", 2).usage.completion_tokens == 2
+
+
+def test_logit_bias(served):
+    """OpenAI's clients send whole numbers."""
+    plain = served.chat("w40", 1).choices[0].message.content
+    banned = served.chat("w40", 1, logit_bias={plain[1:]: -100}).choices[0].message.content
+    assert banned != plain
+    assert served.chat("w40", 1, logit_bias={}).choices[0].message.content == plain
+
+
+def test_a_second_signal_ends_at_once(talking):
+    """A client that never sends the rest of its request would keep the server forever."""
+    served = Served(talking, "--no-verify")
+    host, port = served.url.split("/")[2].split(":")
+    with socket.create_connection((host, int(port))) as stalled:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        stalled.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+        time.sleep(0.5)
+        served.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            served.process.wait(1)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+    served.close()
 
 
 def test_unknown_model(served):

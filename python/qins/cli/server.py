@@ -82,15 +82,25 @@ class _Checked:
     """Comes before a handler of transformers, which answers malformed requests with status 500."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+            if type(body.get(name)) not in (int, type(None)):
+                raise HTTPException(400, f"{name}: expected a positive integer, got {body[name]!r}")
         try:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except KeyError as e:
             raise HTTPException(400, f"expected a field {e} in the request or its messages, got none") from e
-        except (TypeError, ValueError, TemplateError) as e:
+        except (TypeError, ValueError, AttributeError, OverflowError, TemplateError) as e:
             raise HTTPException(400, str(e)) from e
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        bias = body.get("logit_bias")
+        body = {k: v for k, v in body.items() if k != "logit_bias"}  # transformers expects floats
         config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
+        if bias:
+            try:
+                config.sequence_bias = {(int(token),): float(number) for token, number in bias.items()}
+            except (AttributeError, TypeError, ValueError):
+                raise HTTPException(400, f"logit_bias: expected an object of numbers, got {bias!r}") from None
         if body.get("temperature"):
             config.do_sample = True  # transformers leaves that to generation_config.json
         return config
@@ -114,11 +124,17 @@ class _Responses(_Checked, ResponseHandler):
 
 def _refused(status: int, message: str) -> JSONResponse:
     """Return an error in OpenAI's form; its clients do not show FastAPI's."""
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    told = message.encode("utf-8", "backslashreplace").decode()  # a request may have half a surrogate pair
+    return JSONResponse({"error": {"message": told, "type": kind}}, status)
 
 
 async def _of_exception(_: Any, error: Any) -> JSONResponse:
     return _refused(error.status_code, str(error.detail))
+
+
+async def _of_fault(_: Any, error: Any) -> JSONResponse:
+    return _refused(500, f"{type(error).__name__}: {error}")
 
 
 async def _of_body(_: Any, error: Any) -> JSONResponse:
@@ -157,6 +173,14 @@ class _Abandoning:
             await asyncio.wait({answering, listening})
         if not left:
             answering.result()
+
+
+class _Server(uvicorn.Server):
+    """Ends at once on a second signal, even if a client sends its request no further."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
 
 
 def reserve(host: str, port: int) -> socket.socket:
@@ -206,7 +230,8 @@ class Room:
     """
 
     def __init__(self, model: str, cache_tokens: int | None, together: bool) -> None:
-        config = transformers.AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+        with loading("the config.json of a causal language model", model):
+            config = transformers.AutoConfig.from_pretrained(model).get_text_config(decoder=True)
         queries = getattr(config, "num_attention_heads", None) or 0  # none in Mamba, whose state is small
         heads = getattr(config, "num_key_value_heads", None) or queries
         width = getattr(config, "head_dim", None) or config.hidden_size // max(queries, 1)
@@ -298,6 +323,7 @@ class Service:
         )
         self.app.add_exception_handler(HTTPException, _of_exception)
         self.app.add_exception_handler(RequestValidationError, _of_body)
+        self.app.add_exception_handler(Exception, _of_fault)
         routes = self.app.router.routes
         routes[:] = [r for r in routes if getattr(r, "path", None) not in _OMITTED]
 
@@ -319,7 +345,7 @@ class Service:
     def run(self, bound: socket.socket, host: str) -> None:
         """Serve until Ctrl-C or SIGTERM; finish the requests in flight."""
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(_Abandoning(self.app), log_level="warning", access_log=False))
+        server = _Server(uvicorn.Config(_Abandoning(self.app), log_level="warning", access_log=False))
         # uvicorn repeats the signal when it is done, which would end this process by it
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
         try:

@@ -22,7 +22,9 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What requests call the model; default: its directory's or hub name.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: the CPUs that this process may use.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=512, help="Default: the CPUs that this process may use.")
+    ] = None,
     continuous_batching: Annotated[
         bool | None,
         typer.Option(help="Compute requests together; the default, except with --kv-cache."),
