@@ -59,6 +59,7 @@ def test_use_isa_restores():
     qins.use_isa(before)
 
 
+@pytest.mark.once
 def test_threads():
     program = "import qins; print(qins.get_num_threads())"
     assert python(program, OMP_NUM_THREADS="3").stdout.split() == ["3"]
@@ -81,6 +82,7 @@ def test_follows_torch():
         torch.set_num_threads(before)
 
 
+@pytest.mark.once
 def test_after_fork():
     program = """
 import os, sys, numpy as np, qins
@@ -111,6 +113,7 @@ def command(*arguments, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.once
 def test_help():
     run = command("--help")
     assert run.returncode == 0

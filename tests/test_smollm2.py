@@ -54,8 +54,8 @@ def test_signal_to_noise(loaded, codec, group, least):
 @pytest.mark.parametrize(
     ("codec", "group", "kl", "agree"),
     [
-        ("golden", None, 1.6e-2, 0.94),
         ("log8", 64, 3e-3, 0.965),
+        pytest.param("golden", None, 1.6e-2, 0.94, marks=pytest.mark.once),
         pytest.param("log8", None, 5e-3, 0.96, marks=pytest.mark.once),
         pytest.param("log8", 128, 4e-3, 0.96, marks=pytest.mark.once),
     ],
@@ -84,6 +84,7 @@ def test_next_tokens(loaded, ids, codec, group, kl, agree):
     assert first >= 1
 
 
+@pytest.mark.once
 def test_log9_computes_as_golden(loaded, ids):
     window = ids[:, :128]
     outputs = []
@@ -95,12 +96,13 @@ def test_log9_computes_as_golden(loaded, ids):
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=2e-3)
 
 
+@pytest.mark.once
 def test_fused_and_decoded_paths_agree(loaded, ids):
     """Eight tokens at a time run through the fused kernels, and again through dequantized tiles."""
     model = copy.deepcopy(loaded[0])
     qins.convert(model)
     before = dict(ops._fused_rows)
-    part = ids[:, : 512 if qins.isa() == qins.isas()[0] else 64]
+    part = ids[:, :512]
     results = []
     try:
         for rows in (8, 0):

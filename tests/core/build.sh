@@ -11,6 +11,7 @@ compile() { # FILE FLAGS...
     local file=$1
     shift
     case "$file $*" in
+    *test_core.c*-fsanitize*) set -- "$@" -DSANITIZED=1 ;;
     # with a sanitizer, compilers spend a minute or more on this file at -O1, and a fifth of it at -O0
     *isa_scalar.c*-fsanitize*) set -- "$@" -O0 ;;
     esac

@@ -48,6 +48,7 @@ def pair():
     return llama, phi.from_llama(llama), tokenizer
 
 
+@pytest.mark.once
 def test_rearranged_weights_compute_the_same(pair):
     llama, model, tokenizer = pair
     ids = tokenizer(metrics.sample_text(), return_tensors="pt").input_ids[:, :256]
