@@ -805,7 +805,8 @@ static void products(const qins_kernels *k, int slow)
             }
             qins_codes e = some_codes((qins_codec)codec, SHAPE[i].rows, cols, group, SHAPE[i].mu);
             /* emulators and sanitizers are slow: a third of the batches with each shape and codec, but all of them */
-            for (size_t b = slow ? ((size_t)codec + i / 3) % 3 : 0; b < sizeof BATCH / sizeof *BATCH; b += slow ? 3 : 1) {
+            const size_t first = slow ? ((size_t)codec + i / 3) % 3 : 0;
+            for (size_t b = first; b < sizeof BATCH / sizeof *BATCH; b += slow ? 3 : 1) {
                 product_at(k, &e, BATCH[b], QINS_F32);
                 product_at(k, &e, BATCH[b], QINS_BF16);
             }
