@@ -144,7 +144,8 @@ def quantize_checkpoint(
     fingerprint = _fingerprint(checkpoint, config, exact)
     with _reserve(out):
         total = sum(t.bytes for t in checkpoint.tensors.values())
-        needed = planned.nbytes * (1 if data is None else 2) + (3 * total // 4 if exact else 0)  # residuals are written twice
+        needed = planned.nbytes * (1 if data is None else 2)
+        needed += 3 * total // 4 if exact else 0  # residuals are written twice
         _prepare(out, fingerprint, needed)
         store, spending = None, None
         if calibration is not None and data is not None:
