@@ -4,6 +4,7 @@
 
 #include "qins.h"
 
-void check_exact(const qins_kernels *k, void (*check)(int, const char *, const char *, size_t, size_t));
+/* damages: streams to damage, of each matrix */
+void check_exact(const qins_kernels *k, int damages, void (*check)(int, const char *, const char *, size_t, size_t));
 
 #endif
