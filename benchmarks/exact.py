@@ -21,22 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from packaged_models import minilm, whisper
-from safetensors import safe_open
 
 import qins
 from qins.cli.bench import machine
 from qins.codec import residual, restore
+from qins.files import open_checkpoint
 
 SMOLLM2 = {"q_proj": (576, 576), "k_proj": (192, 576), "gate_proj": (1536, 576), "down_proj": (576, 1536)}
 
 
 def of_checkpoint(path: Path) -> Iterator[torch.Tensor]:
     """Yield the matrices of linear layers."""
-    with safe_open(path / "model.safetensors", "pt") as f:
-        for name in f.keys():  # noqa: SIM118
-            tensor = f.get_tensor(name)
-            if tensor.dim() == 2 and "embed" not in name:
-                yield tensor.bfloat16()
+    checkpoint = open_checkpoint(path)
+    for name, tensor in checkpoint.tensors.items():
+        if len(tensor.shape) == 2 and "embed" not in name:
+            yield checkpoint.load(name).bfloat16()
 
 
 def normal() -> Iterator[torch.Tensor]:
@@ -59,14 +58,19 @@ def huffman_bits(weights: torch.Tensor) -> float:
     return 8 + total / exponents.size
 
 
-def timed(call: Callable[[], Any], repeat: int) -> tuple[Any, float]:
-    """Return the result and the least CPU time."""
+def timed(repeat: int, call: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """Return the result of a call and its least CPU time."""
     best, result = float("inf"), None
     for _ in range(repeat):
         began = time.process_time()
-        result = call()
+        result = call(*args)
         best = min(best, time.process_time() - began)
     return result, best
+
+
+def zipnn(data: bytes) -> Any:
+    """Compress with ZipNN, which overwrites its argument."""
+    return ZipNN(bytearray_dtype="bfloat16", threads=1).compress(bytearray(data))
 
 
 def measure(tensors: list[torch.Tensor], codec: str, group_size: int | None, repeat: int) -> dict[str, float]:
@@ -74,9 +78,9 @@ def measure(tensors: list[torch.Tensor], codec: str, group_size: int | None, rep
     count = run = exact = encoding = decoding = dfloat = zipped = zipping = unzipping = 0.0
     for w in tensors:
         codes = qins.encode(w, codec, group_size=group_size)
-        stream, seconds = timed(lambda: residual(w, codes), repeat)  # noqa: B023
+        stream, seconds = timed(repeat, residual, w, codes)
         encoding += seconds
-        restored, seconds = timed(lambda: restore(codes, stream, "bfloat16"), repeat)  # noqa: B023
+        restored, seconds = timed(repeat, restore, codes, stream, "bfloat16")
         decoding += seconds
         assert np.array_equal(restored, w.view(torch.int16).numpy().view(np.uint16))
         count += w.numel()
@@ -84,11 +88,10 @@ def measure(tensors: list[torch.Tensor], codec: str, group_size: int | None, rep
         exact += 8 * len(stream)
         dfloat += w.numel() * huffman_bits(w)
         if ZipNN is not None:
-            data, zipnn = w.view(torch.int16).numpy().tobytes(), ZipNN(bytearray_dtype="bfloat16", threads=1)
-            # it compresses its argument in place
-            packed, seconds = timed(lambda: zipnn.compress(bytearray(data)), repeat)  # noqa: B023
+            data = w.view(torch.int16).numpy().tobytes()
+            packed, seconds = timed(repeat, zipnn, data)
             zipping += seconds
-            again, seconds = timed(lambda: zipnn.decompress(packed), repeat)  # noqa: B023
+            again, seconds = timed(repeat, ZipNN(bytearray_dtype="bfloat16", threads=1).decompress, packed)
             unzipping += seconds
             assert bytes(again) == data
             zipped += 8 * len(packed)

@@ -20,12 +20,24 @@
 
 enum {
     QINS_EXACT_CODED = 20, /* the tables of distances; see scheme_of() */
-    QINS_EXACT_ZERO =
-        QINS_EXACT_CODED, /* the table of codes that stand for 0; their symbols begin at 0, not at a center */
+    /* the table of codes that stand for 0; their symbols begin at 0, not at a center */
+    QINS_EXACT_ZERO = QINS_EXACT_CODED,
     QINS_EXACT_TABLES = QINS_EXACT_ZERO + 1,
     QINS_EXACT_CENTER = 64, /* the symbol of residual 0 */
     QINS_EXACT_ESCAPE = 16  /* bits of a weight that no symbol stands for */
 };
+
+static inline uint32_t get32(const uint8_t *p)
+{
+    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static inline void put32(uint8_t *p, uint32_t v)
+{
+    for (int i = 0; i < 4; i++) {
+        p[i] = (uint8_t)(v >> 8 * i);
+    }
+}
 
 /* How a weight is coded, by its level and its dequantized value: its table's first slot, and from bit 16 on the number
  * of bits that follow. */
@@ -82,9 +94,8 @@ static inline void exact_put_bits(qins_recording *r, uint32_t value, int count)
     r->pending |= (uint64_t)value << r->pending_count;
     r->pending_count += count;
     if (r->pending_count >= 32) {
-        for (int i = 0; i < 4; i++) {
-            r->bits[r->bits_bytes++] = (uint8_t)(r->pending >> 8 * i);
-        }
+        put32(r->bits + r->bits_bytes, (uint32_t)r->pending);
+        r->bits_bytes += 4;
         r->pending >>= 32;
         r->pending_count -= 32;
     }
@@ -119,8 +130,7 @@ static inline uint32_t exact_get_bits(qins_restoring *r, int count)
     const size_t byte = r->at / 8;
     uint32_t word = 0;
     if (byte + 4 <= r->bits_bytes) {
-        const uint8_t *p = r->bits + byte;
-        word = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+        word = get32(r->bits + byte);
     } else {
         for (size_t i = byte; i < r->bits_bytes; i++) {
             word |= (uint32_t)r->bits[i] << 8 * (i - byte);

@@ -1,4 +1,4 @@
-/* Tables of rANS, and its decoder; see rans.h. */
+/* Tables of rANS; see rans.h. */
 #include "rans.h"
 
 /* A number of occurrences in a byte: 8 to 15, times 2^exponent; 0 is none */

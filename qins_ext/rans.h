@@ -20,7 +20,7 @@ typedef struct {
     uint16_t frequency[256], first[256]; /* of the symbol's slots */
 } qins_rans_table;
 
-/* Sets the frequencies from numbers of occurrences, as exactly as `stored` tells them. Writes at most 257 bytes to
+/* Sets the frequencies from numbers of occurrences, as exactly as `stored` tells them. Writes at most 258 bytes to
  * `stored` and returns how many. */
 size_t qins_rans_describe(const uint32_t count[256], uint8_t *stored, qins_rans_table *t);
 /* The same table from at most `bytes` stored bytes; returns how many it took, or 0 if these describe none. */

@@ -32,19 +32,7 @@ static inline uint32_t scheme_at(const qins_residuals *r, uint8_t code, uint16_t
     return exact_scheme(r->scheme, code & r->level_mask, decoded, r->mantissa_bits);
 }
 
-static inline uint32_t get32(const uint8_t *p)
-{
-    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
-}
-
 static inline uint64_t get64(const uint8_t *p) { return get32(p) | (uint64_t)get32(p + 4) << 32; }
-
-static inline void put32(uint8_t *p, uint32_t v)
-{
-    for (int i = 0; i < 4; i++) {
-        p[i] = (uint8_t)(v >> 8 * i);
-    }
-}
 
 static inline void put64(uint8_t *p, uint64_t v)
 {

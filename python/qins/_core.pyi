@@ -115,10 +115,10 @@ def exact_decode(
     rows: int,
     cols: int,
     group_size: int,
-    stream: Array,
     weights: Array,
     dtype: str,
     threads: int,
+    stream: Array,
     /,
 ) -> bool: ...
 def levels(codec: str, scalars: tuple[float, ...], /) -> bytes: ...

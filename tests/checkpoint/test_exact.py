@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qins
 from qins.checkpoint import quantize_checkpoint
-from qins.files import RestoredCheckpoint, exact_bytes, inspect, restore_checkpoint
+from qins.files import RestoredCheckpoint, exact_bytes, inspect, open_checkpoint, restore_checkpoint
 
 transformers = pytest.importorskip("transformers")
 from tiny import make, outputs  # noqa: E402
@@ -49,11 +49,8 @@ def restored(tmp_path, config=None, **options):
 
 def whole_tensors(path):
     """Names of the tensors of the original that are stored whole."""
-    names = []
-    for file in sorted(path.glob("exact-*.safetensors")):
-        with safe_open(file, "pt") as f:
-            names += [k for k in f.keys() if k.endswith("#raw")]  # noqa: SIM118
-    return names
+    files = (open_checkpoint(file) for file in path.glob("exact-*.safetensors"))
+    return [k for f in files for k in f.tensors if k.endswith("#raw")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..files import (
     checksum,
     exact_bytes,
     exact_name,
-    not_restored,
+    is_kept,
     open_checkpoint,
     open_gguf,
     open_scaled,
@@ -114,13 +114,15 @@ def quantize_checkpoint(
         out: output directory; it must not exist, or must be empty or hold this conversion, interrupted.
         config: how to quantize; None for the defaults.
         calibration: text on which codes are calibrated, and target bits; None rounds to the nearest codes.
-        exact: also write `exact-*.safetensors`, from which
-            `qins.files.restore_checkpoint` restores the source bit for bit.
+        exact: also write `exact-*.safetensors`, from which `qins.files.restore_checkpoint` restores the source bit for
+            bit.
         show_progress: None shows a progress bar on a terminal.
 
     Returns:
         dict: layers, bytes_before, bytes_after, files, skipped, notes (on layers whose codec is not the one asked for)
-            and source (the quantized format of the source, or None); with a target, also plan (its description).
+            and source (the quantized format of the source, or None); with a target, also plan (its description);
+            with `exact`, also exact_bytes, and not_restored: names of what lies beside the source's weights and cannot
+            be restored.
 
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: no partial file is left under a final name.
@@ -184,7 +186,7 @@ def quantize_checkpoint(
                 "source": config.source_format,
             }
             | ({} if spending is None else {"plan": spending})
-            | (_exact_figures(checkpoint, out) if exact else {})
+            | ({"exact_bytes": exact_bytes(out), "not_restored": _not_restored(checkpoint)} if exact else {})
         )
 
 
@@ -197,9 +199,11 @@ def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exac
     return ItemRecorder(checkpoint, planned, file, out / exact_name(file.name), others)
 
 
-def _exact_figures(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
-    others = others_of(_directory(checkpoint), _copied(checkpoint))
-    return {"exact_bytes": exact_bytes(out), "not_restored": not_restored(checkpoint, others)}
+def _not_restored(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of what lies beside the source's weights and neither is copied nor kept in exact files."""
+    known = {*_copied(checkpoint), *(p.name for p in checkpoint.files)}
+    beside = (p for p in _directory(checkpoint).iterdir() if p.name not in known and not is_kept(p))
+    return sorted(p.name + "/" * p.is_dir() for p in beside)
 
 
 def _notes(planned: Plan, config: QinsConfig) -> Iterator[str]:
@@ -224,22 +228,19 @@ def _convert_shard(
     with atomically(target) as temporary:
         items = planned.items[file]
         targets = [t for item in items for t in item.targets]
-        writer = ShardWriter(temporary, targets, {"format": "pt"})
-        try:
-            with _in_background(writer.write) as write:
-                for item in items[:2]:
-                    _announce(ahead, store, item)
-                for item, coming in zip_longest(items, items[2:]):
-                    if coming is not None:
-                        _announce(ahead, store, coming)
-                    _convert_item(ahead, planned, store, item, write, recorder)
-                    advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
-            writer.close()
-            if recorder is not None:
-                recorder.write()  # before the codes get their name, which tells that the shard is complete
-        finally:
-            with suppress(OSError):  # a full disk may raise again
-                writer.file.close()
+        with (
+            ShardWriter(temporary, targets, {"format": "pt"}) as writer,
+            _in_background(writer.write) as write,
+        ):
+            for item in items[:2]:
+                _announce(ahead, store, item)
+            for item, coming in zip_longest(items, items[2:]):
+                if coming is not None:
+                    _announce(ahead, store, coming)
+                _convert_item(ahead, planned, store, item, write, recorder)
+                advance(sum(ahead.checkpoint.tensors[k].bytes for k in item.all_keys))
+        if recorder is not None:
+            recorder.write()  # before the codes get their name, which tells that the shard is complete
     return writer.checksums
 
 

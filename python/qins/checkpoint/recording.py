@@ -26,7 +26,7 @@ class ItemRecorder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.exact.__exit__(*error)
+        self.exact.close()
 
     def matrix(self, item: Item, output: Output, part: int | None, floats: torch.Tensor, codes: EncodedArray) -> None:
         """Record a matrix's residual; `part`: its index in a stack."""

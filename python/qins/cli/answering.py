@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,11 +120,11 @@ class _Answering:
         super().__init__(**kwargs)
         self.limit = limit
 
+    @abstractmethod
     def _begin(
         self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, parser: Any, sampling: _Sampling
     ) -> Any:
         """Begin to generate; return the queue of texts and the streamer, which records the tokens in `ids`."""
-        raise NotImplementedError
 
     def generate_streaming(
         self,
@@ -240,7 +241,7 @@ class _PerRequest(ContinuousBatchingLogitsProcessor):
     transformers then draws from every row, so a greedy request's row keeps its best token alone.
     """
 
-    supported_kwargs = {"sampling": _Sampling}  # noqa: RUF012 - as in transformers
+    supported_kwargs: dict[str, type] = {"sampling": _Sampling}  # noqa: RUF012 - as in transformers
     ignored_kwargs = ()
 
     def __init__(self) -> None:

@@ -65,7 +65,7 @@ def restore(e: EncodedArray, residual: Array, dtype: str) -> Array:
     out = np.empty((rows, cols), element_dtype(dtype)[1])
     stream = np.ascontiguousarray(residual, np.uint8).reshape(-1)
     whole = _core.exact_decode(
-        e.codec, e.arrays, e.scalars, rows, cols, e.group_size or 0, stream, out, dtype, get_num_threads()
+        e.codec, e.arrays, e.scalars, rows, cols, e.group_size or 0, out, dtype, get_num_threads(), stream
     )
     if not whole:
         raise ValueError(f"residual: damaged, or not that of these codes in {dtype}")

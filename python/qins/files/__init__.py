@@ -2,7 +2,7 @@
 
 from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
-from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, not_restored, others_of
+from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, is_kept, others_of
 from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
 from .inspection_report import InspectionReport
@@ -33,8 +33,8 @@ __all__ = [
     "exact_name",
     "fingerprint",
     "inspect",
+    "is_kept",
     "load_layer",
-    "not_restored",
     "open_checkpoint",
     "open_files",
     "open_gguf",

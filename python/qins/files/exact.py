@@ -27,6 +27,7 @@ from .shards import ShardWriter, Target
 PREFIX = "exact-"
 METADATA = "qins_exact"
 VERSION = 1
+RAW = "#raw"  # follows the name of a tensor that is stored whole
 _REWRITTEN = ("config.json", "README.md", "model.safetensors.index.json")
 _MOST = 100 << 20  # bytes of a stored header or file: as many as a header of safetensors may have
 _CHUNK = 1 << 24  # bytes of a file that are hashed or copied at a time
@@ -107,10 +108,8 @@ class ExactRecorder:
         self._where: dict[str, dict[str, Any]] = {}
         self._raw: list[str] = []
 
-    def __enter__(self) -> ExactRecorder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Delete the temporary file."""
         with suppress(OSError):  # a full disk may raise again
             self._spool.close()
         self._spool_path.unlink(missing_ok=True)
@@ -154,29 +153,27 @@ class ExactRecorder:
         targets = [Target(name, "uint8", (size,)) for name, size in self._sizes.items()]
         targets += [Target(f"{k}{RAW}", "uint8", (t.bytes,)) for k, t in raw.items()]
         self._spool.flush()
-        with atomically(self.target) as temporary:
-            writer = ShardWriter(temporary, targets, {"format": "pt", METADATA: json.dumps(about)})
-            try:
-                at = 0
-                for name, size in self._sizes.items():
-                    part = np.memmap(self._spool_path, np.uint8, "c", at, (size,))
-                    writer.write(name, torch.from_numpy(part))
-                    at += size
-                for key in raw:
-                    writer.write(f"{key}{RAW}", bits_of(self.checkpoint.load(key)))
-            except BaseException:
-                with suppress(OSError):
-                    writer.file.close()
-                raise
-            writer.close()
-
-
-RAW = "#raw"
+        with (
+            atomically(self.target) as temporary,
+            ShardWriter(temporary, targets, {"format": "pt", METADATA: json.dumps(about)}) as writer,
+        ):
+            at = 0
+            for name, size in self._sizes.items():
+                part = np.memmap(self._spool_path, np.uint8, "c", at, (size,))
+                writer.write(name, torch.from_numpy(part))
+                at += size
+            for key in raw:
+                writer.write(f"{key}{RAW}", bits_of(self.checkpoint.load(key)))
 
 
 def stream_name(layer: str, index: int | None) -> str:
     """Return the name of the tensor that restores a layer's matrix, or one of a stack."""
     return layer if index is None else f"{layer}#{index}"
+
+
+def is_kept(path: Path) -> bool:
+    """Return whether the exact files keep a file that a conversion rewrites."""
+    return path.name in _REWRITTEN and path.is_file() and path.stat().st_size <= _MOST
 
 
 def others_of(directory: Path, copied: list[str]) -> dict[str, Any]:
@@ -185,13 +182,6 @@ def others_of(directory: Path, copied: list[str]) -> dict[str, Any]:
     for path in sorted(directory.iterdir()):
         if path.name in copied:
             others[path.name] = {"sha256": sha256(path)}
-        elif path.name in _REWRITTEN and path.stat().st_size <= _MOST:
+        elif is_kept(path):
             others[path.name] = {"bytes": packed_text(path.read_bytes())}
     return others
-
-
-def not_restored(checkpoint: Checkpoint, others: Mapping[str, Any]) -> list[str]:
-    """Return the names of what lies beside an original's weights and is not restored."""
-    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    known = {*others, *(p.name for p in checkpoint.files)}
-    return sorted(p.name + "/" * p.is_dir() for p in directory.iterdir() if p.name not in known)

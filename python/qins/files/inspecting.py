@@ -81,7 +81,7 @@ def inspect(path: str | Path, against: str | Path | None = None, *, histograms: 
             if histograms:
                 report.histograms[layer.name] = _histogram(checkpoint, layer)
         report.verified = _verify(checkpoint, problems)
-        problems += exact_problems(checkpoint.path)
+        problems += exact_problems(checkpoint)
     if against is not None:
         report.errors = _compare(checkpoint, layers, open_scaled(open_checkpoint(against)))
     return report

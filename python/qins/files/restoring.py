@@ -16,7 +16,7 @@ import torch
 
 from ..codec import EncodedArray, restore
 from ..system import atomically, locked, progress
-from .exact import METADATA, PREFIX, RAW, VERSION, bits_of, exact_name, sha256, stream_name, unpacked_text
+from .exact import METADATA, PREFIX, RAW, VERSION, bits_of, exact_bytes, exact_name, sha256, stream_name, unpacked_text
 from .layers import EncodedLayer, encoded_layers, load_layer
 from .reading import Checkpoint, StoredTensor, checksum, open_checkpoint
 from .shards import DTYPE_CODES
@@ -58,7 +58,7 @@ def restore_checkpoint(source: str | Path, out: str | Path, *, show_progress: bo
 
     """
     source, out = Path(source), Path(out)
-    exact = _open(source)
+    exact = _open_directory(source)
     if out.exists() and source.resolve() == out.resolve():
         raise FileExistsError(f"{out}: expected another directory than that of the codes")
     if out.exists() and not out.is_dir():
@@ -101,13 +101,11 @@ class RestoredCheckpoint(Checkpoint):
     decodes = True
 
     def __init__(self, source: Path) -> None:
-        exact = _open(source)
+        exact = _open_directory(source)
         super().__init__(source, "safetensors", files=exact.codes.files, config=exact.codes.config)
         self._exact, self._lock = exact, threading.Lock()  # transformers loads tensors with several threads
         for about in exact.files:
-            for key, dtype, shape, size in _tensors(
-                unpacked_text(about["header"], about["file"]), about, about["file"]
-            ):
+            for key, dtype, shape, size in _tensors(about, _header(about)):
                 self.tensors[key] = StoredTensor(key, dtype, shape, size, (about["file"], len(self.tensors)))
                 self._where[key] = source / exact_name(about["file"])
 
@@ -128,25 +126,28 @@ class RestoredCheckpoint(Checkpoint):
         return restored
 
 
-def exact_problems(directory: Path) -> list[str]:
-    """Return sentences on what is wrong with the files that restore a directory's original."""
-    if not directory.is_dir() or not any(directory.glob(f"{PREFIX}*.safetensors")):
+def exact_problems(codes: Checkpoint) -> list[str]:
+    """Return sentences on what is wrong with the files that restore the original of a checkpoint of codes."""
+    if not exact_bytes(codes.path):
         return []
     try:
-        _open(directory)
+        _open(codes)
     except (OSError, ValueError) as e:
         return [str(e)]
     return []
 
 
-def _open(source: Path) -> _Exact:
+def _open_directory(source: Path) -> _Exact:
     if source.exists() and not source.is_dir():
         raise NotADirectoryError(f"{source}: expected the directory of a converted checkpoint, got a file")
-    codes = open_checkpoint(source)
-    paths = sorted(source.glob(f"{PREFIX}*.safetensors"))
+    return _open(open_checkpoint(source))
+
+
+def _open(codes: Checkpoint) -> _Exact:
+    paths = sorted(codes.path.glob(f"{PREFIX}*.safetensors"))
     if not paths:
         raise FileNotFoundError(
-            f"{source}: no {PREFIX}*.safetensors in it; `qins quantize --exact` writes what restores the original"
+            f"{codes.path}: no {PREFIX}*.safetensors in it; `qins quantize --exact` writes what restores the original"
         )
     exact = _Exact(codes, {layer.name: layer for layer in encoded_layers(codes, [])})
     for path in paths:
@@ -201,7 +202,7 @@ def _check_place(tensor: str, place: Any) -> None:
 
 
 def _restore_file(exact: _Exact, about: dict[str, Any], target: Path, advance: Any) -> None:
-    header = unpacked_text(about["header"], target.name)
+    header = _header(about)
     h = hashlib.sha256()
     with atomically(target) as temporary, temporary.open("wb") as f:
 
@@ -211,7 +212,7 @@ def _restore_file(exact: _Exact, about: dict[str, Any], target: Path, advance: A
             advance(len(data))
 
         write(header)
-        for key, dtype, shape, size in _tensors(header, about, target.name):
+        for key, dtype, shape, size in _tensors(about, header):
             written = 0
             for part in _parts(exact, key, dtype, shape, set()):
                 data = bits_of(part).numpy().data
@@ -227,7 +228,11 @@ def _restore_file(exact: _Exact, about: dict[str, Any], target: Path, advance: A
             )
 
 
-def _tensors(header: bytes, about: dict[str, Any], name: str) -> list[tuple[str, str, tuple[int, ...], int]]:
+def _header(about: dict[str, Any]) -> bytes:
+    return unpacked_text(about["header"], about["file"])
+
+
+def _tensors(about: dict[str, Any], header: bytes) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Return name, dtype, shape and bytes of the tensors of a safetensors header, in the order of their data."""
     dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     try:
@@ -241,7 +246,7 @@ def _tensors(header: bytes, about: dict[str, Any], name: str) -> list[tuple[str,
             for (first, last), k, t in found
         ]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
-        raise ValueError(f"{name}: its stored header is damaged: {e}") from None
+        raise ValueError(f"{about['file']}: its stored header is damaged: {e}") from None
 
 
 def _parts(exact: _Exact, key: str, dtype: str, shape: tuple[int, ...], seen: set[str]) -> Iterator[torch.Tensor]:
@@ -289,7 +294,7 @@ def _matrix(exact: _Exact, layer: EncodedLayer, index: int | None, dtype: str) -
         if exact.loaded[0] != layer.name:
             exact.loaded = (layer.name, load_layer(exact.codes, layer))
         codes, at = exact.loaded[1], index or 0
-        if not isinstance(at, int) or not 0 <= at < len(codes):
+        if at >= len(codes):
             raise ValueError(f"{exact.codes.path}: {layer.name}: expected a matrix below {len(codes)}, got {index!r}")
         try:
             bits = restore(codes[at], _load(exact.streams, name).numpy(), dtype)

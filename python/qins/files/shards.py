@@ -84,6 +84,17 @@ class ShardWriter:
         if part is None or part == target.shape[0] - 1:
             self.left.discard(name)
 
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            with suppress(OSError):  # a full disk may raise again
+                self.file.close()
+
     def close(self) -> None:
         """Close the file; raise a ValueError if a tensor was not written."""
         self.file.close()
