@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import qins
 from qins.checkpoint import quantize_checkpoint
 from qins.files import RestoredCheckpoint, exact_bytes, inspect, open_checkpoint, restore_checkpoint
+from qins.files.exact import packed_text
 
 transformers = pytest.importorskip("transformers")
 from tiny import make, outputs  # noqa: E402
@@ -208,6 +210,11 @@ DAMAGE = {  # of exact-model.safetensors, but for the first
     "path": (lambda s, a: a.update(file="../up.safetensors"), "expected the name of a file"),
     "other path": (lambda s, a: a["others"].update({"/etc/x": {"sha256": ""}}), "expected the name of a file"),
     "header": (lambda s, a: a.update(header="!"), "its stored bytes are damaged"),
+    "bomb": (lambda s, a: a.update(header=packed_text(bytes(101 << 20))), "are damaged: more than 104,857,600 bytes"),
+    "cut header": (
+        lambda s, a: a.update(header=base64.b64encode(base64.b64decode(a["header"])[:-9]).decode()),
+        "its stored bytes are damaged: truncated",
+    ),
     "size": (lambda s, a: a.update(size=1), "its stored header is damaged: expected 1 bytes"),
     "version": (lambda s, a: a.update(version=9), "expected version 1, got 9"),
     "sum": (lambda s, a: a.update(sha256="0" * 64), "expected SHA-256 0000"),

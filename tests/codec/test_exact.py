@@ -175,6 +175,35 @@ def test_truncation_is_found(isa, rng):
         restore(e, np.append(stream, np.uint8(0)), "bfloat16")
 
 
+def test_every_part_must_be_used_up(isa, rng):
+    """Changed words and states of lanes nearly always leave other states; superfluous words and bits are noticed."""
+    w = rng.normal(0, 0.02, (4, 64)).astype(ml_dtypes.bfloat16)
+    e = qins.encode(w.astype(np.float32), "log8", group_size=64)
+    stream = residual(w, e)
+    begin = reference.ExactStream(stream.tobytes()).at  # of the only block, whose sizes are before it
+    words, bits_bytes = (int.from_bytes(stream[begin - n : begin - n + 4].tobytes(), "little") for n in (8, 4))
+    end = begin + 64 + 2 * words
+    assert end + bits_bytes == len(stream)
+    unnoticed = []
+    for at in range(begin, end):
+        for bit in range(8):
+            changed = stream.copy()
+            changed[at] ^= 1 << bit
+            with suppress(ValueError):
+                restore(e, changed, "bfloat16")
+                unnoticed.append((at, bit))  # another symbol led to the same state
+    assert len(unnoticed) < 0.005 * 8 * (end - begin)
+
+    def resized(at, more, words, bits_bytes):
+        sizes = np.frombuffer(words.to_bytes(4, "little") + bits_bytes.to_bytes(4, "little"), np.uint8)
+        return np.concatenate([stream[: begin - 8], sizes, stream[begin:at], np.zeros(more, np.uint8), stream[at:]])
+
+    assert np.array_equal(bits(restore(e, resized(end, 0, words, bits_bytes), "bfloat16")), bits(w))
+    for changed in (resized(end, 2, words + 1, bits_bytes), resized(len(stream), 1, words, bits_bytes + 1)):
+        with pytest.raises(ValueError, match="damaged"):
+            restore(e, changed, "bfloat16")
+
+
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
 def test_damage_is_found_or_harmless(data):
