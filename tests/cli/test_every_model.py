@@ -17,16 +17,23 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
+pytest.importorskip("uvicorn")
 import torch
 import typer
 import typer.models
+import uvicorn
 from kinds import MAKERS
 from terminal import as_shell
 from tokens import save_tokenizer
 
 from qins.cli.app import app
 
-pytestmark = [pytest.mark.once, pytest.mark.long, pytest.mark.filterwarnings("ignore:group_size")]
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:group_size"),
+    pytest.mark.filterwarnings("ignore:.*requests run one after another"),
+]
 
 TEXT = " ".join(f"w{(7 * i * i + i) % 150}" for i in range(4000))
 
@@ -87,6 +94,11 @@ def root(tmp_path_factory):
 def run(monkeypatch, capfd):
     """Run the command line as a shell does; check that it succeeds or says what is wrong, and return its exit code."""
 
+    async def leave(server, counter):
+        return True
+
+    monkeypatch.setattr(uvicorn.Server, "on_tick", leave)  # a server that has started ends
+
     def run(*args):
         monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\n"))
         code, _, err = as_shell(monkeypatch, capfd, *args)
@@ -114,6 +126,7 @@ def commands(model, out, root):
         ["quantize", model, f"{out}-all", "--lm-head", "--embeddings"],
         ["quantize", model, f"{out}-few", "--codec", "log4", "--lm-head", "--embeddings"],
         ["quantize", model, f"{out}-calibrated", "--calibrate", root / "text", "--calibration-tokens", "512"],
+        ["quantize", model, f"{out}-exact", "--exact"],
     ], [
         ["inspect", out],
         ["inspect", out, "--against", model, "--histogram", f"{out}.png"],
@@ -121,6 +134,8 @@ def commands(model, out, root):
         ["eval", out, "--against", model, *text],
         ["generate", out, "-p", "w1 w2", *short],
         ["chat", out, *short],
+        ["serve", out, "--port", "0"],
+        ["restore", out, f"{out}-restored"],
     ]
 
 
@@ -167,6 +182,8 @@ BASE = {
     "eval": ["OUT", "--against", "llama", "--text", "text", "--tokens", "64"],
     "generate": ["llama", "-p", "w1 w2", "--tokens", "2"],
     "chat": ["llama", "--tokens", "2"],
+    "serve": ["llama", "--port", "0"],
+    "restore": ["llama", "OUT"],
 }
 
 
