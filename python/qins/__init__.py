@@ -8,6 +8,7 @@ imports only NumPy.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import _qins_autoload
@@ -25,7 +26,7 @@ from .codec import (
     matmul,
     use_isa,
 )
-from .system import VERSION, get_num_threads, lazily, set_num_threads
+from .system import VERSION, get_num_threads, lazily, set_num_threads, upward
 
 if TYPE_CHECKING:
     from .calibration import CalibrationReport, Plan, calibrate, plan
@@ -104,6 +105,18 @@ _LAZY = {
     "plan": "calibration",
 }
 _lazy = lazily(__name__, _LAZY)
+
+
+def _later(room: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports its room when it is called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"qins.{room}"), name)(*args)
+
+    return call
+
+
+upward.update({name: _later("checkpoint", name) for name in ("check_original", "record_original")})
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,8 @@ _OWN = (_PROGRESS, _LOCK, _CALIBRATION)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-def _directory(checkpoint: Checkpoint) -> Path:
+def directory_of(checkpoint: Checkpoint) -> Path:
+    """Return the directory that holds a checkpoint."""
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
@@ -141,7 +142,7 @@ def quantize_checkpoint(
         check_restorable(checkpoint, planned.encoded_keys)
     data = None
     if calibration is not None:
-        data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
+        data = tokenized(directory_of(checkpoint), calibration.text, calibration.tokens)
         config.calibration = calibration.record(data)
     fingerprint = _fingerprint(checkpoint, config, exact)
     with _reserve(out):
@@ -152,7 +153,7 @@ def quantize_checkpoint(
         store, spending = None, None
         if calibration is not None and data is not None:
             store = Store(out / _CALIBRATION, fingerprint)
-            work = CheckpointCalibration(_directory(checkpoint), architecture(checkpoint), data, store, show_progress)
+            work = CheckpointCalibration(directory_of(checkpoint), architecture(checkpoint), data, store, show_progress)
             if calibration.has_target:
                 spending = work.plan(planned.modules, calibration, config)
                 planned, quantizer = plan(checkpoint, config)
@@ -195,14 +196,14 @@ def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exac
     if not exact:
         return nullcontext()
     first = file == next(iter(planned.names))
-    others = others_of(_directory(checkpoint), _copied(checkpoint)) if first else {}
+    others = others_of(directory_of(checkpoint), copied_names(checkpoint)) if first else {}
     return ItemRecorder(checkpoint, planned, file, out / exact_name(file.name), others)
 
 
 def _not_restored(checkpoint: Checkpoint) -> list[str]:
     """Return the names of what lies beside the source's weights and neither is copied nor kept in exact files."""
-    known = {*_copied(checkpoint), *(p.name for p in checkpoint.files)}
-    beside = (p for p in _directory(checkpoint).iterdir() if p.name not in known and not is_kept(p))
+    known = {*copied_names(checkpoint), *(p.name for p in checkpoint.files)}
+    beside = (p for p in directory_of(checkpoint).iterdir() if p.name not in known and not is_kept(p))
     return sorted(p.name + "/" * p.is_dir() for p in beside)
 
 
@@ -309,14 +310,14 @@ def _encode(output: Output, floats: Any, write: Write) -> Iterator[tuple[int | N
         yield part, w, encoded
 
 
-def _copied(checkpoint: Checkpoint) -> list[str]:
+def copied_names(checkpoint: Checkpoint) -> list[str]:
     """Return the names of the files that are copied from beside the weights."""
     if checkpoint.format == "gguf":
         return []
     weights = {p.name for p in checkpoint.files}
     return [
         p.name
-        for p in sorted(_directory(checkpoint).iterdir())
+        for p in sorted(directory_of(checkpoint).iterdir())
         if p.is_file()
         and p.name not in weights
         and not p.name.endswith(_WEIGHTS)
@@ -330,8 +331,8 @@ def _finish(
     """Write the index, the configuration and the card; this makes the directory a model."""
     if isinstance(checkpoint, GgufCheckpoint):  # files beside it may belong to other models, so none are copied
         checkpoint.save_tokenizer(out)
-    for name in _copied(checkpoint):
-        shutil.copyfile(_directory(checkpoint) / name, out / name)
+    for name in copied_names(checkpoint):
+        shutil.copyfile(directory_of(checkpoint) / name, out / name)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
         write_json(out / "model.safetensors.index.json",
@@ -339,7 +340,7 @@ def _finish(
     config.modules = {o.module: [o.codec, o.group_size] for o in planned.encoded}
     config.modules |= {m: list(about) for m, about in planned.shared.items()}
     write_json(out / "config.json", checkpoint.config | {"quantization_config": config.to_dict()})
-    beside = None if isinstance(checkpoint, GgufCheckpoint) else _directory(checkpoint)
+    beside = None if isinstance(checkpoint, GgufCheckpoint) else directory_of(checkpoint)
     estimate = None if spending is None else f"Estimated by the plan:\n\n```\n{spending}\n```"
     write_card(out, base, beside, estimate)
     if (out / _CALIBRATION).exists():

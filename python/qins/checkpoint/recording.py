@@ -52,7 +52,7 @@ class ItemRecorder:
         if any(t.dim() != 2 or t.shape[1] != floats.shape[1] for t in tensors):
             return None
         whole = torch.cat(tensors)
-        if whole.shape != floats.shape or not _same_bits(whole, floats):
+        if whole.shape != floats.shape or not same_bits(whole, floats):
             return None
         found, row = {}, 0
         for key, tensor in zip(keys, tensors, strict=True):
@@ -82,7 +82,7 @@ class ItemRecorder:
                 # a stored copy of a tied embedding, which the conversion dropped
                 others = (k for k in planned if self.checkpoint.tensors[k].shape == tensor.shape)
                 loaded = self.checkpoint.load(key)
-                same = next((k for k in sorted(others) if _same_bits(self.checkpoint.load(k), loaded)), None)
+                same = next((k for k in sorted(others) if same_bits(self.checkpoint.load(k), loaded)), None)
                 if same is None:
                     self.exact.raw(key)
                 else:
@@ -90,5 +90,6 @@ class ItemRecorder:
         self.exact.write(self.others)
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors have the same dtype and the same bits, NaN and -0 included."""
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -176,12 +176,23 @@ def is_kept(path: Path) -> bool:
     return path.name in _REWRITTEN and path.is_file() and path.stat().st_size <= _MOST
 
 
-def others_of(directory: Path, copied: list[str]) -> dict[str, Any]:
-    """Return what restores the files beside the weights: a checksum if a copy lies beside the codes, else its bytes."""
+def _is_copy(path: Path, copy: Path) -> bool:
+    return copy.is_file() and path.stat().st_size == copy.stat().st_size and sha256(path) == sha256(copy)
+
+
+def others_of(directory: Path, copied: list[str], out: Path | None = None) -> dict[str, Any]:
+    """Return what restores the files beside the weights: a checksum if a copy lies beside the codes, else its bytes.
+
+    Args:
+        directory: of the original.
+        copied: names of its files that are copied, as far as `out` has the copies.
+        out: directory of the codes; None if all will be copied.
+
+    """
     others: dict[str, Any] = {}
     for path in sorted(directory.iterdir()):
-        if path.name in copied:
+        if path.name in copied and (out is None or _is_copy(path, out / path.name)):
             others[path.name] = {"sha256": sha256(path)}
-        elif is_kept(path):
+        elif is_kept(path) or path.name in copied:
             others[path.name] = {"bytes": packed_text(path.read_bytes())}
     return others

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..codec import LOG_BITS
 from ..files import EncodedLayer, open_checkpoint
-from ..system import atomically
+from ..system import atomically, upward
 
 logger = logging.getLogger("qins")
 
@@ -160,27 +160,34 @@ def _between(widths: list[int]) -> str:
     return f"{widths[0]}-bit" if len(widths) == 1 else f"{widths[0]}- to {widths[-1]}-bit"
 
 
+def holds_codes(directory: Path) -> bool:
+    """Return whether the model that is saved in a directory is quantized by qins."""
+    config = directory / "config.json"
+    told = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    return (told.get("quantization_config") or {}).get("quant_method") == "qins"
+
+
 class UploadWithCard:
     """A loaded model's `_upload_modified_files`, which adds a card to codes that `push_to_hub` uploads.
 
     Attributes:
         source: directory or hub name that the model was loaded from.
+        original: directory of the floats that the uploaded files are to restore; None for none.
 
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, original: Path | None = None) -> None:
+        self.source, self.original = source, original
 
     def __call__(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the card and upload what transformers has saved."""
         from transformers.utils.hub import PushToHubMixin
 
         directory = Path(working_dir)
-        told = (
-            json.loads((directory / "config.json").read_text("utf-8")) if (directory / "config.json").is_file() else {}
-        )
-        if (told.get("quantization_config") or {}).get("quant_method") == "qins":
+        if holds_codes(directory):
             source = Path(self.source) if self.source and Path(self.source).is_dir() else None
             write_card(directory, hub_name(self.source), source)
+            if self.original is not None:
+                upward["record_original"](self.original, directory)
         kwargs["commit_message"] = kwargs.get("commit_message") or "Upload model"
         return PushToHubMixin()._upload_modified_files(working_dir, *args, **kwargs)

@@ -43,6 +43,8 @@ class QinsConfig(QuantizationConfigMixin):
             The environment variable QINS_DECODE_STEP=0 disables it for all models. It is not saved.
         restore: load the original of a checkpoint that was converted with `qins quantize --exact`: its float weights,
             bit for bit. It is not saved.
+        exact: when the model is saved, also write `exact-*.safetensors`, from which `qins restore` restores the float
+            checkpoint that was loaded, bit for bit. It is not saved.
 
     Raises:
         ValueError, TypeError: an argument is unknown or out of range.
@@ -73,6 +75,7 @@ class QinsConfig(QuantizationConfigMixin):
         verify: bool = False,
         decode_step: bool = True,
         restore: bool = False,
+        exact: bool = False,
         **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", "qins")
@@ -119,7 +122,8 @@ class QinsConfig(QuantizationConfigMixin):
         self.min_quantized = float(min_quantized)
         self.format_version = format_version
         self.modules, self.checksums, self.source, self.source_format = modules, checksums, source, source_format
-        self.verify, self.decode_step, self.restore = bool(verify), bool(decode_step), bool(restore)
+        self.verify, self.decode_step = bool(verify), bool(decode_step)
+        self.restore, self.exact = bool(restore), bool(exact)
         for name, about in (modules or {}).items():
             try:
                 _check_entry(about)
@@ -138,7 +142,7 @@ class QinsConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return the settings that still apply if this config is passed for a checkpoint that has its own."""
-        return {"verify": self.verify, "decode_step": self.decode_step, "restore": self.restore}
+        return {name: getattr(self, name) for name in ("verify", "decode_step", "restore", "exact")}
 
     @property
     def dequantize(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled
-from ..nn import (
-    Coded,
-    CodedWeight,
-    ConversionReport,
-)
-from ..system import page_out, read_text, switch
+from ..nn import Coded, CodedWeight, ConversionReport
+from ..system import page_out, read_text, switch, upward
 from .auditing import audit
 from .config import QinsConfig
 from .decoding import decode_in_steps
@@ -34,7 +31,7 @@ from .modules import (
 )
 from .names import some
 from .released import drop_quantization, open_restored
-from .saving import prepare_saving, state_to_save
+from .saving import original_of, prepare_saving, state_to_save
 
 _VERSION = int(transformers.__version__.partition(".")[0])
 
@@ -53,6 +50,7 @@ class QinsHfQuantizer(HfQuantizer):
         if self._released:
             self.pre_quantized = False  # not by qins
         self.report = ConversionReport()
+        self._original: Path | None = None  # directory of the floats that saved codes are to restore
         self._dtype: torch.dtype | None = None
         self._missing_biases: list[str] = []
         self._shared: dict[str, str] = {}
@@ -104,6 +102,9 @@ class QinsHfQuantizer(HfQuantizer):
                 raise ValueError("restore: expected a checkpoint of codes, got one of floats")
             self.floats = open_restored(files)
             return
+        if self.quantization_config.exact:
+            self._original = original_of(files, self.pre_quantized)
+            upward["check_original"](self._original, self.quantization_config)
         if self.pre_quantized:
             if self.quantization_config.verify or switch("QINS_VERIFY", False):
                 verify_files(self.quantization_config, files)
@@ -241,7 +242,7 @@ class QinsHfQuantizer(HfQuantizer):
             model.config._pre_quantization_dtype = self._dtype
             _cast(model, self._dtype)
         model.config.quantization_config = self.quantization_config
-        prepare_saving(model)
+        prepare_saving(model, self._original)
         self.audit(model)
         if self.quantization_config.decode_step:
             decode_in_steps(model)

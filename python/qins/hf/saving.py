@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import transformers
 
 from ..files import checksum
-from ..nn import (
-    QINSExperts,
-)
-from .card import UploadWithCard
+from ..nn import QINSExperts
+from ..system import upward
+from .card import UploadWithCard, holds_codes
 from .config import QinsConfig
-from .modules import (
-    coded_modules,
-)
+from .modules import coded_modules
 from .names import guard, saved_names
 
 _VERSION = int(transformers.__version__.partition(".")[0])
@@ -41,10 +41,45 @@ def _keep_names_on_saving(model: Any) -> None:
     model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
 
 
-def prepare_saving(model: Any) -> None:
-    """Make the model save codes under their own names and upload them with a card that says how to load them."""
-    model._upload_modified_files = UploadWithCard(str(model.config._name_or_path or ""))
+def prepare_saving(model: Any, original: Path | None = None) -> None:
+    """Make the model save codes under their own names and upload them with a card that says how to load them.
+
+    Args:
+        model: a loaded model with codes.
+        original: directory of the floats that the saved files are to restore bit for bit; None for none.
+
+    """
+    model._upload_modified_files = UploadWithCard(str(model.config._name_or_path or ""), original)
     _keep_names_on_saving(model)
+    if original is not None:
+        model._qins_original = original
+        model.save_pretrained = MethodType(_save_with_original, model)
+
+
+def _save_with_original(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a model as its class does, then what restores its original; transformers has no hook after saving."""
+    out, save = Path(save_directory), type(model).save_pretrained
+    if out.exists() and out.samefile(model._qins_original):
+        raise ValueError(f"{out}: holds the original, which saving codes would overwrite; give another directory")
+    given = signature(save).bind(model, save_directory, *args, **kwargs).arguments
+    save(model, save_directory, *args, **kwargs)
+    uploaded = given.get("push_to_hub", False)  # by UploadWithCard, which has written them
+    if given.get("is_main_process", True) and not uploaded and holds_codes(out):
+        upward["record_original"](model._qins_original, out)
+
+
+def original_of(files: Any, quantized: bool) -> Path:
+    """Return the directory of the floats that a model is loaded from.
+
+    Raises:
+        ValueError: it is loaded from codes, or not from files.
+
+    """
+    directories = {Path(f).parent for f in files or ()}
+    if quantized or len(directories) != 1:
+        got = "codes" if quantized else "none"
+        raise ValueError(f"exact: expected a model that is loaded from files of floats, got {got}")
+    return directories.pop()
 
 
 def state_to_save(model: Any, config: QinsConfig) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from .pages import give_back_freed_memory, is_resident, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
 from .threads import get_num_threads, set_num_threads
+from .upward import upward
 from .version import VERSION
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "set_num_threads",
     "switch",
     "threads",
+    "upward",
     "write_json",
 ]
