@@ -199,6 +199,65 @@ WORD vf vf_of_ints(vi x)
     return r;
 }
 
+#define RESTORE 1
+WORD vi vi_load(const uint32_t *p)
+{
+    vi r = {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8))};
+    return r;
+}
+WORD vi vi_xor(vi x, vi y) { PAIRS(vi, _mm256_xor_si256, x, y); }
+WORD vi vi_mul(vi x, vi y) { PAIRS(vi, _mm256_mullo_epi32, x, y); }
+WORD uint32_t lanes_of(__m256i x) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(x)); }
+WORD uint32_t vi_nonzero(vi x)
+{
+    const __m256i zero = _mm256_setzero_si256();
+    return 0xffff & ~(lanes_of(_mm256_cmpeq_epi32(x.a, zero)) | lanes_of(_mm256_cmpeq_epi32(x.b, zero)) << 8);
+}
+/* By mask of lanes, a byte per lane. RANK: how many lanes of the mask are below it; LISTED: the lanes of the mask, one
+ * after another. */
+#define BITS(x) \
+    (((x) & 1) + ((x) >> 1 & 1) + ((x) >> 2 & 1) + ((x) >> 3 & 1) + ((x) >> 4 & 1) + ((x) >> 5 & 1) + ((x) >> 6 & 1))
+#define BELOW(mask, lane) ((uint64_t)BITS((mask) & ((1 << (lane)) - 1)))
+#define RANK(m)                                                                                         \
+    (BELOW(m, 1) << 8 | BELOW(m, 2) << 16 | BELOW(m, 3) << 24 | BELOW(m, 4) << 32 | BELOW(m, 5) << 40 | \
+     BELOW(m, 6) << 48 | BELOW(m, 7) << 56)
+#define LIST_LANE(m, lane) ((uint64_t)((m) >> (lane) & 1) * (lane) << 8 * BELOW(m, lane))
+#define LISTED(m)                                                                                                \
+    (LIST_LANE(m, 1) | LIST_LANE(m, 2) | LIST_LANE(m, 3) | LIST_LANE(m, 4) | LIST_LANE(m, 5) | LIST_LANE(m, 6) | \
+     LIST_LANE(m, 7))
+#define FOUR(of, m) of(m), of((m) + 1), of((m) + 2), of((m) + 3)
+#define SIXTEEN(of, m) FOUR(of, m), FOUR(of, (m) + 4), FOUR(of, (m) + 8), FOUR(of, (m) + 12)
+#define MANY(of, m) SIXTEEN(of, m), SIXTEEN(of, (m) + 16), SIXTEEN(of, (m) + 32), SIXTEEN(of, (m) + 48)
+static const uint64_t RANKS[256] = {MANY(RANK, 0), MANY(RANK, 64), MANY(RANK, 128), MANY(RANK, 192)};
+static const uint64_t LISTS[256] = {MANY(LISTED, 0), MANY(LISTED, 64), MANY(LISTED, 128), MANY(LISTED, 192)};
+WORD __m256i permute_by(const uint64_t *bytes, __m256i x)
+{
+    return _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes)));
+}
+WORD uint32_t count_of(uint32_t mask) { return (uint32_t)(RANKS[mask] >> 56) + (mask >> 7); }
+WORD size_t vi_list(uint32_t *list, vi x, uint32_t mask)
+{
+    const uint32_t a = mask & 255, b = mask >> 8, count = count_of(a);
+    _mm256_storeu_si256((__m256i *)list, permute_by(LISTS + a, x.a));
+    _mm256_storeu_si256((__m256i *)(list + count), permute_by(LISTS + b, x.b));
+    return count + count_of(b);
+}
+WORD __m256i refill8(__m256i state, const uint8_t **words)
+{
+    const __m256i more = _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), _mm256_setzero_si256());
+    const uint32_t mask = lanes_of(more);
+    const __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)*words));
+    *words += 2 * count_of(mask);
+    return _mm256_blendv_epi8(state, _mm256_or_si256(_mm256_slli_epi32(state, 16), permute_by(RANKS + mask, next)),
+                              more);
+}
+WORD vi vi_refill(vi state, const uint8_t **words)
+{
+    state.a = refill8(state.a, words);
+    state.b = refill8(state.b, words);
+    return state;
+}
+
 /* A permutation uses three bits of each lane: `stored` is split in three, and the sign joins the last two bits. */
 #define GOLDEN_WORDS 1
 typedef struct {
