@@ -374,3 +374,31 @@ def test_from_pretrained_restores(tmp_path, name):
         cls.from_pretrained(tmp_path / "out", quantization_config=qins.QinsConfig(restore=True))
     with pytest.raises(ValueError, match="restore: expected a checkpoint of codes, got one of floats"):
         cls.from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig(restore=True))
+
+
+@pytest.mark.skipif(not V5, reason="restore=True needs transformers 5")
+def test_loading_the_original_from_the_hub(tmp_path, monkeypatch):
+    """transformers downloads only the codes."""
+    save(make("llama"), tmp_path / "float")
+    restored(tmp_path)
+    revision = "0123456789" * 4
+    cached = tmp_path / "cache" / "models--me--tiny"
+    snapshot = cached / "snapshots" / revision
+    shutil.copytree(tmp_path / "out", snapshot, ignore=lambda _, names: [n for n in names if n.startswith("exact-")])
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        shutil.copytree(tmp_path / "out", snapshot, ignore=lambda _, names: {*names} - {"exact-model.safetensors"},
+                        dirs_exist_ok=True)  # fmt: skip
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        "me/tiny", quantization_config=qins.QinsConfig(restore=True), **options
+    )
+    assert torch.equal(outputs(model), outputs(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "float")))
+    where = {"revision": revision, "cache_dir": tmp_path / "cache", "allow_patterns": ["exact-*.safetensors"]}
+    assert asked == [("me/tiny", where)]

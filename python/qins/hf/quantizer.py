@@ -100,7 +100,7 @@ class QinsHfQuantizer(HfQuantizer):
         if self.quantization_config.restore:
             if not self.pre_quantized:
                 raise ValueError("restore: expected a checkpoint of codes, got one of floats")
-            self.floats = open_restored(files)
+            self.floats = open_restored(files, str(model.config._name_or_path))
             return
         if self.quantization_config.exact:
             self._original = original_of(files, self.pre_quantized)

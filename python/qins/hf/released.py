@@ -15,6 +15,8 @@ from ..files import (
     DTYPE_CODES,
     Checkpoint,
     RestoredCheckpoint,
+    exact_bytes,
+    exact_name,
     open_checkpoint,
     open_scaled,
     require_decodable,
@@ -66,8 +68,12 @@ def require_encodable(told: Mapping[str, Any]) -> None:
     _let_quantizers_read()
 
 
-def open_restored(files: Any) -> RestoredCheckpoint:
+def open_restored(files: Any, name: str) -> RestoredCheckpoint:
     """Open the original of a checkpoint of codes, to be read while transformers loads it.
+
+    Args:
+        files: of the codes.
+        name: directory or hub name of the model; from the hub, transformers downloads only the codes.
 
     Raises:
         FileNotFoundError: nothing beside the files restores it.
@@ -80,7 +86,13 @@ def open_restored(files: Any) -> RestoredCheckpoint:
             "`qins restore`, or use transformers 5"
         )
     _let_quantizers_read()
-    return RestoredCheckpoint(Path(next(iter(files))).parent)
+    directory = Path(next(iter(files))).parent
+    if not Path(name).exists() and directory.parent.name == "snapshots" and not exact_bytes(directory):
+        from huggingface_hub import snapshot_download
+
+        cache = directory.parents[2]
+        snapshot_download(name, revision=directory.name, cache_dir=cache, allow_patterns=[exact_name("*")])
+    return RestoredCheckpoint(directory)
 
 
 @functools.cache
