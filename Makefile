@@ -40,7 +40,7 @@ test-python: $(VENV)/installed-dev
 test-long: $(VENV)/installed-dev
 	$(PYTEST) -m long tests
 
-# the tests of each room of the package, with the rooms above it hidden
+# each room's tests, with their first parameters only and the rooms above it hidden
 test-rooms: $(VENV)/installed-dev
 	set -e; for room in $(ROOMS); do \
 	    echo "== $$room, without the rooms above it"; \

@@ -44,6 +44,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.args[:] = [str(Path(__file__).parent / room)]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --room, run each test with its first parameters only: imports do not depend on the others."""
+    if config.getoption("room") is None:
+        return
+    first: dict[tuple[Path, object], pytest.Item] = {}
+    for item in items:
+        first.setdefault((item.path, getattr(item, "function", item)), item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+    items[:] = first.values()
+
+
 def pytest_report_header() -> str:
     known = {"amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "neon", "scalar"}
     missing = sorted(known - set(qins.isas()))

@@ -60,7 +60,8 @@ make_venv() { # make_venv NAME: make an environment, and set bin to its director
 }
 "$bin/pip" wheel --quiet --no-deps -w "$work/wheel" "$work/clone" # once for all environments
 qins=$(echo "$work"/wheel/qins-*.whl)
-install() { "$bin/pip" install --quiet -c "$here/constraints.txt" "$@"; }
+# most of what torch and transformers have is never imported, so nothing is compiled beforehand
+install() { "$bin/pip" install --quiet --no-compile -c "$here/constraints.txt" "$@"; }
 echo "== . alone"
 make_venv numpy
 install "$qins"
