@@ -168,6 +168,20 @@ static void decode_rows(void *context, size_t begin, size_t end)
     }
 }
 
+void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out, float *scale)
+{
+    const caching p = {.kernels = kernels, .c = c};
+    if (c->codec == QINS_log8) {
+        kernels->decode_log8(c->codes + row * c->dim, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
+    }
+    for (size_t i = 0; i < n; i++) {
+        scale[i] = c->codec == QINS_log8 ? from_bfloat16(c->scale[row + i]) : 1.0f;
+        if (c->codec != QINS_log8) {
+            golden_values(&p, row + i, 0, c->dim, out + i * c->dim);
+        }
+    }
+}
+
 void qins_cache_decode(const qins_kernels *kernels, const qins_cache *c, size_t start, size_t tokens, qins_dtype dtype,
                        void *out, int threads)
 {

@@ -155,22 +155,77 @@ static int rotate(const run *r)
     return 0;
 }
 
-/* Offset of a head's token in the cache, in elements. */
-static size_t cache_at(const run *r, size_t sequence, size_t head, size_t token)
+/* A head's row in a store. */
+static size_t row_at(const run *r, size_t sequence, size_t head, size_t token)
 {
-    return ((sequence * r->layer->kv_heads + head) * r->call->room + token) * r->layer->head_dim;
+    return (sequence * r->layer->kv_heads + head) * r->call->room + token;
 }
 
-static void keep(const run *r, rows from, void *cache)
+static int holds_codes(const qins_decoder_store *s)
 {
-    const qins_decoder_call *call = r->call;
-    const size_t dim = r->layer->head_dim, size = item_size(call->dtype);
+    return s->kind == QINS_STORE_GOLDEN || s->kind == QINS_STORE_LOG8;
+}
+
+static qins_dtype dtype_of(const run *r, const qins_decoder_store *s)
+{
+    return s->kind == QINS_STORE_FLOAT16 ? QINS_F16 : r->call->dtype;
+}
+
+static qins_cache codes_of(const run *r, const qins_decoder_store *s)
+{
+    const int golden = s->kind == QINS_STORE_GOLDEN;
+    return (qins_cache){
+        .codec = golden ? QINS_golden : QINS_log8,
+        .heads = r->call->sequences * r->layer->kv_heads,
+        .room = r->call->room,
+        .dim = r->layer->head_dim,
+        .codes = s->data,
+        .sign = golden ? s->second : NULL,
+        .range = golden ? s->third : NULL,
+        .scale = golden ? NULL : s->second,
+        .tables = r->call->tables,
+    };
+}
+
+static int keep_codes(const run *r, rows from, const qins_decoder_store *to)
+{
+    const size_t dim = r->layer->head_dim, heads = r->layer->kv_heads, tokens = r->call->tokens;
+    const qins_cache c = codes_of(r, to);
+    float *dense = qins_scratch_take(r->count * heads * dim * sizeof *dense);
+    if (dense == NULL) {
+        return -1;
+    }
     for (size_t m = 0; m < r->count; m++) {
-        for (size_t h = 0; h < r->layer->kv_heads; h++) {
-            const size_t at = cache_at(r, m / call->tokens, h, call->past + m % call->tokens);
-            r->kernels->narrow[call->dtype](from.at + m * from.next + h * dim, dim, (char *)cache + at * size);
+        for (size_t h = 0; h < heads; h++) {
+            memcpy(dense + ((m / tokens * heads + h) * tokens + m % tokens) * dim, from.at + m * from.next + h * dim,
+                   dim * sizeof *dense);
         }
     }
+    const int failed = qins_cache_encode(r->kernels, &c, dense, QINS_F32, r->call->past, tokens, 1);
+    qins_scratch_give(dense);
+    return failed;
+}
+
+/* Adds the new tokens to a store. Returns what qins_decode_layer does. */
+static int keep(const run *r, rows from, const qins_decoder_store *to)
+{
+    const int32_t too_large = 0x477ff000; /* 65520, which is rounded to infinity */
+    const qins_dtype dtype = dtype_of(r, to);
+    const size_t dim = r->layer->head_dim, size = item_size(dtype), tokens = r->call->tokens;
+    if (holds_codes(to)) {
+        return keep_codes(r, from, to);
+    }
+    for (size_t m = 0; m < r->count; m++) {
+        for (size_t h = 0; h < r->layer->kv_heads; h++) {
+            const float *row = from.at + m * from.next + h * dim;
+            if (to->kind == QINS_STORE_FLOAT16 && r->kernels->absmax(row, dim) >= too_large) {
+                return 1;
+            }
+            const size_t at = row_at(r, m / tokens, h, r->call->past + m % tokens) * dim;
+            r->kernels->narrow[dtype](row, dim, (char *)to->data + at * size);
+        }
+    }
+    return 0;
 }
 
 /* Applies the mask to the score of query m and key t. */
@@ -192,14 +247,21 @@ typedef struct {
     size_t row[QINS_BATCH], head[QINS_BATCH];
 } queries;
 
-/* A head's tokens [t, t + n) in the cache, as float32; `window` has room for them. */
-static const float *cached(const run *r, const void *cache, size_t begin, size_t t, size_t n, float *window)
+/* Rows [row, row + n) of a store, as float32; `window` has room for them. Those of codes are still to be multiplied by
+ * scale[i]. */
+static const float *kept(const run *r, const qins_decoder_store *s, size_t row, size_t n, float *window, float *scale)
 {
-    const size_t dim = r->layer->head_dim, at = begin + t * dim;
-    if (r->call->dtype == QINS_F32) {
-        return (const float *)cache + at;
+    const size_t dim = r->layer->head_dim;
+    const qins_dtype dtype = dtype_of(r, s);
+    if (holds_codes(s)) {
+        const qins_cache c = codes_of(r, s);
+        qins_cache_rows(r->kernels, &c, row, n, window, scale);
+        return window;
     }
-    widen_at(r, cache, at, n * dim, window);
+    if (dtype == QINS_F32) {
+        return (const float *)s->data + row * dim;
+    }
+    r->kernels->widen[dtype]((const char *)s->data + row * dim * item_size(dtype), n * dim, window);
     return window;
 }
 
@@ -208,15 +270,17 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
 {
     const qins_decoder_call *call = r->call;
     const qins_decoder_layer *layer = r->layer;
-    const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = cache_at(r, sequence, kv_head, 0);
+    const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = row_at(r, sequence, kv_head, 0);
+    float scale[TOKENS_AT_ONCE], scaled[QINS_BATCH * TOKENS_AT_ONCE];
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *keys = cached(r, call->keys, begin, t, n, window);
+        const float *keys = kept(r, &call->keys, begin + t, n, window, scale);
         for (size_t i = 0; i < n; i++) {
             float of_key[QINS_BATCH];
             r->kernels->dot_f32(keys + i * dim, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, of_key);
             for (int j = 0; j < batch; j++) {
                 float score = of_key[j] * layer->scaling;
+                score = holds_codes(&call->keys) ? score * scale[i] : score;
                 score = layer->softcap > 0.0f ? layer->softcap * tanhf(score / layer->softcap) : score;
                 scores[(size_t)j * total + t + i] = call->mask != NULL ? masked(r, some->row[j], t + i, score) : score;
             }
@@ -237,8 +301,16 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
     }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *values = cached(r, call->values, begin, t, n, window);
-        r->kernels->weigh_rows(values, n, dim, scores + t, total, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
+        const float *values = kept(r, &call->values, begin + t, n, window, scale), *weight = scores + t;
+        size_t next = total;
+        if (holds_codes(&call->values)) {
+            for (size_t i = 0; i < (size_t)batch * n; i++) {
+                scaled[i] = weight[i / n * total + i % n] * scale[i % n];
+            }
+            weight = scaled;
+            next = n;
+        }
+        r->kernels->weigh_rows(values, n, dim, weight, next, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
     }
     for (int j = 0; j < batch; j++) {
         float *out = r->attended + some->row[j] * layer->heads * dim + some->head[j] * dim;
@@ -295,8 +367,11 @@ static int attention(run *r, float *room, int threads)
     if (rotate(r) != 0) {
         return -1;
     }
-    keep(r, r->k, r->call->keys);
-    keep(r, r->v, r->call->values);
+    int failed = keep(r, r->k, &r->call->keys);
+    failed = failed != 0 ? failed : keep(r, r->v, &r->call->values);
+    if (failed != 0) {
+        return failed;
+    }
     const size_t work = (r->call->past + r->call->tokens) * layer->head_dim * layer->heads / layer->kv_heads;
     qins_parallel(r->call->sequences * layer->kv_heads, ceil_div(GRAIN, work * r->call->tokens + 1), threads, attend,
                   r);
@@ -360,5 +435,5 @@ int qins_decode_layer(const qins_kernels *kernels, const qins_decoder_layer *lay
         kernels->narrow[call->dtype](r.x, r.count * layer->hidden, call->y);
     }
     qins_scratch_give(room);
-    return failed ? -1 : 0;
+    return failed;
 }

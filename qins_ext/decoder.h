@@ -31,13 +31,24 @@ typedef struct {
     qins_activation activation;
 } qins_decoder_layer;
 
+/* How keys or values are kept: as floats of the call's dtype, or as in cache.c, which takes only finite ones. */
+typedef enum { QINS_STORE_FLOATS, QINS_STORE_FLOAT16, QINS_STORE_GOLDEN, QINS_STORE_LOG8 } qins_store_kind;
+
+/* sequences x kv_heads x room rows of head_dim elements */
+typedef struct {
+    qins_store_kind kind;
+    void *data;           /* floats, or codes */
+    void *second, *third; /* golden: signs and ranges; log8: scales */
+} qins_decoder_store;
+
 /* What one call works on. Tensors are of one dtype. */
 typedef struct {
     qins_dtype dtype;
     const void *x; /* sequences x tokens x hidden */
     void *y;       /* likewise; may be x */
     size_t sequences, tokens;
-    void *keys, *values;              /* sequences x kv_heads x room x head_dim; the new tokens' are written */
+    qins_decoder_store keys, values;  /* the new tokens' are written */
+    const qins_log8_tables *tables;   /* of log8 in a store */
     size_t room, past;                /* tokens that a head has room for, and those already there */
     const void *cos, *sin;            /* (sequences or 1) x tokens x rotary_dim, by halves; rotary_dim 0: no rotation */
     size_t rotary_dim, rotary_next;   /* elements from a sequence to the next, 0 if all share one */
@@ -46,7 +57,8 @@ typedef struct {
     size_t mask_sequence, mask_token; /* elements from one sequence, or token, to the next */
 } qins_decoder_call;
 
-/* Returns 0, or -1 if out of memory. sequences * tokens is at most QINS_DECODER_ROWS; without a mask tokens is 1. */
+/* Returns 0, or -1 if out of memory, or 1 if a store that takes only finite keys and values got others; y is then not
+ * written. sequences * tokens is at most QINS_DECODER_ROWS; without a mask tokens is 1. */
 int qins_decode_layer(const qins_kernels *k, const qins_decoder_layer *layer, const qins_decoder_call *call,
                       int threads);
 

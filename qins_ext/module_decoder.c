@@ -85,8 +85,11 @@ static PyObject *decoder_layer(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(decode_layer_doc,
              "decode_layer(layer, dtype, x, y, sequences, tokens, keys, values, room, past, cos, sin, rotary_dim, "
-             "rotary_next, mask, mask_is_bool, mask_sequence, mask_token, threads, /)\n--\n\n"
-             "Run a layer on a few tokens; see qins_decoder_call in decoder.h. Tensors by address. Checks nothing.");
+             "rotary_next, mask, mask_is_bool, mask_sequence, mask_token, threads, keys_kind, keys_second, keys_third, "
+             "values_kind, values_second, values_third, /)\n--\n\n"
+             "Run a layer on a few tokens; see qins_decoder_call in decoder.h. Tensors by address. Checks nothing. The "
+             "last six may be omitted: keys and values are then of `dtype`. Returns whether they were finite where "
+             "their store needs that.");
 
 static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -110,15 +113,22 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
         MASK_SEQUENCE,
         MASK_TOKEN,
         THREADS,
+        KEYS_KIND,
+        KEYS_SECOND,
+        KEYS_THIRD,
+        VALUES_KIND,
+        VALUES_SECOND,
+        VALUES_THIRD,
         COUNT
     };
-    size_t a[COUNT];
+    size_t a[COUNT] = {0};
+    const int given = count - 1 == KEYS_KIND ? KEYS_KIND : COUNT;
     if (count < 1) {
         PyErr_SetString(PyExc_TypeError, "decode_layer: expected a layer");
         return NULL;
     }
     const qins_decoder_layer *layer = PyCapsule_GetPointer(args[0], CAPSULE);
-    if (layer == NULL || qins_numbers("decode_layer", args + 1, count - 1, a, COUNT) < 0) {
+    if (layer == NULL || qins_numbers("decode_layer", args + 1, count - 1, a, given) < 0) {
         return NULL;
     }
     const qins_decoder_call call = {
@@ -127,8 +137,10 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
         .y = (void *)a[Y],
         .sequences = a[SEQUENCES],
         .tokens = a[TOKENS],
-        .keys = (void *)a[KEYS],
-        .values = (void *)a[VALUES],
+        .keys = {(qins_store_kind)a[KEYS_KIND], (void *)a[KEYS], (void *)a[KEYS_SECOND], (void *)a[KEYS_THIRD]},
+        .values = {(qins_store_kind)a[VALUES_KIND], (void *)a[VALUES], (void *)a[VALUES_SECOND],
+                   (void *)a[VALUES_THIRD]},
+        .tables = &qins_cache_tables,
         .room = a[ROOM],
         .past = a[PAST],
         .cos = (const void *)a[COS],
@@ -142,8 +154,8 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
     };
     int failed;
     Py_BEGIN_ALLOW_THREADS failed = qins_decode_layer(qins_active(), layer, &call, (int)a[THREADS]);
-    Py_END_ALLOW_THREADS if (failed) { return PyErr_NoMemory(); }
-    Py_RETURN_NONE;
+    Py_END_ALLOW_THREADS if (failed < 0) { return PyErr_NoMemory(); }
+    return PyBool_FromLong(failed == 0);
 }
 
 PyMethodDef qins_decoder_methods[] = {

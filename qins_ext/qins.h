@@ -467,6 +467,8 @@ int qins_cache_encode(const qins_kernels *k, const qins_cache *c, const void *x,
 /* Decodes tokens [start, start + tokens) to out: heads x tokens x dim, dense. */
 void qins_cache_decode(const qins_kernels *k, const qins_cache *c, size_t start, size_t tokens, qins_dtype dtype,
                        void *out, int threads);
+/* Decodes rows [row, row + n) to out: n x dim. Values of log8 are still to be multiplied by scale[i], 1 for golden. */
+void qins_cache_rows(const qins_kernels *k, const qins_cache *c, size_t row, size_t n, float *out, float *scale);
 
 /* linear.c: y = x W^T straight from the codes -------------------------------------------------- */
 /* x is batch x cols, y is batch x rows, both dense; float32, bfloat16, float16 or float64 (computed in float32).

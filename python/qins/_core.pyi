@@ -154,5 +154,11 @@ def decode_layer(
     mask_sequence: int,
     mask_token: int,
     threads: int,
+    keys_kind: int = 0,
+    keys_second: int = 0,
+    keys_third: int = 0,
+    values_kind: int = 0,
+    values_second: int = 0,
+    values_third: int = 0,
     /,
-) -> None: ...
+) -> bool: ...

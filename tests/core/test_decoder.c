@@ -198,8 +198,8 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     int right = 1;
     for (int i = 0; i < 2; i++) {
         call.y = y[i];
-        call.keys = keys + (i + 1) * CACHE;
-        call.values = values + (i + 1) * CACHE;
+        call.keys.data = keys + (i + 1) * CACHE;
+        call.values.data = values + (i + 1) * CACHE;
         right = right && qins_decode_layer(k, &s->layer, &call, i == 0 ? 1 : 3) == 0;
     }
     right = right && memcmp(y[0], y[1], sequences * tokens * HIDDEN * sizeof(float)) == 0;

@@ -90,9 +90,9 @@ def texts(batch=1, tokens=40, padding=0, seed=1):
 
 
 @torch.no_grad()
-def logits(model, ids, mask, prompt=12, at_once=1):
+def logits(model, ids, mask, prompt=12, at_once=1, cache=None):
     """Return the logits of a prompt's last token and of all later tokens, `at_once` tokens per step."""
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = []
     for begin, end in [(0, prompt), *((t, t + at_once) for t in range(prompt, ids.shape[1], at_once))]:
@@ -128,6 +128,28 @@ def test_same_answers_as_the_modules(name, batch, padding, at_once):
     assert divergence(got, logits(model, ids, mask, at_once=at_once)) < 1e-8
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize(
+    "codecs", [("float16", "log8"), ("float16", "golden"), ("log8", "log8"), ("golden", "float16")]
+)
+@pytest.mark.parametrize(
+    ("name", "batch", "padding"), [("Llama", 1, 0), ("Qwen3", 3, 4), ("Gemma2", 1, 0), ("GptOss", 3, 4)]
+)
+def test_quantized_caches(name, batch, padding, codecs, at_once):
+    """Keys and values in their codes; a difference in rounding may change one to its neighbor."""
+    model = family(name)
+    ids, mask = texts(batch, padding=padding)
+
+    def cache():
+        return qins.QINSCache(model.config, k_codec=codecs[0], v_codec=codecs[1])
+
+    got = logits(model, ids, mask, at_once=at_once, cache=cache())
+    assert all(proved(model))
+    floats = divergence(got, logits(model, ids, mask, at_once=at_once))
+    without_steps(model)
+    assert divergence(got, logits(model, ids, mask, at_once=at_once, cache=cache())) < min(1e-6, floats)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, attention):
@@ -159,9 +181,11 @@ def test_soft_caps(attention):
 def test_every_instruction_set(isa):
     model = family("Qwen2")
     ids, mask = texts(2)
-    got = logits(model, ids, mask)
+    caches = [DynamicCache, lambda: qins.QINSCache(k_codec="golden"), lambda: qins.QINSCache(k_codec="log8")]
+    got = [logits(model, ids, mask, cache=make()) for make in caches]
     without_steps(model)
-    assert divergence(got, logits(model, ids, mask)) < 1e-8
+    for make, found, most in zip(caches, got, (1e-8, 1e-6, 1e-6), strict=True):
+        assert divergence(found, logits(model, ids, mask, cache=make())) < most
 
 
 @pytest.mark.parametrize("codec", ["golden", "log9", "log6", "log5", "log4"])
@@ -176,14 +200,15 @@ def test_other_codecs(codec):
     assert divergence(got, logits(model, ids, mask)) < 1e-8
 
 
-def test_threads_change_nothing():
+@pytest.mark.parametrize("make", [lambda: None, lambda: qins.QINSCache(k_codec="log8")], ids=["floats", "codes"])
+def test_threads_change_nothing(make):
     model = family("Llama", hidden_size=256, intermediate_size=512, head_dim=64)
     ids, mask = texts(4, tokens=200)
-    logits(model, ids, mask, prompt=190)  # its first decode step runs the modules
+    logits(model, ids, mask, prompt=190, cache=make())  # its first decode step runs the modules
     found = []
     for n in (1, 2, 5):
         qins.set_num_threads(n)
-        found.append(logits(model, ids, mask, prompt=190))
+        found.append(logits(model, ids, mask, prompt=190, cache=make()))
     assert all(proved(model))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -341,10 +366,72 @@ def test_other_caches_run_the_modules(model):
     for layer in layers_of(model):
         layer._qins_step._proved.clear()
     static = model.generate(ids, max_new_tokens=10, do_sample=False, cache_implementation="static")
-    ours = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=qins.QINSCache(v_codec="float16"))
     assert torch.equal(static, want)
-    assert ours.shape == want.shape
     assert not any(proved(model))
+
+
+def test_the_tokens_of_a_quantized_cache(model):
+    """Steps and modules write to one cache; copies, crops, and beams that are reordered keep their own tokens."""
+    ids, _ = texts(tokens=30)
+
+    def new():
+        return qins.QINSCache(model.config, k_codec="log8")
+
+    def of_prefix():
+        cache = new()
+        with torch.no_grad():
+            model(ids[:, :10], past_key_values=cache, use_cache=True)
+        return cache
+
+    prefix = of_prefix()
+    one, other = copy.deepcopy(prefix), copy.deepcopy(prefix)
+    want = decoded(model, one, prompt=10)
+    assert one.get_seq_length() == 30
+    assert torch.equal(decoded(model, prefix, prompt=10), want)
+    assert torch.equal(decoded(model, other, tokens=7, prompt=10), want[:, :7])
+    other.crop(-7)
+    assert other.get_seq_length() == 10
+    assert torch.equal(decoded(model, other, prompt=10), want)
+    for layer in layers_of(model):
+        layer._qins_step._proved.clear()
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 3}
+    beams = model.generate(ids, past_key_values=new(), **options)
+    assert all(proved(model))
+    without_steps(model)
+    assert torch.equal(beams, model.generate(ids, past_key_values=new(), **options))
+    assert divergence(decoded(model, of_prefix(), prompt=10), want) < 1e-6
+
+
+@pytest.mark.parametrize("codecs", [("float16", "log8"), ("log8", "golden"), ("golden", "float16")])
+def test_states_that_a_quantized_cache_refuses(model, codecs):
+    """The modules' own error, and nothing is added."""
+    ids, _ = texts(tokens=12)
+    cache = qins.QINSCache(model.config, k_codec=codecs[0], v_codec=codecs[1])
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        x = model.get_input_embeddings()(ids[:, :1]).clone()
+        want = model(inputs_embeds=x, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+        x[..., 3] = float("nan")
+        with pytest.raises(ValueError, match="_states: expected finite values, got 32 NaN or infinite"):
+            model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 13
+        again = model(ids[:, :1], past_key_values=cache, use_cache=True).logits
+    assert torch.equal(again, want)
+
+
+@torch.no_grad()
+def test_keys_too_large_for_float16(model):
+    bias = model.model.layers[0].self_attn.k_proj.bias
+    ids, _ = texts(tokens=12)
+    cache = qins.QINSCache(model.config)
+    for token in (0, 1):
+        model(ids[:, token : token + 1], past_key_values=cache, use_cache=True)
+    assert all(proved(model))
+    bias.fill_(1e5)
+    with pytest.raises(ValueError, match="key_states: expected finite values, got magnitudes up to"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 2
 
 
 def test_another_attention_is_another_step(model):

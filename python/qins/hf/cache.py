@@ -27,6 +27,7 @@ class QINSLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, k_codec: str = "float16", v_codec: str = "log8") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tokens = GrowingTokens(k_codec, v_codec)
+        self._qins_room: Any = None  # see growing_cache.py
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Record the dtype and device; the first update allocates memory."""

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from .. import _core
 from ..codec import DTYPE_NUMBER
 from ..system import get_num_threads, switch
-from .growing_cache import Room, room_for
+from .cache import QINSCache, QINSLayer
+from .growing_cache import CodedRoom, Room, room_for
 from .layer_description import LayerDescription, UnfitError, describe, mlp_of
 
 logger = logging.getLogger("qins")
@@ -33,6 +34,7 @@ Tensor = torch.Tensor
 MOST_ROWS = _core.DECODER_ROWS
 # Relative error allowed between a step and the modules, which round to the dtype after each operation.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer)
 # Arguments that a step accepts; a call with any other truthy argument runs the modules.
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"}
 
@@ -58,7 +60,7 @@ class LayerStep:
         """
         cache, mask, rotation = (given.get(n) for n in ("past_key_values", "attention_mask", "position_embeddings"))
         if (
-            type(cache) is not DynamicCache
+            type(cache) not in (DynamicCache, QINSCache)
             or layer.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
@@ -77,15 +79,19 @@ class LayerStep:
             self._layer, self._about = layer, (about := describe(layer))
         if _is_observed(about.modules) or (about.rotates and type(rotation) is not tuple):
             return None
+        assert cache is not None
         kept: Any = cache.layers[about.index] if about.index < len(cache.layers) else None
-        room: Room | None = getattr(kept, "_qins_room", None)
+        room: Room | CodedRoom | None = getattr(kept, "_qins_room", None)
         if room is None or not room.is_as_left(kept, self, x, mask):
             kind = _kind(about, kept, x, mask, rotation)
             if kind is None:
                 return None
             if kind not in self._proved:
                 return self._prove(about, own, x, given, kept, kind)
-        y = self._finish(about, self._call(about, x, kept, mask, rotation))
+        called = self._call(about, x, kept, mask, rotation)
+        if called is None:
+            return None
+        y = self._finish(about, called)
         return (y,) if self._in_tuple else y
 
     def _finish(self, about: LayerDescription, x: Tensor) -> Tensor:
@@ -105,6 +111,8 @@ class LayerStep:
     ) -> Any:
         """Return the layer's own result; if the step's agrees, use the step for this kind of call from now on."""
         beside, other = copy.copy(given["past_key_values"]), copy.copy(kept)
+        if isinstance(kept, QINSLayer):  # which, unlike transformers' layers, writes to its tensors
+            other.tokens = copy.deepcopy(kept.tokens)
         beside.layers = [*beside.layers]
         beside.layers[about.index] = other
         result = own(self._layer, x, **{**given, "past_key_values": beside})
@@ -116,10 +124,13 @@ class LayerStep:
             kept.__dict__.update(other.__dict__)
             return result
         mask, rotation = given.get("attention_mask"), given.get("position_embeddings")
-        got = self._finish(about, self._call(about, x, kept, mask, rotation))
-        pairs = (got - x, want - x), (kept.keys, other.keys), (kept.values, other.values)
+        called = self._call(about, x, kept, mask, rotation)
+        if called is None:  # its products, unlike the modules', are too large for the cache
+            kept.__dict__.update(other.__dict__)
+            return result
+        got = self._finish(about, called)
         tolerance = _TOLERANCE[x.dtype]
-        for a, b in pairs:
+        for a, b in ((got - x, want - x), *zip(_states(kept), _states(other), strict=True)):
             if a.shape != b.shape or not (a - b).float().norm() <= tolerance * b.float().norm():
                 kept.__dict__.update(other.__dict__)
                 _give_up(self._layer, "its results differ")
@@ -127,7 +138,8 @@ class LayerStep:
         self._proved.add(kind)
         return result
 
-    def _call(self, about: LayerDescription, x: Tensor, kept: Any, mask: Tensor | None, rotation: Any) -> Tensor:
+    def _call(self, about: LayerDescription, x: Tensor, kept: Any, mask: Tensor | None, rotation: Any) -> Tensor | None:
+        """Return the hidden states after what the core computes; None if a quantized cache cannot hold its states."""
         sequences, tokens, _ = x.shape
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -139,15 +151,24 @@ class LayerStep:
         if mask is not None:
             mask_at, is_bool = mask.data_ptr(), int(mask.dtype == torch.bool)
             mask_sequence, mask_token = mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
-        offset = room.begin * room.row_bytes
-        _core.decode_layer(
+        keys, values = room.stores()
+        finite = _core.decode_layer(
             about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
-            room.keys_at + offset, room.values_at + offset, room.size, past,
+            keys[1], values[1], room.size, past,
             cos_at, sin_at, rotary_dim, rotary_next, mask_at, is_bool, mask_sequence, mask_token,
-            get_num_threads(),
+            get_num_threads(), keys[0], *keys[2:], values[0], *values[2:],
         )  # fmt: skip
+        if not finite:
+            return None
         room.leave(kept, self, x, past)
         return y
+
+
+def _states(kept: Any) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of a cache layer."""
+    if isinstance(kept, QINSLayer):
+        return kept.tokens.read(torch.float32, torch.float32)
+    return kept.keys, kept.values
 
 
 def _is_observed(modules: list[nn.Module]) -> bool:
@@ -160,22 +181,30 @@ def _is_observed(modules: list[nn.Module]) -> bool:
 
 def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: Any) -> tuple[Any, ...] | None:
     """Return the kind of call, each of which is verified once, or None if the layer's own forward must run."""
-    if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(kept, "record_past", False):
+    if type(kept) not in _LAYERS or getattr(kept, "record_past", False):
         return None
     if x.dim() != 3 or x.dtype not in _TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
         return None
-    keys, values = kept.keys, kept.values
-    if not kept.is_initialized or keys is None or keys.dim() != 4 or keys.shape[2] == 0 or keys.dtype != x.dtype:
-        return None
-    if keys.shape != values.shape or values.dtype != x.dtype or x.shape[2] != about.hidden:
-        return None
-    if (keys.shape[0], keys.shape[1], keys.shape[3]) != (x.shape[0], about.kv_heads, about.head_dim):
-        return None
-    if not _mask_fits(mask, x, keys.shape[2] + x.shape[1]):
+    wanted = x.shape[0], about.kv_heads, about.head_dim
+    codecs: tuple[str, ...] = ()
+    if isinstance(kept, QINSLayer):
+        if kept.tokens.shapes != (wanted, wanted):
+            return None
+        past, codecs = kept.tokens.length, (kept.tokens.k_codec, kept.tokens.v_codec)
+    else:
+        keys, values = kept.keys, kept.values
+        if not kept.is_initialized or keys is None or keys.dim() != 4 or keys.shape[2] == 0 or keys.dtype != x.dtype:
+            return None
+        if keys.shape != values.shape or values.dtype != x.dtype:
+            return None
+        if (keys.shape[0], keys.shape[1], keys.shape[3]) != wanted:
+            return None
+        past = keys.shape[2]
+    if x.shape[2] != about.hidden or not _mask_fits(mask, x, past + x.shape[1]):
         return None
     if about.rotates and not _rotates(rotation, x, about.head_dim // (2 if about.halves else 1)):
         return None
-    return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept)
+    return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept), codecs
 
 
 _last_rotation: tuple[Any, ...] = (None, None, None)

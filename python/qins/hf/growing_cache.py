@@ -1,4 +1,8 @@
-"""Spare memory for the layers of a DynamicCache, which transformers itself would copy for every token."""
+"""The memory of a cache's layers, in which decode steps write.
+
+Those of a DynamicCache get spare memory; transformers itself would copy them for every token. Those of a QINSCache have
+some.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..nn import GrowingTokens
+from .cache import QINSLayer
+
 Tensor = torch.Tensor
+Store = tuple[int, int, int, int]  # kind and addresses, as _core.decode_layer takes them
 
 _ROOM = 64  # minimum number of spare tokens after growing
 
@@ -30,6 +38,11 @@ class Room:
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a deep copy of a cache has tensors of its own, and no Room
+
+    def stores(self) -> tuple[Store, Store]:
+        """Return where keys and values are, from the first token of the view on."""
+        offset = self.begin * self.row_bytes
+        return (0, self.keys_at + offset, 0, 0), (0, self.values_at + offset, 0, 0)
 
     def has(self, keys: Tensor, values: Tensor) -> bool:
         """Return whether these are the tensors that the last step left in the cache."""
@@ -54,8 +67,45 @@ class Room:
         return same and not getattr(kept, "record_past", False)
 
 
-def room_for(kept: Any, tokens: int) -> tuple[Room, int]:
+class CodedRoom:
+    """The same of a QINSCache's layer."""
+
+    def __init__(self, tokens: GrowingTokens) -> None:
+        self.tokens, self.version = tokens, tokens.version
+        self._keys, self._values, self.size = tokens.stores
+        self._left: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def stores(self) -> tuple[Store, Store]:
+        """Return where keys and values are."""
+        return self._keys, self._values
+
+    def is_of(self, tokens: GrowingTokens) -> bool:
+        """Return whether this is the present memory of a layer's tokens."""
+        return self.tokens is tokens and self.version == tokens.version
+
+    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+        """Count the tokens of x."""
+        self.tokens.length = past + x.shape[1]
+        self._left = self.tokens.length, step, x.shape, x.dtype
+
+    def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
+        """Return whether a call continues the last one and is of the same kind, so that checks need not be repeated."""
+        if mask is not None or x.shape[1] != 1 or not self.is_of(kept.tokens):
+            return False
+        return self._left == (self.tokens.length, step, x.shape, x.dtype)
+
+
+def room_for(kept: Any, tokens: int) -> tuple[Room | CodedRoom, int]:
     """Return memory with room for this many tokens after a cache layer's own, and the number of its own."""
+    if isinstance(kept, QINSLayer):
+        kept.tokens.reserve(tokens)
+        coded = getattr(kept, "_qins_room", None)
+        if coded is None or not coded.is_of(kept.tokens):
+            coded = kept._qins_room = CodedRoom(kept.tokens)
+        return coded, kept.tokens.length
     keys, values = kept.keys, kept.values
     past = keys.shape[2]
     room: Room | None = getattr(kept, "_qins_room", None)

@@ -19,6 +19,7 @@ _FIELDS: dict[str, dict[str, tuple[torch.dtype, int | None]]] = {
     "golden": {"stored": (torch.uint8, None), "sign": (torch.int8, None), "range": (torch.float32, 2)},
     "log8": {"codes": (torch.uint8, None), "scale": (torch.bfloat16, 1)},
 }
+_STORE = {"float16": 1, "golden": 2, "log8": 3}  # qins_store_kind in decoder.h
 
 
 def check_cache_codec(argument: str, codec: str) -> str:
@@ -69,6 +70,11 @@ class _Tokens:
             x.shape[0] * x.shape[1], self.room, self.dim, start, tokens, x.data_ptr(), DTYPE_NUMBER[x.dtype],
             get_num_threads(),
         )  # fmt: skip
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Return kind and addresses of its tensors, as `_core.decode_layer` takes them."""
+        first, second, third = ([f.data_ptr() for f in self.fields.values()] + [0, 0])[:3]
+        return _STORE[self.codec], first, second, third
 
     def write(self, x: Tensor, start: int) -> None:
         """Store x, (batch, heads, tokens, head_dim), as the tokens from `start` on."""
@@ -248,6 +254,7 @@ class GrowingTokens:
     def __init__(self, k_codec: str, v_codec: str) -> None:
         self.k_codec, self.v_codec = check_cache_codec("k_codec", k_codec), check_cache_codec("v_codec", v_codec)
         self.length = 0
+        self.version = 0  # increases when the tensors are replaced
         self._keys: _Tokens | None = None
         self._values: _Tokens | None = None
 
@@ -255,20 +262,45 @@ class GrowingTokens:
         """Store k and v, (batch, heads, tokens, head_dim); return all keys and values, dequantized, in their dtypes."""
         _check_states(k, v)
         batch, heads, tokens, _ = k.shape
-        needed = self.length + tokens
         if self._keys is None or self._values is None:
-            room = max(self._FIRST_ROOM, needed)
+            room = max(self._FIRST_ROOM, tokens)
+            self.version += 1
             self._keys = _Tokens("key_states", self.k_codec, batch, heads, room, k.shape[3])
             self._values = _Tokens("value_states", self.v_codec, batch, heads, room, v.shape[3])
         elif self._keys.batch != batch:
             raise ValueError(f"key_states: expected {self._keys.batch} sequences, as before, got {batch}")
-        for kept in (self._keys, self._values):
-            if needed > kept.room:
-                kept.grow(needed + needed // 2, self.length)
+        self.reserve(tokens)
         self._keys.write(k, self.length)
         self._values.write(v, self.length)
-        self.length = needed
-        return self._keys.read(batch, needed, k.dtype), self._values.read(batch, needed, v.dtype)
+        self.length += tokens
+        return self.read(k.dtype, v.dtype)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for this many more tokens; the cache must not be empty."""
+        needed = self.length + tokens
+        for kept in (self._keys, self._values):
+            if kept is not None and needed > kept.room:
+                kept.grow(needed + needed // 2, self.length)
+                self.version += 1
+
+    def read(self, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return all keys and values, dequantized; the cache must not be empty."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys.read(self.batch, self.length, k_dtype), self._values.read(self.batch, self.length, v_dtype)
+
+    @property
+    def stores(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], int]:
+        """What `_core.decode_layer` takes: keys, values, and the tokens that they have room for."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys.numbers(), self._values.numbers(), self._keys.room
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Sequences, heads and head_dim of keys and of values; nothing while the cache is empty."""
+        kept = [t for t in (self._keys, self._values) if t is not None and self.length]
+        return tuple((*next(iter(t.fields.values())).shape[:2], t.dim) for t in kept)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -277,9 +309,11 @@ class GrowingTokens:
     def clear(self) -> None:
         """Forget all tokens and free their memory."""
         self.length, self._keys, self._values = 0, None, None
+        self.version += 1
 
     def select(self, indices: Tensor) -> None:
         """Keep these sequences, in this order."""
+        self.version += 1
         for kept in (self._keys, self._values):
             if kept is not None:
                 kept.select(indices)
