@@ -265,6 +265,27 @@ static const float *kept(const run *r, const qins_decoder_store *s, size_t row, 
     return window;
 }
 
+static float largest(const float *x, size_t n)
+{
+    enum { LANES = 16 };
+    float most[LANES];
+    for (int i = 0; i < LANES; i++) {
+        most[i] = x[0];
+    }
+    for (size_t k = 0; k + LANES <= n; k += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            most[i] = x[k + (size_t)i] > most[i] ? x[k + (size_t)i] : most[i];
+        }
+    }
+    for (size_t k = n - n % LANES; k < n; k++) {
+        most[0] = x[k] > most[0] ? x[k] : most[0];
+    }
+    for (int i = 1; i < LANES; i++) {
+        most[0] = most[i] > most[0] ? most[i] : most[0];
+    }
+    return most[0];
+}
+
 static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores,
                         float *window)
 {
@@ -275,23 +296,23 @@ static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
         const float *keys = kept(r, &call->keys, begin + t, n, window, scale);
-        for (size_t i = 0; i < n; i++) {
-            float of_key[QINS_BATCH];
-            r->kernels->dot_f32(keys + i * dim, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, of_key);
-            for (int j = 0; j < batch; j++) {
-                float score = of_key[j] * layer->scaling;
-                score = holds_codes(&call->keys) ? score * scale[i] : score;
-                score = layer->softcap > 0.0f ? layer->softcap * tanhf(score / layer->softcap) : score;
-                scores[(size_t)j * total + t + i] = call->mask != NULL ? masked(r, some->row[j], t + i, score) : score;
+        r->kernels->score_rows(keys, n, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, dim, scores + t, total);
+        for (int j = 0; j < batch; j++) {
+            float *row = scores + (size_t)j * total + t;
+            for (size_t i = 0; holds_codes(&call->keys) && i < n; i++) {
+                row[i] *= scale[i];
+            }
+            for (size_t i = 0; layer->softcap > 0.0f && i < n; i++) {
+                row[i] = layer->softcap * tanhf(row[i] / layer->softcap);
+            }
+            for (size_t i = 0; call->mask != NULL && i < n; i++) {
+                row[i] = masked(r, some->row[j], t + i, row[i]);
             }
         }
     }
     float inverse[QINS_BATCH];
     for (int j = 0; j < batch; j++) {
-        float *row = scores + (size_t)j * total, most = row[0];
-        for (size_t t = 1; t < total; t++) {
-            most = row[t] > most ? row[t] : most;
-        }
+        float *row = scores + (size_t)j * total, most = largest(row, total);
         const float *sink = layer->sinks != NULL ? layer->sinks + some->head[j] : NULL;
         most = sink != NULL && *sink > most ? *sink : most;
         float sum = r->kernels->exp_row(row, total, most);
@@ -341,8 +362,10 @@ static void attend(void *context, size_t begin, size_t end)
         for (size_t i = 0; i < group * r->call->tokens; i++) {
             some->row[batch] = sequence * r->call->tokens + i / group;
             some->head[batch] = kv_head * group + i % group;
-            memcpy(some->q[batch], r->q.at + some->row[batch] * r->q.next + some->head[batch] * dim,
-                   dim * sizeof(float));
+            const float *q = r->q.at + some->row[batch] * r->q.next + some->head[batch] * dim;
+            for (size_t k = 0; k < dim; k++) {
+                some->q[batch][k] = q[k] * layer->scaling;
+            }
             if (++batch == QINS_BATCH || i + 1 == group * r->call->tokens) {
                 attend_some(r, sequence, kv_head, some, batch, of_scores, of_scores + scores);
                 batch = 0;

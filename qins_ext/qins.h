@@ -319,6 +319,9 @@ typedef struct {
     float (*exp_row)(float *x, size_t n, float most);
     /* out = up * silu(gate), or up * gelu(gate) in its tanh form */
     void (*gate_row)(const float *gate, const float *up, size_t n, int gelu, float *out);
+    /* out[m * next + t] = rows[t] . x[m], n elements. Rows are `stride` apart */
+    void (*score_rows)(const float *rows, size_t count, size_t stride, const float *x, size_t x_stride, int batch,
+                       size_t n, float *out, size_t next);
     /* out[m] += sum over rows t of weight[m][t] * rows[t], n elements. Rows are `stride` apart, and the weights of
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,

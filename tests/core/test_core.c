@@ -614,6 +614,21 @@ static void between_products_at(const qins_kernels *k, size_t n, int batch, int 
             check(fabs((double)got - exact) <= 5e-6 * size, "weigh_rows", k->name, n, (size_t)batch);
         }
     }
+    const float *x = place(in_v, factors, (size_t)batch * wide * 4, at_end);
+    out = room_for(out_a, (size_t)batch * count * 4, at_end);
+    k->score_rows(from, count, stride, x, wide, batch, wide, out, count);
+    for (size_t m = 0; m < (size_t)batch; m++) {
+        for (size_t t = 0; t < count; t++) {
+            double exact = 0.0, size = 0.0;
+            for (size_t i = 0; i < wide; i++) {
+                exact += (double)factors[m * wide + i] * (double)rows[t * stride + i];
+                size += fabs((double)factors[m * wide + i] * (double)rows[t * stride + i]);
+            }
+            float got;
+            memcpy(&got, (char *)out + (m * count + t) * 4, 4);
+            check(fabs((double)got - exact) <= 5e-6 * size, "score_rows", k->name, n, (size_t)batch);
+        }
+    }
 }
 
 static void between_products(const qins_kernels *k)
