@@ -16,13 +16,13 @@ from ..nn import (
     CodedWeight,
     ConversionReport,
 )
-from ..system import page_out, read_text, switch
+from ..system import page_out, read_text, require_memory, switch
 from .auditing import audit
 from .config import QinsConfig
 from .decoding import decode_in_steps
 from .dequantizing import dequantize
 from .embeddings import encode_embeddings, expect_embeddings
-from .expecting import expect_codes, expect_floats, verify_files
+from .expecting import expect_codes, expect_floats, loaded_bytes, verify_files
 from .modules import (
     PendingExperts,
     PendingLinear,
@@ -108,6 +108,7 @@ class QinsHfQuantizer(HfQuantizer):
             if self.quantization_config.verify or switch("QINS_VERIFY", False):
                 verify_files(self.quantization_config, files)
             self._shared = expect_codes(model, self.quantization_config)
+            self._require_memory(model)
             return
         self.quantization_config.source = fingerprint(files) if files else None
         self._read_released(model, files)
@@ -116,6 +117,11 @@ class QinsHfQuantizer(HfQuantizer):
             read_text(self.quantization_config.calibration)  # fail on an unreadable file before loading
         else:
             expect_floats(model, self.quantization_config, self.report)
+            self._require_memory(model)
+
+    def _require_memory(self, model: Any) -> None:
+        what = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        require_memory(loaded_bytes(model, self._shared), f"{what}: loading it")
 
     def _read_released(self, model: Any, files: Any) -> None:
         """Open a checkpoint whose weights are in 8 or 4 bits, so that they are loaded as floats."""
