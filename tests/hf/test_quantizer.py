@@ -45,7 +45,7 @@ def saved(request, tmp_path):
 def test_memory_is_checked_first(saved, monkeypatch):
     """With as much as the loaded model takes, it loads; with far less, it says so. Floats to quantize, and codes."""
     model, path = saved
-    cls, config = type(model), qins.QinsConfig(embeddings=True)
+    cls, config = type(model), qins.QinsConfig()
     loaded = cls.from_pretrained(path / "float", quantization_config=config)
     loaded.save_pretrained(path / "codes")
     tensors = {id(t): t.nbytes for t in [*loaded.parameters(), *loaded.buffers()]}

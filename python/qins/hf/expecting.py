@@ -116,8 +116,8 @@ def expect_codes(model: Any, config: QinsConfig) -> dict[str, str]:
     return sharing
 
 
-def loaded_bytes(model: Any, shared: Iterable[str] = ()) -> int:
-    """Return the bytes of a prepared model once it is loaded.
+def bytes_to_load(model: Any, shared: Iterable[str] = ()) -> int:
+    """Return the bytes that loading a prepared model allocates.
 
     Args:
         model: as `expect_floats` or `expect_codes` left it. Weights to quantize count as codes.
@@ -132,7 +132,7 @@ def loaded_bytes(model: Any, shared: Iterable[str] = ()) -> int:
             continue
         floats = {} if isinstance(module, (PendingLinear, PendingExperts)) else module._parameters
         for field, tensor in (*floats.items(), *module._buffers.items()):
-            if tensor is not None and f"{name}.{field}" not in tied:
+            if tensor is not None and tensor.is_meta and f"{name}.{field}" not in tied:
                 counted[id(tensor)] = tensor.nbytes
     return sum(counted.values())
 

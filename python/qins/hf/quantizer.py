@@ -22,7 +22,7 @@ from .config import QinsConfig
 from .decoding import decode_in_steps
 from .dequantizing import dequantize
 from .embeddings import encode_embeddings, expect_embeddings
-from .expecting import expect_codes, expect_floats, loaded_bytes, verify_files
+from .expecting import bytes_to_load, expect_codes, expect_floats, verify_files
 from .modules import (
     PendingExperts,
     PendingLinear,
@@ -94,6 +94,18 @@ class QinsHfQuantizer(HfQuantizer):
 
     # -- before the weights -----------------------------------------------------------------------
 
+    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare a model, and check that there is memory to load it; conversion on disk prepares it without this.
+
+        Raises:
+            MemoryError: there is not.
+
+        """
+        prepared = super().preprocess_model(model, *args, **kwargs)
+        what = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        require_memory(bytes_to_load(model, self._shared), f"{what}: loading it")
+        return prepared
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
         if _VERSION < 5 and files is None and model.config._name_or_path:  # transformers 4 does not pass them
@@ -108,7 +120,6 @@ class QinsHfQuantizer(HfQuantizer):
             if self.quantization_config.verify or switch("QINS_VERIFY", False):
                 verify_files(self.quantization_config, files)
             self._shared = expect_codes(model, self.quantization_config)
-            self._require_memory(model)
             return
         self.quantization_config.source = fingerprint(files) if files else None
         self._read_released(model, files)
@@ -117,11 +128,6 @@ class QinsHfQuantizer(HfQuantizer):
             read_text(self.quantization_config.calibration)  # fail on an unreadable file before loading
         else:
             expect_floats(model, self.quantization_config, self.report)
-            self._require_memory(model)
-
-    def _require_memory(self, model: Any) -> None:
-        what = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        require_memory(loaded_bytes(model, self._shared), f"{what}: loading it")
 
     def _read_released(self, model: Any, files: Any) -> None:
         """Open a checkpoint whose weights are in 8 or 4 bits, so that they are loaded as floats."""
