@@ -1,4 +1,4 @@
-# make demo | test | check | test-all | test-slow | lint | docs | bench | measurements
+# make demo | test | check | test-all | test-slow | trust | lint | docs | bench | measurements
 # Each makes .venv and installs what it needs. test: minutes; check: what a change needs at once; test-all: everything.
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow lint docs bench measurements clean
+    test-extras test-pythons test-slow trust trust-allocations trust-races lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -88,12 +88,25 @@ test-pythons:
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
+# hostile conditions at length; tests/trust has the short form of each, which the suite runs
+trust: trust-allocations trust-races
+
+# every allocation and every start of a thread fails once
+trust-allocations: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/allocations.py
+
+# the core's tests, and threads that share everything, under ThreadSanitizer; also without the GIL
+trust-races: $(VENV)/installed-dev
+	tests/core/run.sh races
+	$(BIN)/python tests/trust/races.py
+	PIP=$(abspath $(BIN))/pip tests/trust/free_threaded.sh
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h
+	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h tests/trust/*.c
 
 # the site, in build/docs
 docs: $(VENV)/installed-docs

@@ -46,10 +46,13 @@ int qins_wrong_argument(const char *name, const char *expected, PyObject *got)
     if (PyArray_Check(got)) {
         PyArrayObject *a = (PyArrayObject *)got;
         PyObject *shape = PyObject_GetAttrString(got, "shape");
+        if (shape == NULL) {
+            return -1;
+        }
         PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s%sarray of %S, shape %S", name, expected,
                      PyArray_ISWRITEABLE(a) ? "" : "read-only ", PyArray_IS_C_CONTIGUOUS(a) ? "" : "non-contiguous ",
-                     (PyObject *)PyArray_DESCR(a), shape ? shape : Py_None);
-        Py_XDECREF(shape);
+                     (PyObject *)PyArray_DESCR(a), shape);
+        Py_DECREF(shape);
     } else {
         PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s", name, expected, Py_TYPE(got)->tp_name);
     }

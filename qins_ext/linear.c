@@ -440,6 +440,9 @@ int qins_linear_set(const qins_kernels *kernels, const qins_codes *const *e, siz
         }
         qins_parallel(set.first[count], ceil_div(GRAIN, plan.at_once * e[0]->cols * batch + 1), threads, multiply_set,
                       &set);
+        for (size_t i = 0; i < count; i++) {
+            failed = atomic_load(&p[i].failed) == 0 ? failed : -1;
+        }
     }
     if (plan.room != NULL) {
         qins_scratch_give(plan.room);

@@ -345,6 +345,13 @@ def test_disk_is_checked_first(source, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_memory_is_checked_first(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("qins.system.machine.available_bytes", lambda swap: 1000)
+    with pytest.raises(MemoryError, match=r": .*\.weight: needs [\d,]+ bytes of memory, 1,000 are available"):
+        quantize_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("fault", ["nan", "truncated", "missing", "shape"])
 def test_faults_leave_no_half_written_shard(source, tmp_path, fault):
     before = tree(source)

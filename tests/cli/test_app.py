@@ -73,6 +73,14 @@ def test_no_such_model(run, tmp_path, command):
     assert quantize[2] in (err or " ".join(out.split()))
 
 
+def test_too_little_memory(run, models, tmp_path, monkeypatch):
+    monkeypatch.setattr("qins.system.machine.available_bytes", lambda swap: 1000)
+    code, out, err = run("quantize", models["llama"], tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {models['llama']}")
+    assert err.endswith(" bytes of memory, 1,000 are available")
+
+
 def test_version():
     """Without importing torch, which takes seconds."""
     code = "import sys; from qins import cli; sys.argv[1:] = ['--version']\n"

@@ -42,6 +42,22 @@ def saved(request, tmp_path):
     return model, tmp_path
 
 
+def test_memory_is_checked_first(saved, monkeypatch):
+    """With as much as the loaded model takes, it loads; with far less, it says so. Floats to quantize, and codes."""
+    model, path = saved
+    cls, config = type(model), qins.QinsConfig()
+    loaded = cls.from_pretrained(path / "float", quantization_config=config)
+    loaded.save_pretrained(path / "codes")
+    tensors = {id(t): t.nbytes for t in [*loaded.parameters(), *loaded.buffers()]}
+    for source, given in (("float", {"quantization_config": config}), ("codes", {})):
+        with monkeypatch.context() as patch:
+            patch.setattr("qins.system.machine.available_bytes", lambda swap: sum(tensors.values()))
+            cls.from_pretrained(path / source, **given)
+            patch.setattr("qins.system.machine.available_bytes", lambda swap: 1000)
+            with pytest.raises(MemoryError, match=r"loading it: needs [\d,]+ bytes of memory, 1,000 are available"):
+                cls.from_pretrained(path / source, **given)
+
+
 @pytest.mark.parametrize(("codec", "most"), [("log8", 0.1), ("golden", 0.1), ("log4", 0.4)])
 def test_matrix(saved, codec, most):
     model, path = saved

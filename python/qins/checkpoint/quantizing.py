@@ -34,7 +34,7 @@ from ..files import (
     others_of,
 )
 from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, find_source, hub_name, tokenized, write_card
-from ..system import atomically, locked, progress, write_json
+from ..system import atomically, locked, progress, require_memory, write_json
 from .planning import Item, Output, Plan, architecture, converted, plan
 from .recording import ItemRecorder
 
@@ -95,6 +95,20 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
         write_json(begun, {"fingerprint": fingerprint})
 
 
+def _require_memory(checkpoint: Checkpoint, planned: Plan) -> None:
+    """Check that there is memory for the largest tensors: what they are made from, and what is written."""
+
+    def needed(item: Item) -> int:
+        made, read = [t.nbytes for t in item.targets], [checkpoint.tensors[k].bytes for k in item.all_keys]
+        if any(o.is_stack for o in item.outputs):  # encoded matrix by matrix
+            return max(made, default=0) + max(read, default=0)
+        return sum(made) + sum(read)
+
+    largest = max((item for items in planned.items.values() for item in items), key=needed, default=None)
+    if largest is not None:
+        require_memory(needed(largest), f"{checkpoint.path}: {largest.name}")
+
+
 def quantize_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -128,6 +142,7 @@ def quantize_checkpoint(
     Raises:
         FileNotFoundError, FileExistsError, OSError, ValueError: no partial file is left under a final name.
         BlockingIOError: another process is converting into the directory.
+        MemoryError: there is no memory for the largest tensor; nothing is written.
 
     """
     config = config or QinsConfig()
@@ -140,6 +155,7 @@ def quantize_checkpoint(
     planned, quantizer = plan(checkpoint, config)
     if exact:
         check_restorable(checkpoint, planned.encoded_keys)
+    _require_memory(checkpoint, planned)
     data = None
     if calibration is not None:
         data = tokenized(directory_of(checkpoint), calibration.text, calibration.tokens)

@@ -74,8 +74,9 @@ def main() -> None:
     try:
         with naming_extras(), noise(quiet, verbose):
             app(arguments)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(e))}", highlight=False)
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as e:
+        told = str(e) or "out of memory"
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(told)}", highlight=False)
         sys.exit(1)
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..system import naming_extras, read_json
+from ..system import naming_extras, read_json, require_address_space
 
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -278,6 +278,7 @@ def _read_safetensors(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTens
     with naming_extras():
         from safetensors import SafetensorError, safe_open
 
+    require_address_space(path.stat().st_size if path.is_file() else 0, f"{path}: mapping it")
     try:
         with safe_open(path, framework="pt") as f:
             checkpoint.metadata |= f.metadata() or {}

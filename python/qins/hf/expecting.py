@@ -116,6 +116,27 @@ def expect_codes(model: Any, config: QinsConfig) -> dict[str, str]:
     return sharing
 
 
+def bytes_to_load(model: Any, shared: Iterable[str] = ()) -> int:
+    """Return the bytes that loading a prepared model allocates.
+
+    Args:
+        model: as `expect_floats` or `expect_codes` left it. Weights to quantize count as codes.
+        shared: modules that share the codes of others.
+
+    """
+    text = model.config.get_text_config()
+    tied = set(model._tied_weights_keys or ()) if getattr(text, "tie_word_embeddings", False) else set()
+    counted: dict[int, int] = {}
+    for name, module in model.named_modules():
+        if name in shared:
+            continue
+        floats = {} if isinstance(module, (PendingLinear, PendingExperts)) else module._parameters
+        for field, tensor in (*floats.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta and f"{name}.{field}" not in tied:
+                counted[id(tensor)] = tensor.nbytes
+    return sum(counted.values())
+
+
 def verify_files(config: QinsConfig, files: Iterable[str | Path] | None) -> None:
     """Raise a ValueError unless the files' tensors match the checksums in config.json."""
     checksums = config.checksums

@@ -30,7 +30,7 @@ def loading(what: str, where: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError):
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError):
         raise
     except Exception as e:
         said = " ".join(str(e).split()) or "no message"

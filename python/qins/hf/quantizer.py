@@ -13,13 +13,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled
 from ..nn import Coded, CodedWeight, ConversionReport
-from ..system import page_out, read_text, switch, upward
+from ..system import page_out, read_text, require_memory, switch, upward
 from .auditing import audit
 from .config import QinsConfig
 from .decoding import decode_in_steps
 from .dequantizing import dequantize
 from .embeddings import encode_embeddings, expect_embeddings
-from .expecting import expect_codes, expect_floats, verify_files
+from .expecting import bytes_to_load, expect_codes, expect_floats, verify_files
 from .modules import (
     PendingExperts,
     PendingLinear,
@@ -91,6 +91,18 @@ class QinsHfQuantizer(HfQuantizer):
         raise ValueError(f"device_map: qins runs on the CPU, got {device_map!r}; omit device_map or pass 'cpu'")
 
     # -- before the weights -----------------------------------------------------------------------
+
+    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare a model, and check that there is memory to load it; conversion on disk prepares it without this.
+
+        Raises:
+            MemoryError: there is not.
+
+        """
+        prepared = super().preprocess_model(model, *args, **kwargs)
+        what = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        require_memory(bytes_to_load(model, self._shared), f"{what}: loading it")
+        return prepared
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")

@@ -8,7 +8,14 @@ from .atomic import atomically, locked, write_json
 from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
-from .machine import available_bytes, cpu_name, peak_resident_bytes, reset_peak_resident_bytes
+from .machine import (
+    available_bytes,
+    cpu_name,
+    peak_resident_bytes,
+    require_address_space,
+    require_memory,
+    reset_peak_resident_bytes,
+)
 from .pages import give_back_freed_memory, is_resident, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
@@ -35,6 +42,8 @@ __all__ = [
     "read_json",
     "read_text",
     "require",
+    "require_address_space",
+    "require_memory",
     "reset_peak_resident_bytes",
     "set_num_threads",
     "switch",

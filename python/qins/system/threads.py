@@ -6,25 +6,27 @@ import os
 import sys
 from pathlib import Path
 
+from .cgroups import directories
+
 _chosen: int | None = None
 
 
 def _cgroup_limit() -> float:
-    """CPUs that the control group's quota allows; infinity without a quota."""
+    """CPUs that the quotas of this process's control groups allow; infinity without a quota."""
+    limits = [limit for base, version in directories("cpu") if (limit := _quota(base, version)) is not None]
+    return min(limits, default=float("inf"))
+
+
+def _quota(group: Path, version: int) -> float | None:
+    """CPUs that one group may use; None without a quota."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            return int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        base = Path("/sys/fs/cgroup/cpu")
-        v1_quota = int((base / "cpu.cfs_quota_us").read_text())
-        if v1_quota > 0:
-            return v1_quota / int((base / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError):
-        pass
-    return float("inf")
+        if version == 2:
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
+        return None
 
 
 def _default() -> int:
