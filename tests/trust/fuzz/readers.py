@@ -377,7 +377,7 @@ class Targets:
 
     def arguments(self, data: bytes) -> None:
         """The command line's arguments. Values that name a model name none, so that nothing long begins."""
-        from qins.cli import app
+        from qins import cli
 
         source = Input(data)
         words = ["inspect", "quantize", "restore", "eval", "generate", "chat", "bench", "serve", "/none", "--codec",
@@ -397,7 +397,7 @@ class Targets:
         sys.argv = arguments
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                app.main()
+                cli.main()
         except SystemExit as e:
             self.outcomes["read" if not e.code else "refused"] += 1
             if e.code not in (None, 0, 1, 2):

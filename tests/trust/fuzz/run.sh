@@ -39,8 +39,9 @@ one() { # TARGET
 failed=0
 jobs=()
 for target in "${targets[@]}"; do
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || failed=1; done
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
     one "$target" &
+    jobs+=($!)
 done
-while [ -n "$(jobs -rp)" ]; do wait -n || failed=1; done
+for job in "${jobs[@]}"; do wait "$job" || failed=1; done
 exit $failed
