@@ -56,7 +56,7 @@ class GgufCheckpoint(Checkpoint):
         """Write the file's tokenizer, if it has one."""
         if self.metadata.get("tokenizer"):
             file = next(iter(self.files))
-            args = {"gguf_file": file.name, "trust_remote_code": False}
+            args: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
             transformers.AutoTokenizer.from_pretrained(file.parent, **args).save_pretrained(out)
 
 

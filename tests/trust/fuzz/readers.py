@@ -481,6 +481,9 @@ def main() -> None:
         failing = data
         done += 1
         once(data)
+        if atheris is not None and (done >= options.runs or 0 < options.seconds < time.time() - began):
+            finish(targets, options.target, done, began, memory())
+            os._exit(0)
 
     try:
         if atheris is None:
@@ -489,14 +492,11 @@ def main() -> None:
                     break
                 counted(data)
         else:
-            arguments = [sys.argv[0], f"-runs={options.runs}", "-max_len=4096", "-rss_limit_mb=0", "-verbosity=0",
-                         f"-seed={options.seed + 1}", f"-max_total_time={options.seconds}"]  # fmt: skip
+            # `counted` ends the process, since Fuzz() does so without running what is registered
+            arguments = [sys.argv[0], "-max_len=4096", "-rss_limit_mb=0", "-verbosity=0", f"-seed={options.seed + 1}"]
             corpus = CORPUS / f"read_{options.target}"
             arguments += [str(corpus)] * corpus.is_dir()
             atheris.Setup(arguments, counted)
-            import atexit
-
-            atexit.register(lambda: finish(targets, options.target, done, began, memory()))
             atheris.Fuzz()
     except BaseException as e:
         if not isinstance(e, SystemExit):
