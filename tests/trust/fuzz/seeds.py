@@ -82,6 +82,11 @@ def main() -> None:
         layer = bytes([ISA, 19, 1, 1, 3, 63, 95, 1]) + struct.pack("<5f", 1e-5, 1e-6, 0.25, 0.0, 1.0)
         product = shape(codec, group) + b"\0" + scalars(e) + b"\0" + e.arrays[0].tobytes()[:40]
         found["layer"].append(layer + 2 * product)
+    for codec, value in (("golden", np.nan), ("log8", np.nan), ("log8", np.inf)):  # which tables once converted to int
+        e, hostile = made(codec, None), struct.pack("<3f", value, value, value)
+        place = struct.pack("<BHBHB", 0, 0, ROWS, COLS, 0)
+        found["decode"].append(bytes([ISA, F32, 0]) + shape(codec, None) + b"\0" + hostile + place + fields(e))
+        found["products"].append(bytes([ISA, F32, 0, 15, 5]) + shape(codec, None) + hostile + fields(e) + x[: 4 * COLS])
     for codec in ("golden", "log9"):
         found["exact"] += [stream(codec, bytes(range(1, 9)), flags) for flags in (8, 24)]
     for codec in (0, 1):
