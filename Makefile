@@ -17,7 +17,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow trust trust-allocations trust-races lint docs bench measurements clean
+    test-extras test-pythons test-slow test-fuzz trust trust-allocations trust-races trust-fuzz lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
-test-all: test test-long test-rooms test-isas test-core-others test-transformers test-sdist test-wheel test-extras test-pythons
+test-all: test test-long test-rooms test-isas test-core-others test-fuzz test-transformers test-sdist test-wheel test-extras test-pythons
 
 # for the edit loop: style, types, and the tests of what is not committed yet
 check: lint
@@ -85,11 +85,23 @@ test-extras:
 test-pythons:
 	tests/pythons.sh
 
+# a million runs of each target; ATHERIS: what guides the readers' inputs, where it has a wheel for this Python
+FUZZ_RUNS ?= 1000000
+ATHERIS := $(VENV)/atheris
+trust-fuzz: $(VENV)/installed-dev
+	test -e $(ATHERIS) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	    -c constraints.txt --target $(ATHERIS) atheris || echo "NOT RUN: readers with atheris; without it, their inputs are random"
+	PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(abspath $(ATHERIS)) tests/trust/fuzz/run.sh $(FUZZ_RUNS)
+
+# the short form of the targets in C; that of the readers is in the Python suite
+test-fuzz:
+	SECONDS_EACH=20 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
+
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
 # hostile conditions at length; tests/trust has the short form of each, which the suite runs
-trust: trust-allocations trust-races
+trust: trust-allocations trust-races trust-fuzz
 
 # every allocation and every start of a thread fails once
 trust-allocations: $(VENV)/installed-dev
@@ -106,7 +118,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h tests/trust/*.c
+	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h \
+	    tests/trust/*.c tests/trust/fuzz/*.c tests/trust/fuzz/*.h
 
 # the site, in build/docs
 docs: $(VENV)/installed-docs

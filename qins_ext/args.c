@@ -204,6 +204,10 @@ int qins_check_group_size(Py_ssize_t group_size)
         PyErr_Format(PyExc_ValueError, "group_size: expected a positive number or None, got %zd", group_size);
         return -1;
     }
+    if (group_size > (Py_ssize_t)1 << 30) { /* kernels multiply it, which must not overflow */
+        PyErr_Format(PyExc_ValueError, "group_size: expected at most 1073741824, got %zd", group_size);
+        return -1;
+    }
     return 0;
 }
 

@@ -59,6 +59,9 @@ double qins_exp(double x)
     if (x < -700.0) {
         return 0.0;
     }
+    if (x != x) { /* NaN, from scalars that no encoder writes */
+        return x;
+    }
     double scaled = x * 1.4426950408889634;
     int n = (int)(scaled + (scaled < 0.0 ? -0.5 : 0.5));
     double r = (x - n * LN2_HI) - n * LN2_LO;
@@ -262,7 +265,12 @@ void qins_golden_tables_build(qins_golden_tables *t, qins_range r)
 
 /* -- products --------------------------------------------------------------------------------- */
 
-static int16_t fixed_point(double x, double one) { return (int16_t)(x * one + (x < 0.0 ? -0.5 : 0.5)); }
+/* 0 if it does not fit, which only scalars cause that no encoder writes */
+static int16_t fixed_point(double x, double one)
+{
+    const double rounded = x * one + (x < 0.0 ? -0.5 : 0.5);
+    return rounded > -32769.0 && rounded < 32768.0 ? (int16_t)rounded : 0;
+}
 
 /* Factors of f in 16 bits: (1 + mu)^(m/127) is a[m / 16] * b[m % 16], and 1 is c. Their precision depends on the unit,
  * by luck of rounding, so many units are tried and the best is used. That halves the error of a product. */
@@ -339,7 +347,7 @@ void qins_log8_words_build(qins_log8_words *t, float mu, int bits)
     t->word_unit = 1.0f / (float)QINS_WORD_MAX;
     for (int m = 0; m < QINS_LEVELS; m++) {
         t->plane[m] = level[m] * (float)QINS_PLANE_MAX;
-        int word = (int)((double)level[m] * QINS_PLANE_MAX + 0.5);
+        int word = fixed_point((double)level[m], QINS_PLANE_MAX);
         word += (word & 255) == 0 && word > 0; /* see look_up_planes */
         t->plane_low[m] = (uint8_t)(word & 255);
         t->plane_high[m] = (uint8_t)(word >> 8);

@@ -53,6 +53,21 @@ def test_links(page):
         assert (page.parent / target).exists(), target
 
 
+def test_every_promise_names_a_test():
+    """The tests that docs/security.md names exist, with the parameters that it names."""
+    page, tests = (DOCS / "security.md").read_text("utf-8"), ROOT / "tests"
+    file, found = "", 0
+    for name in re.findall(r"`((?:\w+/\w+\.\w+: )?\w+(?:\[[\w ]+\])?)`", "".join(page.split("## What we do not")[0])):
+        file, _, function = name.rpartition(": ") if ": " in name else (file, "", name)
+        if ": " in name or function.startswith("test_"):
+            text = (tests / file).read_text("utf-8")
+            what, _, parameter = function.rstrip("]").partition("[")
+            assert re.search(rf"\b{what}\(", text), name
+            assert f'"{parameter}"' in text or not parameter, name
+            found += 1
+    assert found > 20
+
+
 def test_every_public_name_is_in_the_api():
     text = (DOCS / "api.md").read_text("utf-8")
     described = {m.rpartition(".")[2] for m in re.findall(r"^::: (\S+)", text, re.MULTILINE)}

@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qins
-from qins.checkpoint import quantize_checkpoint
+from qins.checkpoint import quantize_checkpoint, quantizing
+from qins.checkpoint.recording import ItemRecorder
 from qins.files import RestoredCheckpoint, exact_bytes, inspect, open_checkpoint, restore_checkpoint
 from qins.files.exact import packed_text
 
@@ -186,6 +188,10 @@ def instead(**place):
     return lambda state, about: about["tensors"].update({f"{LAYER}.weight": place})
 
 
+def header_of(text):
+    return lambda state, about: about.update(header=packed_text(len(text).to_bytes(8, "little") + text.encode()))
+
+
 DAMAGE = {  # of exact-model.safetensors, but for the first
     "another code": (lambda s, a: s[f"{LAYER}.codes"][3].add_(1), "damaged"),
     "bits": (lambda s, a: s[LAYER].__setitem__(-1, 77), "are damaged, or not those of one"),
@@ -217,6 +223,8 @@ DAMAGE = {  # of exact-model.safetensors, but for the first
     ),
     "size": (lambda s, a: a.update(size=1), "its stored header is damaged: expected 1 bytes"),
     "version": (lambda s, a: a.update(version=9), "expected version 1, got 9"),
+    "no offsets": (header_of('{"a":{"dtype":"U8","shape":[0],"data_offsets":[]}}'), "its stored header is damaged"),
+    "nested header": (header_of('{"a":' * 100_000), "its stored header is damaged"),
     "sum": (lambda s, a: a.update(sha256="0" * 64), "expected SHA-256 0000"),
 }
 
@@ -296,6 +304,34 @@ def test_nothing_is_written_through_links(tmp_path):
     with pytest.raises(OSError, match="qins.lock"):
         restore_checkpoint(tmp_path / "out", tmp_path / "linked")
     assert not (tmp_path / "new").exists()
+
+
+def test_spools_and_copies_replace_links(tmp_path, monkeypatch):
+    """What a conversion writes besides the weights: spools of residuals, and copies of a tokenizer's files."""
+    save(make("llama"), tmp_path / "float")
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("mine")
+
+    def recorder(*args):  # after the check that the directory is empty
+        for name in ("exact-model.safetensors.parts", "tokenizer.json", "tokenizer.json.tmp"):
+            (out / name).symlink_to(victim)
+        return ItemRecorder(*args)
+
+    monkeypatch.setattr(quantizing, "ItemRecorder", recorder)
+    quantize_checkpoint(tmp_path / "float", out, exact=True)
+    assert victim.read_text() == "mine"
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "float" / "tokenizer.json").read_bytes()
+    assert restore_checkpoint(out, tmp_path / "back")["changed"] == []
+
+
+def test_a_shape_that_its_bytes_do_not_have(tmp_path):
+    save(make("llama"), tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    restored = RestoredCheckpoint(tmp_path / "out")
+    name = "model.norm.weight"
+    restored.tensors[name] = replace(restored.tensors[name], shape=(7, 7))
+    with pytest.raises(ValueError, match="expected 128 bytes for its shape"):
+        restored.load(name)
 
 
 def test_what_is_no_directory_of_codes(tmp_path):

@@ -139,6 +139,7 @@ def targets(*names):
         ("ct int4 groups", told_weights(group_size=64), "_scale: expected shape"),
         ("ct int4 asymmetric", put(f"{LAYER}_zero_point", lambda t: t[:-1]), f"{LAYER}_zero_point: expected shape"),
         ("ct int4 groups", targets("re:("), "targets: expected a reg"),
+        ("ct int4 groups", targets("re:(.|.)+[!?]"), "targets: expected a pattern that needs less than 1 s"),
         ("ct int4 groups", targets("lm_head"), "expected a group of"),
         ("mxfp4", without(f"{EXPERTS}_scales"), f"{EXPERTS}_blocks: expected its scales in {EXPERTS}_scales, got none"),
         ("mxfp4", without(f"{EXPERTS}_blocks"), f"{EXPERTS}_scales: expected its weights in {EXPERTS}_blocks"),

@@ -406,3 +406,14 @@ def test_more_than_2_to_31_elements():
 
 def test_repr(rng):
     assert "log8" in repr(qins.encode(weights(rng, (2, 2))))
+
+
+@pytest.mark.parametrize("group", [(1 << 30) + 64, 1 << 62])
+def test_a_group_size_that_would_overflow(group):
+    """Kernels multiply group sizes: with tiles, 2**62 was a division by zero."""
+    e = qins.encode(np.ones((16, 128), np.float32), group_size=128)
+    with pytest.raises(ValueError, match="group_size: expected at most 1073741824"):
+        qins.EncodedArray.from_fields("log8", e.fields, group)
+    x, y = np.ones((4, 128), np.float32), np.empty((4, 16), np.float32)
+    with pytest.raises(ValueError, match="group_size: expected at most 1073741824"):
+        qins._core.linear("log8", e.arrays, e.scalars, 16, 128, group, x, "float32", y, 1)

@@ -197,6 +197,14 @@ def changed(saved, path, **changes):
         ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected one entry for each of 4 layers"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: expected at most 65536"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a positive number"),
+        ({"query_pre_attn_scalar": -2.0}, "query_pre_attn_scalar: expected a positive number"),
+        ({"logits_scaling": 0.0}, "logits_scaling: expected a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a finite number"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta: expected a positive number"),
+        ({"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4.0}}, "high_freq_factor: expected another"),
+        ({"hidden_act": ["silu"]}, "activation: expected one of"),
         ({"quantization_config": None}, "expected a checkpoint that `qins quantize` wrote"),
         ({"quantization_config": {"quant_method": "qins", "modules": {}}}, "expected codes"),
     ],
@@ -226,6 +234,42 @@ def test_damaged_files(saved, tmp_path):
             Decoder.open(path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="expected safetensors files"):
+        Decoder.open(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (["nope", 64], "codec: expected one of"),
+        (["log8", "64"], "group_size: expected a positive integer"),
+        (["log8", 2**62], "group_size: expected at most"),
+        (["golden", 64], "group_size: expected None"),
+    ],
+)
+def test_hostile_modules(saved, tmp_path, entry, said):
+    path = changed(saved, tmp_path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    config["quantization_config"]["modules"] = dict.fromkeys(config["quantization_config"]["modules"], entry)
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ValueError, match=f"modules: .*: {said}"):
+        Decoder.open(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b'{"a":' * 100_000, "expected a safetensors header of JSON"),
+        (b'{"a":{"dtype":"U8","shape":[1e400],"data_offsets":[0,0]}}', "expected dtype, shape and offsets"),
+        (b'{"a":{"dtype":"U8","shape":[0,%d],"data_offsets":[0,0]}}' % 2**70, "does not fit"),
+        (b'{"a":{"dtype":"U8","shape":[0%s],"data_offsets":[0,0]}}' % (b",1" * 70), "does not fit"),
+        (b'{"a":{"dtype":["U8"],"shape":[0],"data_offsets":[0,0]}}', "expected dtype, shape and offsets"),
+    ],
+    ids=["nested", "infinite", "large", "dimensions", "dtype"],
+)
+def test_hostile_headers(saved, tmp_path, header, said):
+    path = changed(saved, tmp_path)
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=said):
         Decoder.open(path)
 
 

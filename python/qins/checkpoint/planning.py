@@ -304,8 +304,8 @@ def architecture(checkpoint: Checkpoint) -> Any:
     # transformers 4 saves the architecture of Qwen2-VL in text_config
     text = checkpoint.config.get("text_config") or {}
     name = (checkpoint.config.get("architectures") or text.get("architectures") or [""])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{checkpoint.path}: this version of transformers has no architecture {name!r}")
     return cls
 
@@ -320,7 +320,7 @@ def _meta_model(checkpoint: Checkpoint) -> Any:
     config = getattr(checkpoint, "transformers_config", None)  # of a GGUF file
     if config is None:
         with loading("the config.json of a model", checkpoint.path):
-            config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+            config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     cls = architecture(checkpoint)
     with torch.device("meta"):
         return cls(config)

@@ -348,7 +348,8 @@ def _finish(
     if isinstance(checkpoint, GgufCheckpoint):  # files beside it may belong to other models, so none are copied
         checkpoint.save_tokenizer(out)
     for name in copied_names(checkpoint):
-        shutil.copyfile(directory_of(checkpoint) / name, out / name)
+        with atomically(out / name) as temporary:  # a link in its place is replaced, not followed
+            shutil.copyfile(directory_of(checkpoint) / name, temporary)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
         write_json(out / "model.safetensors.index.json",

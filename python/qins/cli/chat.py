@@ -64,7 +64,7 @@ class Speaker:
         self.last: dict[str, Any] = {}
         self.tokenizer = load_tokenizer(model)
         with loading("the checkpoint of a causal language model", model):
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False).eval()
         self._streamer = transformers.TextStreamer
         chosen = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         given = {k: v for k, v in sampling.items() if v is not None}

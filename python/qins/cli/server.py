@@ -231,7 +231,8 @@ class Room:
 
     def __init__(self, model: str, cache_tokens: int | None, together: bool) -> None:
         with loading("the config.json of a causal language model", model):
-            config = transformers.AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+            config = config.get_text_config(decoder=True)
         queries = getattr(config, "num_attention_heads", None) or 0  # none in Mamba, whose state is small
         heads = getattr(config, "num_key_value_heads", None) or queries
         width = getattr(config, "head_dim", None) or config.hidden_size // max(queries, 1)
@@ -261,7 +262,7 @@ def _load(model: str, verify: bool) -> Any:
     coded = isinstance(about, dict) and about.get("quant_method") == "qins"
     given = {"quantization_config": QinsConfig(verify=True)} if verify and coded else {}
     with loading("the checkpoint of a causal language model", model):
-        return transformers.AutoModelForCausalLM.from_pretrained(model, **given).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **given).eval()
 
 
 def _together(model: Any, room: Room) -> Together:

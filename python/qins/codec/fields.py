@@ -76,11 +76,15 @@ def check_group_size(codec: str, group_size: int | None) -> int | None:
         )
     if not isinstance(group_size, (int, np.integer)) or isinstance(group_size, bool) or group_size < 1:
         raise ValueError(f"group_size: expected a positive integer or None, got {group_size!r}")
+    if group_size > _MOST_GROUP_SIZE:
+        raise ValueError(f"group_size: expected at most {_MOST_GROUP_SIZE}, got {group_size}")
     if is_packed(codec) and group_size != 32 and group_size % 64:
         raise ValueError(f"group_size: expected 32 or a multiple of 64 for codec {codec!r}, got {group_size}")
     return int(group_size)
 
 
+# Kernels multiply group sizes, which must not overflow; args.c checks the same.
+_MOST_GROUP_SIZE = 1 << 30
 # Packed codes are always grouped: with so few levels, per-row scales would lose 3 dB and more.
 _PACKED_GROUP_SIZE = 32
 

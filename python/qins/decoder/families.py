@@ -50,6 +50,8 @@ FAMILIES = {
     "gemma2": Family(norms=_FOUR, gemma=True),
     "gemma3_text": Family(norms=_FOUR, gemma=True, head_norms="head"),
 }
+_MOST_LAYERS = 1 << 16
+_MOST = float(np.finfo(np.float32).max)  # the core computes in float32
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
@@ -112,10 +114,16 @@ class _Config:
             raise ValueError(f"config.json: {name}: expected a positive integer, got {value!r}")
         return value
 
+    def positive(self, name: str, default: float) -> float:
+        value = self.number(name, default)
+        if value <= 0.0:
+            raise ValueError(f"config.json: {name}: expected a positive number, got {value!r}")
+        return value
+
     def number(self, name: str, default: float) -> float:
         value = self.values.get(name)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -_MOST <= value <= _MOST:
             raise ValueError(f"config.json: {name}: expected a finite number, got {value!r}")
         return float(value)
 
@@ -145,6 +153,8 @@ def shape_of(values: dict[str, Any]) -> Shape:
         raise ValueError(f"config.json: model_type: expected one of {', '.join(FAMILIES)}, got {kind!r}")
     c = _Config(values)
     layers, hidden, heads = (c.integer(n) for n in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if layers > _MOST_LAYERS:  # whose lists would take more memory than the files do
+        raise ValueError(f"config.json: num_hidden_layers: expected at most {_MOST_LAYERS}, got {layers}")
     kv_heads, head_dim = c.integer("num_key_value_heads", heads), c.integer("head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
         raise ValueError(
@@ -152,11 +162,11 @@ def shape_of(values: dict[str, Any]) -> Shape:
             f"and {head_dim}"
         )
     told = values.get("hidden_activation") or values.get("hidden_act", "silu")
-    if told not in ACTIVATIONS:
+    if not isinstance(told, str) or told not in ACTIVATIONS:
         raise ValueError(f"config.json: activation: expected one of {', '.join(ACTIVATIONS)}, got {told!r}")
     if head_dim > _core.DECODER_HEAD_DIM:
         raise ValueError(f"config.json: head_dim: expected at most {_core.DECODER_HEAD_DIM}, got {head_dim}")
-    scaling = c.number("query_pre_attn_scalar", head_dim) ** -0.5
+    scaling = c.positive("query_pre_attn_scalar", head_dim) ** -0.5
     types = c.list_of("layer_types", layers)
     windows = _windows(c, family, layers, types)
     types = types or ["full_attention"] * layers
@@ -168,7 +178,7 @@ def shape_of(values: dict[str, Any]) -> Shape:
         c.number("attn_logit_softcapping", 0.0), c.number("final_logit_softcapping", 0.0),
         c.number("residual_multiplier", 1.0),
         math.sqrt(hidden) if family.gemma else c.number("embedding_multiplier", 1.0),
-        c.number("logits_scaling", 1.0), windows, types,
+        c.positive("logits_scaling", 1.0), windows, types,
         [bool(r) for r in c.list_of("no_rope_layers", layers) or [1] * layers],
         {t: _frequencies(_rotation(c, t), head_dim) for t in set(types)},
         values.get("tie_word_embeddings") is not False,
@@ -204,15 +214,17 @@ def _frequencies(c: _Config, head_dim: int) -> Array:
     dim = int(head_dim * c.number("partial_rotary_factor", 1.0))
     if not 0 < dim <= head_dim or dim % 2:
         raise ValueError(f"config.json: partial_rotary_factor: expected an even part of {head_dim}, got {dim}")
-    frequency = 1.0 / c.number("rope_theta", 1e4) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+    frequency = 1.0 / c.positive("rope_theta", 1e4) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     kind = c.values.get("rope_type") or c.values.get("type") or "default"
     if kind == "linear":
-        frequency = frequency / c.number("factor", 1.0)
+        frequency = frequency / c.positive("factor", 1.0)
     elif kind == "llama3":
         low, high = c.number("low_freq_factor", 1.0), c.number("high_freq_factor", 4.0)
+        if low == high:
+            raise ValueError(f"config.json: high_freq_factor: expected another number than low_freq_factor, got {high}")
         turns = c.number("original_max_position_embeddings", 8192) * frequency / (2 * math.pi)
         part = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = part * frequency + (1.0 - part) * frequency / c.number("factor", 8.0)
+        frequency = part * frequency + (1.0 - part) * frequency / c.positive("factor", 8.0)
     elif kind != "default":
         raise ValueError(f"config.json: rope_type: expected default, linear or llama3, got {kind!r}")
     return frequency.astype(np.float32)

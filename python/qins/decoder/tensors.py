@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import EncodedArray, field_names
+from ..codec import EncodedArray, check_codec, check_group_size, field_names
 from ..system import read_json
 
 Array = np.ndarray[Any, Any]
@@ -65,7 +65,7 @@ class Tensors:
                 raise ValueError(f"{file}: expected a safetensors file, got {size} bytes with a header of {length}")
             try:
                 header = json.loads(f.read(length))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f"{file}: expected a safetensors header of JSON: {e}") from None
         memory = np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
         if not isinstance(header, dict):
@@ -76,7 +76,7 @@ class Tensors:
             try:
                 dtype, shape = np.dtype(_DTYPES[about["dtype"]]), tuple(int(n) for n in about["shape"])
                 begin, end = (int(n) for n in about["data_offsets"])
-            except (KeyError, TypeError, ValueError) as e:
+            except (KeyError, TypeError, ValueError, OverflowError) as e:
                 raise ValueError(f"{file}: {name}: expected dtype, shape and offsets, got {about!r}") from e
             count = int(np.prod(shape, dtype=object)) if shape else 1
             if (
@@ -88,7 +88,11 @@ class Tensors:
             if name in self._arrays:
                 raise ValueError(f"{file}: {name}: is also in another file")
             data = memory[8 + length + begin : 8 + length + end]
-            self._arrays[name] = data.view(dtype).reshape(shape), about["dtype"] == "BF16"
+            try:
+                array = data.view(dtype).reshape(shape)
+            except (ValueError, OverflowError) as e:  # NumPy has at most 64 dimensions, and sizes of 63 bits
+                raise ValueError(f"{file}: {name}: shape {shape} does not fit: {e}") from None
+            self._arrays[name] = array, about["dtype"] == "BF16"
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""
@@ -124,6 +128,10 @@ class Tensors:
             raise ValueError(f"{self.path}: modules: {module}: expected a codec and a group size, got {entry!r}")
         codec, group_size = entry[0], entry[1]
         owner = entry[2] if len(entry) > 2 else module
+        try:
+            check_group_size(check_codec(codec), group_size)
+        except ValueError as e:
+            raise ValueError(f"{self.path}: modules: {module}: {e}") from None
         fields = {}
         for name in field_names(codec, group_size):
             key = f"{owner}.{name}"

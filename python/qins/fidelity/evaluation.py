@@ -454,7 +454,7 @@ def harness_results(model: str, tasks: Sequence[str]) -> dict[str, Any]:
     except ImportError as e:
         raise ImportError("--task needs lm-eval: pip install lm-eval") from e
     with loading("the checkpoint of a causal language model", model):
-        loaded = require_transformers().AutoModelForCausalLM.from_pretrained(model).eval()
+        loaded = require_transformers().AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False).eval()
     try:
         found = lm_eval.simple_evaluate(HFLM(pretrained=loaded, tokenizer=load_tokenizer(model)), tasks=list(tasks))
     except KeyError as e:

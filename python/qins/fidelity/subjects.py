@@ -267,7 +267,7 @@ def subject(name: str) -> Subject:
         raise FileNotFoundError(f"{name}: no such directory")
     transformers = require_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as e:  # the exception depends on the files
         raise ValueError(f"{name}: expected a directory or hub name of a model: {_first_line(e)}") from e
     told = (config.architectures or [""])[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..system import naming_extras
 from .reading import Checkpoint, StoredTensor
 from .scaled import ScaledWeight, check_scales, is_block, matrix_shape
 
@@ -120,12 +120,21 @@ def _targets(group: Mapping[str, Any], module: str) -> bool:
     return any(t == kind if _is_class(t) else _matches(t, module, "targets") for t in group["targets"])
 
 
+_MOST_SECONDS = 1.0  # for a pattern and a name: a pattern may take time that is exponential in the name's length
+
+
 def _matches(target: str, module: str, where: str) -> bool:
     if not target.startswith("re:"):
         return target == module
+    with naming_extras():
+        import regex  # which transformers needs too; unlike re, it can give up
     try:
-        return re.match(target[3:], module) is not None
-    except re.error as e:
+        return regex.match(target[3:], module, timeout=_MOST_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"{where}: expected a pattern that needs less than {_MOST_SECONDS:g} s, got {target!r}"
+        ) from None
+    except (regex.error, ValueError, OverflowError, RecursionError) as e:
         raise ValueError(f"{where}: expected a regular expression after re:, got {target!r}: {e}") from None
 
 

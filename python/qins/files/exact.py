@@ -103,7 +103,8 @@ class ExactRecorder:
     def __init__(self, checkpoint: Checkpoint, file: Path, target: Path) -> None:
         self.checkpoint, self.file, self.target = checkpoint, file, target
         self._spool_path = target.with_name(target.name + ".parts")
-        self._spool: BinaryIO = self._spool_path.open("w+b")
+        self._spool_path.unlink(missing_ok=True)  # of a run that was killed, or a link
+        self._spool: BinaryIO = self._spool_path.open("x+b")
         self._sizes: dict[str, int] = {}
         self._where: dict[str, dict[str, Any]] = {}
         self._raw: list[str] = []

@@ -56,7 +56,8 @@ class GgufCheckpoint(Checkpoint):
         """Write the file's tokenizer, if it has one."""
         if self.metadata.get("tokenizer"):
             file = next(iter(self.files))
-            transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+            args: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+            transformers.AutoTokenizer.from_pretrained(file.parent, **args).save_pretrained(out)
 
 
 def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
@@ -80,7 +81,7 @@ def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise ValueError(f"{file}: expected a whole model, got one of several files; join them with gguf-split")
     parsed = load_gguf_checkpoint(str(file), return_tensors=False)  # type: ignore[no-untyped-call]
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in classes:
         raise ValueError(f"{file}: expected a causal language model, got {type(config).__name__}")

@@ -122,8 +122,10 @@ class RestoredCheckpoint(Checkpoint):
                 f"{self.path}: {name}: expected checksum {expected}, restored {got}: the codes or their "
                 f"{PREFIX}*.safetensors are damaged, or not those of one conversion"
             )
-        restored: torch.Tensor = bits.view(getattr(torch, t.dtype)).reshape(t.shape)
-        return restored
+        dtype: torch.dtype = getattr(torch, t.dtype)
+        if min(t.shape, default=0) < 0 or t.elements * dtype.itemsize != t.bytes:
+            raise ValueError(f"{self.path}: {name}: expected {t.bytes} bytes for its shape, got {t.shape}")
+        return bits.view(dtype).reshape(t.shape)
 
 
 def exact_problems(codes: Checkpoint) -> list[str]:
@@ -245,7 +247,7 @@ def _tensors(about: dict[str, Any], header: bytes) -> list[tuple[str, str, tuple
             (k, dtypes[t["dtype"]], tuple(map(int, t["shape"])), int(last) - int(first))
             for (first, last), k, t in found
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{about['file']}: its stored header is damaged: {e}") from None
 
 

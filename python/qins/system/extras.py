@@ -12,6 +12,7 @@ EXTRAS = {
     "transformers": "hf",
     "safetensors": "hf",
     "gguf": "hf",
+    "regex": "hf",
     "accelerate": "hf",
     "huggingface_hub": "hf",
     "tokenizers": "cli",

@@ -1,0 +1,99 @@
+/* A decoder layer with any codes, norms, cache and mask, in any of the sizes that a config.json may ask for. */
+#include "decoder.h"
+#include "fuzz.h"
+
+/* A product of rows x cols. Its bias, if there is one, is any floats. */
+static qins_decoder_product take_product(input *in, size_t rows, size_t cols)
+{
+    qins_decoder_product p = {.codes = take_shape(in)};
+    take_scalars(in, &p.codes, take(in, 1) & 1);
+    p.codes.rows = rows;
+    p.codes.cols = cols;
+    if (is_packed(p.codes.codec) && cols % 8 != 0) {
+        p.codes.codec = QINS_log8;
+    }
+    take_fields(in, &p.codes, 0, 3 * (in->left / 4));
+    p.bias = take(in, 1) & 1 ? filled(in, rows * sizeof(float), 0, 3 * (in->left / 4)) : NULL;
+    return p;
+}
+
+static const float *take_norm(input *in, size_t n)
+{
+    return take(in, 1) & 1 ? filled(in, n * sizeof(float), 0, 3 * (in->left / 4)) : NULL;
+}
+
+static void take_products(input *in, qins_decoder_layer *l, uint32_t flags)
+{
+    const size_t q = l->heads * l->head_dim, kv = l->kv_heads * l->head_dim;
+    if (flags & 1) { /* fused */
+        l->q = take_product(in, q + 2 * kv, l->hidden);
+    } else {
+        l->q = take_product(in, q, l->hidden);
+        l->k = take_product(in, kv, l->hidden);
+        l->v = take_product(in, kv, l->hidden);
+    }
+    l->o = take_product(in, l->hidden, q);
+    if (flags & 2) {
+        l->gate = take_product(in, flags & 1 ? 2 * l->inner : l->inner, l->hidden);
+        if (!(flags & 1)) {
+            l->up = take_product(in, l->inner, l->hidden);
+        }
+        l->down = take_product(in, l->hidden, l->inner);
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static const size_t DIM[] = {2, 4, 8, 16, 64, 80, 128, 512};
+    input in = {data, size};
+    const qins_kernels *k = take_kernels(&in);
+    const uint32_t flags = take(&in, 1);
+    qins_decoder_layer l = {.norm_heads = flags >> 2 & 1, .activation = (qins_activation)(flags >> 3 & 1)};
+    l.kv_heads = 1 + take(&in, 1) % 3;
+    l.heads = l.kv_heads * (1 + take(&in, 1) % 10);
+    l.head_dim = DIM[take(&in, 1) % 8];
+    if (l.head_dim > 80) {
+        l.heads = l.kv_heads;
+    }
+    l.hidden = 1 + take(&in, 1);
+    l.inner = 1 + take(&in, 1);
+    if (take(&in, 1) & 1) { /* as packed codes need them */
+        l.hidden = (l.hidden + 7) / 8 * 8;
+        l.inner = (l.inner + 7) / 8 * 8;
+    }
+    l.epsilon = take_float(&in);
+    l.head_epsilon = take_float(&in);
+    l.scaling = take_float(&in);
+    l.softcap = take_float(&in);
+    l.residual = take_float(&in);
+    take_products(&in, &l, flags);
+    const size_t sequences = 1 + take(&in, 1) % 4, most = QINS_DECODER_ROWS / sequences;
+    const int masked = flags >> 4 & 1, threads = 1 + (flags >> 5 & 1);
+    const size_t tokens = masked ? 1 + take(&in, 1) % most : 1, past = take(&in, 1) % 70, total = past + tokens;
+    qins_decoder_call call = {.sequences = sequences, .tokens = tokens, .past = past, .mask_is_bool = flags >> 6 & 1};
+    call.dtype = (qins_dtype)(take(&in, 1) % 4);
+    call.room = total + take(&in, 1) % 5;
+    call.rotary_dim = take(&in, 1) % (l.head_dim / 2 + 1) * 2;
+    call.rotary_next = flags >> 7 ? tokens * call.rotary_dim : 0;
+    const size_t item = item_size(call.dtype), turns = (flags >> 7 ? sequences : 1) * tokens * call.rotary_dim;
+    const size_t kept = sequences * l.kv_heads * call.room * l.head_dim;
+    l.before_attention = take_norm(&in, l.hidden);
+    l.after_attention = take_norm(&in, l.hidden);
+    l.before_mlp = take_norm(&in, l.hidden);
+    l.after_mlp = take_norm(&in, l.hidden);
+    l.q_norm = take_norm(&in, l.norm_heads ? l.head_dim : l.heads * l.head_dim);
+    l.k_norm = take_norm(&in, l.norm_heads ? l.head_dim : l.kv_heads * l.head_dim);
+    l.sinks = take_norm(&in, l.heads);
+    call.cos = filled(&in, turns * item, 0, in.left / 2);
+    call.sin = filled(&in, turns * item, 0, in.left / 2);
+    call.keys = filled(&in, kept * item, 0, in.left / 2);
+    call.values = filled(&in, kept * item, 0, in.left / 2);
+    call.x = filled(&in, sequences * tokens * l.hidden * item, 0, in.left / 2);
+    call.y = take(&in, 1) & 1 ? (void *)call.x : room_at(sequences * tokens * l.hidden * item, 0);
+    call.mask_token = total;
+    call.mask_sequence = tokens * total;
+    call.mask = masked ? filled(&in, sequences * tokens * total * (call.mask_is_bool ? 1 : item), 0, 0) : NULL;
+    must(qins_decode_layer(k, &l, &call, threads) == 0, "memory of a layer");
+    release_all();
+    return 0;
+}

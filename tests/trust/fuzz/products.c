@@ -1,0 +1,60 @@
+/* Products with any codes and activations; of sane ones, within a bound of those with the decoded weights. */
+#include "fuzz.h"
+#include "ways.h"
+
+/* |y - exact| against the sum of the products' magnitudes; the core's own tests have the tight bounds */
+#define BOUND 2e-2
+
+static int within(const qins_codes *e, const float *x, size_t batch, const float *y)
+{
+    float *w = room_at(e->cols * sizeof *w, 0);
+    for (size_t row = 0; row < e->rows; row++) {
+        qins_decode(&qins_kernels_scalar, e, row, 1, 0, e->cols, 1, QINS_F32, w, e->cols);
+        double largest = 0.0;
+        for (size_t i = 0; i < e->cols; i++) {
+            largest = fmax(largest, fabs((double)w[i]));
+        }
+        for (size_t m = 0; m < batch; m++) {
+            double sum = 0.0, size = 1e-30;
+            for (size_t i = 0; i < e->cols; i++) {
+                sum += (double)w[i] * (double)x[m * e->cols + i];
+                size += largest * fabs((double)x[m * e->cols + i]);
+            }
+            if (!(fabs((double)y[m * e->rows + row] - sum) <= BOUND * size)) {
+                fprintf(stderr, "row %zu, batch %zu: expected %g, got %g, of %g\n", row, m, sum,
+                        (double)y[m * e->rows + row], size);
+                return 0;
+            }
+        }
+    }
+    return 1;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static const size_t BATCH[] = {1, 1, 2, 3, 4, 5, 8, 16, 31, 64, 130, 0};
+    input in = {data, size};
+    const qins_kernels *k = take_kernels(&in);
+    qins_dtype dtype = (qins_dtype)(take(&in, 1) % 4);
+    const uint32_t flags = take(&in, 1), way = take(&in, 1) % (2 * QINS_WAY_COUNT);
+    const int sane = flags & 1, threads = 1 + (flags >> 1 & 1);
+    size_t batch = BATCH[take(&in, 1) % (sizeof BATCH / sizeof *BATCH)];
+    qins_codes e = take_shape(&in);
+    take_scalars(&in, &e, sane);
+    if (e.cols > 1000 && batch > 8) {
+        batch = 8; /* as fast as the other inputs */
+    }
+    dtype = sane ? QINS_F32 : dtype;
+    take_fields(&in, &e, sane, in.left / 2);
+    float *x = filled(&in, batch * e.cols * item_size(dtype), 0, 0);
+    if (sane) {
+        tame(x, batch * e.cols);
+    }
+    void *y = room_at(batch * e.rows * item_size(dtype), 0);
+    qins_force_way((qins_way)(way < QINS_WAY_COUNT ? way : QINS_WAY_COUNT));
+    must(qins_linear(k, &e, x, batch, dtype, y, threads) == 0, "memory of products");
+    must(!sane || within(&e, x, batch, y), "products");
+    qins_force_way(QINS_WAY_COUNT);
+    release_all();
+    return 0;
+}
