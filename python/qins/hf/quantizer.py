@@ -33,6 +33,7 @@ from .modules import (
     submodule,
 )
 from .names import some
+from .parallel import is_parallel, keep_parts, plan_parts
 from .released import drop_quantization, open_restored
 from .saving import prepare_saving, state_to_save
 
@@ -95,6 +96,12 @@ class QinsHfQuantizer(HfQuantizer):
     # -- before the weights -----------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._expect(model, **kwargs)
+        if is_parallel(model) and not self.quantization_config.restore:
+            plan_parts(model)
+
+    def _expect(self, model: Any, **kwargs: Any) -> None:
+        """Replace the modules to quantize, or those whose codes the checkpoint has."""
         files = kwargs.get("checkpoint_files")
         if _VERSION < 5 and files is None and model.config._name_or_path:  # transformers 4 does not pass them
             with suppress(OSError, ValueError):  # a hub name, or files that open_checkpoint finds ambiguous
@@ -113,6 +120,11 @@ class QinsHfQuantizer(HfQuantizer):
         self._read_released(model, files)
         expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
+            if is_parallel(model):
+                raise ValueError(
+                    "calibration: needs the whole model, expected one rank; calibrate with `qins quantize`, and load "
+                    "its codes"
+                )
             read_text(self.quantization_config.calibration)  # fail on an unreadable file before loading
         else:
             expect_floats(model, self.quantization_config, self.report)
@@ -232,6 +244,7 @@ class QinsHfQuantizer(HfQuantizer):
         lost = [f"{n}.{b}" for n, m in layers.items() for b in m._names if not _is_loaded(m._buffers[b])]
         if lost:
             raise RuntimeError(f"the checkpoint has no codes, or codes of another shape, for {some(lost)}")
+        keep_parts(model)
         for name, layer in layers.items():
             check_layer(name, layer)
             bias = layer._parameters.get("bias")
@@ -243,7 +256,7 @@ class QinsHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         prepare_saving(model)
         self.audit(model)
-        if self.quantization_config.decode_step:
+        if self.quantization_config.decode_step and not is_parallel(model):  # ranks exchange sums within a layer
             decode_in_steps(model)
         return model
 
