@@ -11,8 +11,12 @@ from torch import nn
 
 from ..codec import encode
 from ..nn import Coded, QINSEmbedding, QINSExperts, QINSLinear, field_layout, format_of_experts
+from ..system import give_back_freed_memory
 from .config import QinsConfig
 from .parts import Part, narrow, parts_of
+
+# Codes of at least this many bytes are returned to the system at once: that costs little next to encoding them.
+_WORTH_GIVING_BACK = 1 << 20
 
 
 class PendingLinear(QINSLinear):
@@ -40,12 +44,12 @@ class PendingLinear(QINSLinear):
 
     def accept(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode the weight, return the codes as buffers, this rank's part of them, and become a QINSLinear."""
-        fields = encode(weight.T if self.transposed else weight, self.codec, group_size=self.group_size).fields
-        del self._parameters["weight"]
+        encoded = encode(weight.T if self.transposed else weight, self.codec, group_size=self.group_size)
+        codes = {n: torch.from_numpy(np.asarray(f)) for n, f in encoded.fields.items()}
+        del self._parameters["weight"], encoded
         self.__class__ = QINSLinear  # type: ignore[assignment] # in place, since parents hold this object
-        codes = {n: torch.from_numpy(np.asarray(f)) for n, f in fields.items()}
         part = narrow(self)
-        return codes if part is None else part.cut(codes)
+        return codes if part is None else _cut(part, codes)
 
 
 class PendingExperts(QINSExperts):
@@ -90,6 +94,16 @@ class PendingExperts(QINSExperts):
     def waiting(self) -> list[str]:
         """Names of the projections that have no codes yet."""
         return [stack for stack in self.shapes if stack in self._parameters]
+
+
+def _cut(part: Part, codes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a rank's part of codes, and give the memory of the whole back to the system."""
+    own = part.cut(codes)
+    size = sum(t.nbytes for t in codes.values())
+    codes.clear()
+    if size >= _WORTH_GIVING_BACK:
+        give_back_freed_memory()  # it is between parts that stay in memory
+    return own
 
 
 def _show_whole(state: Any, prefix: str, names: tuple[str, ...]) -> None:

@@ -7,15 +7,17 @@ transformers' plans, which wrap each module's forward, are the same.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from ..nn import Coded, QINSEmbedding, QINSExperts, QINSLinear, field_layout
-from ..system import page_out
+from ..system import let_go
 from .modules import PendingLinear, coded_modules
 from .parts import Part, Span, buffer_name, narrow, part_of, parts_of
 
@@ -39,23 +41,28 @@ def plan_parts(model: Any) -> None:
     config = model.config.distributed_config
     if any((getattr(config, n, None) or 1) > 1 for n in ("fsdp_size", "dp_replicate_size", "pp_size")):
         raise ValueError("distributed_config: qins supports tensor and expert parallelism (tp_size, ep_size) only")
-    try:
-        from transformers.distributed.sharding_utils import DtensorShardOperation  # noqa: F401
-    except ImportError:
-        import transformers
+    require_plans()
+    from torch.distributed.device_mesh import init_device_mesh
 
-        raise ValueError(
-            f"tensor parallel: expected transformers 5.23 or newer, got {transformers.__version__}"
-        ) from None
     ranks = max(config.tp_size or 1, config.ep_size or 1)
     rules = _rules(model, config)
     _check_heads(model, rules, ranks)
+    model.save_distributed_checkpoint = _refuse_distributed_checkpoint
     with torch.device("cpu"):  # while a model loads, the default device is meta
-        mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
+        mesh = init_device_mesh("cpu", (ranks,))
         for name, module in coded_modules(model):
             note_parts(name, module, rules, mesh)
             for stack in getattr(module, "shapes", ()):
                 _drop_rule(model, config, f"{name}.{stack}", module)
+
+
+def require_plans() -> None:
+    """Raise a ValueError if this version of transformers has no tensor parallel that qins supports."""
+    if importlib.util.find_spec("transformers.distributed.sharding_utils") is None:
+        raise ValueError(
+            f"tensor parallel: expected transformers 5.23 or newer, got {transformers.__version__}; without "
+            "tp_plan, the model runs on one rank"
+        )
 
 
 def note_parts(name: str, module: Coded, rules: Mapping[str, str], mesh: Any) -> None:
@@ -83,6 +90,10 @@ def part_of_matrix(module: Coded, name: str, matrix: str) -> Part | None:
     return parts_of(module).get(matrix.removeprefix(name).removeprefix("."))
 
 
+def _refuse_distributed_checkpoint(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("distributed_checkpoint: codes are saved whole, from the first rank; omit it")
+
+
 # -- plans ----------------------------------------------------------------------------------------
 
 
@@ -102,7 +113,7 @@ def _rules(model: Any, config: Any) -> dict[str, str]:
 
 def _rule(rules: Mapping[str, str], parameter: str) -> str | None:
     """Return the style of a parameter: its own or its module's."""
-    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+    from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
     name = replace_layer_number_by_wildcard(parameter)
     return rules.get(name) or rules.get(name.rpartition(".")[0])
@@ -110,7 +121,7 @@ def _rule(rules: Mapping[str, str], parameter: str) -> str | None:
 
 def _drop_rule(model: Any, config: Any, parameter: str, module: nn.Module) -> None:
     """Drop the rule of a float parameter that a module of codes lacks; transformers would warn of it."""
-    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+    from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
     name = replace_layer_number_by_wildcard(parameter)
     if parameter.rpartition(".")[2] in module._parameters:
@@ -124,7 +135,7 @@ def _spans(style: str, module: Coded, shape: tuple[int, ...], mesh: Any) -> tupl
     """Return which rows and columns, and experts, a style gives this rank; None if all of them."""
     from torch.distributed.tensor import DTensor
     from transformers.distributed.sharding_utils import DtensorShardOperation
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
     transposed = bool(getattr(module, "is_transposed", False))
     if isinstance(module, PendingLinear) and module.transposed:
@@ -147,7 +158,9 @@ def _spans(style: str, module: Coded, shape: tuple[int, ...], mesh: Any) -> tupl
     dim = placement.dim % len(shape)
     numbers = torch.arange(swapped[dim]).view([-1 if d == dim else 1 for d in range(len(shape))])
     spans: list[tuple[Span, ...]] = [((0, size),) for size in swapped]
-    spans[dim] = _runs(DtensorShardOperation(weight).shard_tensor(numbers).flatten().tolist())
+    own = DtensorShardOperation(weight).shard_tensor(numbers)
+    assert own is not None
+    spans[dim] = _runs(own.flatten().tolist())
     if transposed:
         spans[-2:] = spans[-1], spans[-2]
     return tuple(spans)
@@ -194,9 +207,9 @@ def _adapt_forward(name: str, module: Coded) -> None:
     elif isinstance(module, QINSEmbedding):
         if module._parameters.get("bias") is not None:
             raise ValueError(f"tensor parallel: {name}: an embedding with a bias is not supported")
-        module.forward = _looking_up(module.forward, parts[""])  # type: ignore[method-assign]
+        module.__dict__["forward"] = _looking_up(module.forward, parts[""])
     elif any(parts[""].padding):
-        module.forward = _padding_input(module.forward, parts[""].padding)  # type: ignore[method-assign]
+        module.__dict__["forward"] = _padding_input(module.forward, parts[""].padding)
 
 
 def _padding_input(forward: Callable[[Tensor], Tensor], padding: Span) -> Callable[[Tensor], Tensor]:
@@ -234,7 +247,7 @@ def _looking_up(forward: Callable[[Tensor], Tensor], part: Part) -> Callable[[Te
 
 def install(model: Any, name: str, module: QINSLinear | QINSEmbedding) -> None:
     """Apply the plan to a module that replaces another one after loading."""
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
     config = model.config.distributed_config
     mesh = model._mesh_manager.get_mesh("tp" if (config.tp_size or 1) > 1 else "ep")
@@ -258,7 +271,7 @@ def keep_parts(model: nn.Module) -> None:
             if uses[number] > 1:
                 shared[number, part] = fields, own  # with the whole, so that its id stays its own
             for t in fields.values():
-                page_out(t)
+                let_go(t)
             narrow(module, stack)
             module._buffers.update({buffer_name(stack, f): t for f, t in own.items()})
 
@@ -280,7 +293,7 @@ def whole_tensor(t: Tensor) -> Tensor:
     for rank, rows in enumerate(whole.chunk(t.device_mesh.size())):  # in place, unlike full_tensor: half the memory
         if rank == t.device_mesh.get_local_rank():
             rows.copy_(own)
-        torch.distributed.broadcast(rows, group=group, group_src=rank)
+        torch.distributed.broadcast(rows, torch.distributed.get_global_rank(group, rank), group)
     return whole
 
 

@@ -16,7 +16,7 @@ from ..nn import (
     CodedWeight,
     ConversionReport,
 )
-from ..system import page_out, read_text, switch
+from ..system import let_go, read_text, switch
 from .auditing import audit
 from .config import QinsConfig
 from .decoding import decode_in_steps
@@ -217,7 +217,7 @@ class QinsHfQuantizer(HfQuantizer):
         module: PendingLinear | PendingExperts = model.get_submodule(path)
         try:
             codes = module.accept(tensor, value) if isinstance(module, PendingExperts) else module.accept(value)
-            page_out(value)
+            let_go(value)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
         return {f"{path}.{n}": t for n, t in codes.items()}

@@ -9,7 +9,7 @@ from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
 from .machine import available_bytes, cpu_name, peak_resident_bytes, reset_peak_resident_bytes
-from .pages import give_back_freed_memory, is_resident, page_in, page_out
+from .pages import give_back_freed_memory, is_resident, let_go, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
 from .threads import get_num_threads, set_num_threads
@@ -25,6 +25,7 @@ __all__ = [
     "give_back_freed_memory",
     "is_resident",
     "lazily",
+    "let_go",
     "locked",
     "naming_extras",
     "page_in",
