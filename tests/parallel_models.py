@@ -133,7 +133,9 @@ def refusals(paths):
     rows = {"tp_plan": {"transformer.h.*.mlp.c_fc": "rowwise"}, "tp_size": 2}
     calibrated = {"quantization_config": qins.QinsConfig(calibration=f"{paths}/text")}
     model = load("LlamaForCausalLM", f"{paths}/llama", auto, **config)
+    floats = load("LlamaForCausalLM", f"{paths}/llama", auto)
     return {
+        "convert": message(qins.convert, floats),
         "heads": message(load, "LlamaForCausalLM", f"{paths}/smollm2", auto, **config),
         "heads of codes": message(load, "LlamaForCausalLM", f"{paths}/smollm2 codes", auto),
         "conv1d": message(load, "GPT2LMHeadModel", f"{paths}/gpt2", rows, **config),

@@ -138,6 +138,8 @@ def test_refusals(tmp_path):
     assert first.pop("heads").startswith(heads)
     assert first.pop("heads of codes").startswith(heads)
     assert first == {
+        "convert": "model.embed_tokens.weight: sharded between ranks, expected a whole weight; quantize while the "
+        "model loads, with quantization_config=qins.QinsConfig()",
         "conv1d": "tensor parallel: transformer.h.0.mlp.c_fc: a Conv1D, whose weight is transposed, is not supported, "
         "with 2 ranks and 'rowwise'",
         "calibration": "calibration: needs the whole model, expected one rank; calibrate with `qins quantize`, and "
@@ -152,8 +154,12 @@ def test_older_versions_of_transformers(monkeypatch):
     from qins.hf import parallel
 
     monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"expected transformers 5.23 or newer, got"):
-        parallel.require_plans()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**work.WIDE | {"num_hidden_layers": 1}))
+    parallel.check_ranks(model)
+    model._tp_size = 2  # as these versions note it
+    for call in (parallel.require_plans, lambda: parallel.check_ranks(model)):
+        with pytest.raises(ValueError, match=r"tensor parallel: expected transformers 5.23 or newer, got"):
+            call()
 
 
 def test_memory(tmp_path):

@@ -56,6 +56,12 @@ def plan_parts(model: Any) -> None:
                 _drop_rule(model, config, f"{name}.{stack}", module)
 
 
+def check_ranks(model: Any) -> None:
+    """Raise a ValueError if a version of transformers whose plans qins does not know has sharded this model."""
+    if (getattr(model, "_tp_size", None) or 1) > 1 and not is_parallel(model):
+        require_plans()
+
+
 def require_plans() -> None:
     """Raise a ValueError if this version of transformers has no tensor parallel that qins supports."""
     if importlib.util.find_spec("transformers.distributed.sharding_utils") is None:

@@ -33,7 +33,7 @@ from .modules import (
     submodule,
 )
 from .names import some
-from .parallel import is_parallel, keep_parts, plan_parts
+from .parallel import check_ranks, is_parallel, keep_parts, plan_parts
 from .released import drop_quantization, open_restored
 from .saving import prepare_saving, state_to_save
 
@@ -142,6 +142,7 @@ class QinsHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a checkpoint key is a weight to encode."""
+        check_ranks(model)
         path, _, tensor = param_name.rpartition(".")
         module = submodule(model, path)
         if isinstance(module, PendingExperts):
@@ -193,6 +194,7 @@ class QinsHfQuantizer(HfQuantizer):
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise a RuntimeError for missing weights and codes, before transformers 4 initializes them at random."""
+        check_ranks(model)
         # It would also cast scales to the model's dtype. So disable its cast, and cast all but codes after loading.
         self._dtype, model.config._pre_quantization_dtype = model.config._pre_quantization_dtype, None
         kept, lost = [], []
@@ -228,6 +230,7 @@ class QinsHfQuantizer(HfQuantizer):
         self.floats = None
         if self.quantization_config.restore:
             return model
+        check_ranks(model)
         if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
             from .calibrating import calibrate_loaded  # only on use: loading codes does not need it
 
