@@ -120,6 +120,7 @@ def input_gradient(name, path, told=None):
 
 def refusals(paths):
     """Return the message of each error that loading or using a model should raise."""
+    import peft
 
     def message(function, *arguments, **kwargs):
         try:
@@ -143,6 +144,8 @@ def refusals(paths):
         "fsdp": message(load, "LlamaForCausalLM", f"{paths}/llama", {"fsdp_size": 2}, **config),
         "dequantize": message(model.dequantize),
         "distributed checkpoint": message(model.save_pretrained, f"{paths}/dcp", distributed_checkpoint=True),
+        # last, since transformers believes that the model has the adapter
+        "lora": message(model.add_adapter, peft.LoraConfig(target_modules="all-linear")),
     }
 
 

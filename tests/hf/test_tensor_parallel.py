@@ -126,6 +126,7 @@ def test_gradients(tmp_path):
 
 def test_refusals(tmp_path):
     """Every rank raises before it reads a weight, so none waits for another."""
+    pytest.importorskip("peft")
     for name in ("llama", "smollm2"):
         work.save(name, tmp_path / name)
     work.save_gpt2(tmp_path / "gpt2")
@@ -138,6 +139,7 @@ def test_refusals(tmp_path):
     assert first.pop("heads").startswith(heads)
     assert first.pop("heads of codes").startswith(heads)
     assert first == {
+        "lora": "LoRA: a rank has a part of this layer's codes, expected a model on one rank",
         "convert": "model.embed_tokens.weight: sharded between ranks, expected a whole weight; quantize while the "
         "model loads, with quantization_config=qins.QinsConfig()",
         "conv1d": "tensor parallel: transformer.h.0.mlp.c_fc: a Conv1D, whose weight is transposed, is not supported, "
