@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -261,6 +262,58 @@ def install(model: Any, name: str, module: QINSLinear | QINSEmbedding) -> None:
     note_parts(name, module, rules, mesh)
     if style := _rule(rules, f"{name}.weight"):
         ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
+
+
+def exchange_directly(model: Any) -> None:
+    """Let layers that gather outputs or split inputs call torch.distributed themselves when no gradient is needed.
+
+    transformers does it with DTensors, which for the few numbers of a token take several times longer.
+    """
+    config = model.config.distributed_config
+    if (config.tp_size or 1) == 1:
+        return
+    group = model._mesh_manager.get_mesh("tp").get_group()
+    rules = _rules(model, config)
+    for name, module in coded_modules(model):
+        part = parts_of(module).get("")
+        if not isinstance(module, QINSLinear) or part is None or module._parameters["bias"] is not None:
+            continue
+        style = _rule(rules, f"{name}.weight")
+        own: Callable[[Tensor], Tensor] = MethodType(type(module).forward, module)
+        if style in ("colwise_gather_output", "colwise_rep") and part.shape[0] % config.tp_size == 0:
+            module.__dict__["forward"] = _without_gradients(_gathering(own, config.tp_size, group), module.forward)
+        elif style in ("rowwise_split_input", "rowwise_rep"):
+            module.__dict__["forward"] = _without_gradients(_splitting(own, part, group), module.forward)
+
+
+def _without_gradients(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        plain = type(input) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return ours(input) if plain else theirs(input)
+
+    return forward
+
+
+def _gathering(forward: Callable[[Tensor], Tensor], ranks: int, group: Any) -> Callable[[Tensor], Tensor]:
+    def gathered(input: Tensor) -> Tensor:
+        y = forward(input).contiguous()
+        parts = y.new_empty(ranks * y.numel())
+        torch.distributed.all_gather_into_tensor(parts, y.view(-1), group)
+        return parts.view(ranks, *y.shape).movedim(0, -2).flatten(-2)
+
+    return gathered
+
+
+def _splitting(forward: Callable[[Tensor], Tensor], part: Part, group: Any) -> Callable[[Tensor], Tensor]:
+    (begin, end), (before, after) = part.spans[-1][0], part.padding
+
+    def summed(input: Tensor) -> Tensor:
+        own = input[..., begin + before : end - after]
+        y = forward(nn.functional.pad(own, part.padding) if before or after else own)
+        torch.distributed.all_reduce(y, group=group)
+        return y
+
+    return summed
 
 
 def keep_parts(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ from .modules import (
     submodule,
 )
 from .names import some
-from .parallel import check_ranks, is_parallel, keep_parts, plan_parts
+from .parallel import check_ranks, exchange_directly, is_parallel, keep_parts, plan_parts
 from .released import drop_quantization, open_restored
 from .saving import prepare_saving, state_to_save
 
@@ -259,7 +259,9 @@ class QinsHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         prepare_saving(model)
         self.audit(model)
-        if self.quantization_config.decode_step and not is_parallel(model):  # ranks exchange sums within a layer
+        if is_parallel(model):
+            exchange_directly(model)
+        elif self.quantization_config.decode_step:  # ranks exchange sums within a layer
             decode_in_steps(model)
         return model
 
