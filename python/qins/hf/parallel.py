@@ -186,11 +186,12 @@ def _runs(numbers: list[int]) -> tuple[Span, ...]:
 
 def _check_heads(model: Any, rules: Mapping[str, str], ranks: int) -> None:
     """Raise a ValueError if ranks would divide attention heads, which fails in transformers' attention."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-    for name, module in model.named_modules():
-        if size and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj") and isinstance(module, nn.Linear):
+    for attention, owner in model.named_modules():
+        size = getattr(owner, "head_dim", None)
+        for projection in ("q_proj", "k_proj", "v_proj"):
+            module, name = owner._modules.get(projection), f"{attention}.{projection}"
+            if not isinstance(size, int) or not isinstance(module, nn.Linear):
+                continue
             rows = module.out_features
             if _rule(rules, f"{name}.weight") == "colwise" and rows % size == 0 and rows // size % ranks:
                 raise ValueError(
