@@ -296,10 +296,13 @@ def _without_gradients(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tenso
 
 
 def _gathering(forward: Callable[[Tensor], Tensor], ranks: int, group: Any) -> Callable[[Tensor], Tensor]:
+    # torch 2.13 has renamed it
+    gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+
     def gathered(input: Tensor) -> Tensor:
         y = forward(input).contiguous()
         parts = y.new_empty(ranks * y.numel())
-        torch.distributed.all_gather_into_tensor(parts, y.view(-1), group)
+        gather(parts, y.view(-1), group)
         return parts.view(ranks, *y.shape).movedim(0, -2).flatten(-2)
 
     return gathered
