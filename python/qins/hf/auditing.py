@@ -18,6 +18,7 @@ from .modules import (
     coded_modules,
 )
 from .names import some
+from .parallel import part_of_matrix
 
 logger = logging.getLogger("qins")
 
@@ -38,12 +39,14 @@ def audit(model: Any, config: QinsConfig, skipped: list[SkippedModule]) -> Conve
         told = (fallback_note(asked, shape[-1]) for _, shape, *_ in matrices) if module.codec != asked else ()
         note = next(filter(None, told), "")
         for part, shape, group_size, fields in matrices:
+            size = sum(f.nbytes for f in fields)
+            if (kept := part_of_matrix(module, name, part)) is not None:
+                shape, group_size, size = kept.shape, kept.group_size, kept.whole_bytes
             owner = owners.setdefault(id(fields[0]), part)
             config.modules[part] = [module.codec, group_size]
             if module._non_persistent_buffers_set:
                 config.modules[part].append(owner)
                 continue
-            size = sum(f.nbytes for f in fields)
             weights = math.prod(shape)
             report.converted.append(
                 ConvertedModule(part, shape, module.codec, group_size, weights * 4, size, float("nan"), note=note)

@@ -12,12 +12,15 @@ from ..nn import (
     QINSExperts,
     QINSLinear,
 )
+from .parallel import is_parallel
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Replace quantized modules with float ones, in place; return the model."""
     if isinstance(dtype, str):  # a copied config has the dtype's name
         dtype = getattr(torch, dtype)
+    if is_parallel(model):
+        raise ValueError("dequantize: this rank has only its part of the codes, expected a model on one rank")
     for name, module in list(model.named_modules()):
         new: nn.Module
         if isinstance(module, QINSExperts):

@@ -7,11 +7,13 @@ from typing import Any, TypeVar
 import transformers
 from torch import nn
 
+from ..codec import encode, warn_if_slow
 from ..nn import Coded, CodedWeight, QINSEmbedding, QINSLinear, affine
 from ..system import page_out
 from .config import QinsConfig
 from .modules import put
 from .names import name_of, with_and_without_prefix
+from .parallel import install, is_parallel, whole_tensor
 
 AnyCoded = TypeVar("AnyCoded", bound=Coded)
 
@@ -83,10 +85,12 @@ def encode_embeddings(model: Any, config: QinsConfig) -> None:
         return
     _, source, codec, size = input_embedding(model, config)
     weight = source.weight
+    warn_if_slow(codec, size)
+    encoded = encode(whole_tensor(weight), codec, group_size=size)
     names = {m: n for n, m in model.named_modules()}
     replaced: dict[nn.Module, QINSEmbedding | QINSLinear] = {}
     if config.embeddings:
-        codes = loaded(QINSEmbedding.from_embedding(source, codec, group_size=size))
+        codes = loaded(QINSEmbedding.from_encoded(source, encoded, codec, size))
         replaced[source] = codes
         for module in names:
             if isinstance(module, nn.Embedding) and module is not source and module.weight is weight:
@@ -96,9 +100,11 @@ def encode_embeddings(model: Any, config: QinsConfig) -> None:
         if config.embeddings:
             replaced[linear] = _sharing(codes, QINSLinear.from_encoded(linear, None, codec, size))
         else:
-            replaced[linear] = loaded(QINSLinear.from_linear(linear, codec, group_size=size))
+            replaced[linear] = loaded(QINSLinear.from_encoded(linear, encoded, codec, size))
     for old, new in replaced.items():
         put(model, names[old], old, new)
+        if is_parallel(model):
+            install(model, names[old], new)
     untie(model, {names[old] for old in replaced})
     page_out(weight.data)
 

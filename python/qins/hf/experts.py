@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
-from ..system import give_back_freed_memory, page_out
+from ..system import give_back_freed_memory, let_go
 from .modules import PendingExperts
 
 # Matrices of at least this many bytes are returned to the system at once: that costs little next to encoding them.
@@ -55,7 +55,7 @@ def one_by_one(
             tensors = {pattern: load(p[i]) for pattern, p in parts.items()}
             yield of_one({targets[0] if len(parts) == 1 else p: t[None] for p, t in tensors.items()})
             for t in tensors.values():
-                page_out(t)
+                let_go(t)
             if sum(t.nbytes for t in tensors.values()) >= _WORTH_GIVING_BACK:
                 give_back_freed_memory()  # the matrix may be between codes that stay in memory
 

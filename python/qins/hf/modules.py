@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..codec import encode
 from ..nn import Coded, QINSEmbedding, QINSExperts, QINSLinear, field_layout, format_of_experts
+from ..system import give_back_freed_memory
 from .config import QinsConfig
+from .parts import Part, narrow, parts_of
+
+# Codes of at least this many bytes are returned to the system at once: that costs little next to encoding them.
+_WORTH_GIVING_BACK = 1 << 20
 
 
 class PendingLinear(QINSLinear):
@@ -31,12 +37,19 @@ class PendingLinear(QINSLinear):
         # transformers fills in missing weights; the quantizer then reports them
         self._parameters["weight"] = value
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Show the whole weight where transformers has sharded it, so that the whole is loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _show_whole(destination, prefix, ("weight",))
+
     def accept(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode the weight, return the codes as buffers, and become a QINSLinear."""
-        fields = encode(weight.T if self.transposed else weight, self.codec, group_size=self.group_size).fields
-        del self._parameters["weight"]
+        """Encode the weight, return the codes as buffers, this rank's part of them, and become a QINSLinear."""
+        encoded = encode(weight.T if self.transposed else weight, self.codec, group_size=self.group_size)
+        codes = {n: torch.from_numpy(np.asarray(f)) for n, f in encoded.fields.items()}
+        del self._parameters["weight"], encoded
         self.__class__ = QINSLinear  # type: ignore[assignment] # in place, since parents hold this object
-        return {n: torch.from_numpy(f) for n, f in fields.items()}
+        part = narrow(self)
+        return codes if part is None else _cut(part, codes)
 
 
 class PendingExperts(QINSExperts):
@@ -49,18 +62,55 @@ class PendingExperts(QINSExperts):
             weight = original.get_parameter(stack).detach()
             self._parameters[stack] = nn.Parameter(weight.to("meta"), requires_grad=False)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Show the whole weights, as PendingLinear does."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _show_whole(destination, prefix, tuple(self.shapes))
+
     def accept(self, stack: str, matrices: torch.Tensor | Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Encode a projection's matrices and return the buffers; become a QINSExperts after the last projection."""
-        buffers = self.encode(stack, matrices)
+        part = parts_of(self).get(stack)
+        buffers = self.encode(stack, matrices) if part is None else self._encode_part(part, stack, matrices)
         del self._parameters[stack]
         if not self.waiting:
             self.__class__ = QINSExperts  # type: ignore[assignment] # in place, as above
         return buffers
 
+    def _encode_part(
+        self, part: Part, stack: str, matrices: torch.Tensor | Iterator[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Encode a projection's matrices, each as a whole; return this rank's part of them."""
+        own = {n: torch.empty(s, dtype=d) for n, (s, d) in part.own_layout.items()}
+        (first, end), *_ = part.spans[0]
+        for i, encoded in self.encode_each(stack, matrices, range(first, end)):
+            fields = {n: torch.from_numpy(np.asarray(encoded.fields[n])) for n in own}
+            for n, t in part.of_each.cut(fields).items():
+                own[n][i - first] = t
+            del encoded, fields  # freed before the next ones are made
+        narrow(self, stack)
+        return {f"{stack}_{n}": t for n, t in own.items()}
+
     @property
     def waiting(self) -> list[str]:
         """Names of the projections that have no codes yet."""
         return [stack for stack in self.shapes if stack in self._parameters]
+
+
+def _cut(part: Part, codes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a rank's part of codes, and give the memory of the whole back to the system."""
+    own = part.cut(codes)
+    size = sum(t.nbytes for t in codes.values())
+    codes.clear()
+    if size >= _WORTH_GIVING_BACK:
+        give_back_freed_memory()  # it is between parts that stay in memory
+    return own
+
+
+def _show_whole(state: Any, prefix: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        t = state.get(prefix + name)
+        if hasattr(t, "placements"):
+            state[prefix + name] = torch.empty(t.shape, dtype=t.dtype, device="meta")
 
 
 def pending_layers(model: nn.Module) -> dict[str, PendingLinear]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..codec import encode
 from ..nn import CodedWeight, QINSLinear
+from .parts import parts_of
 
 # These subtract part of the weight from the base layer, or rescale it. The rest would have to be encoded again, and the
 # initial outputs would differ from those of the original weights.
@@ -33,6 +34,8 @@ def lora_layer() -> type[nn.Module]:
         _unmerged: dict[str, Any] | None = None  # the base layer's codes before the first merge
 
         def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+            if parts_of(self.base_layer):
+                raise ValueError("LoRA: a rank has a part of this layer's codes, expected a model on one rank")
             if getattr(config, "use_dora", False):
                 raise ValueError("use_dora: DoRA rescales the base weight, which is quantized; use LoRA")
             init = config.init_lora_weights

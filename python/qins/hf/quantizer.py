@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled
 from ..nn import Coded, CodedWeight, ConversionReport
-from ..system import page_out, read_text, require_memory, switch, upward
+from ..system import let_go, read_text, require_memory, switch, upward
 from .auditing import audit
 from .config import QinsConfig
 from .decoding import decode_in_steps
@@ -30,6 +30,7 @@ from .modules import (
     submodule,
 )
 from .names import some
+from .parallel import check_ranks, exchange_directly, is_parallel, keep_parts, plan_parts
 from .released import drop_quantization, open_restored
 from .saving import original_of, prepare_saving, state_to_save
 
@@ -105,6 +106,12 @@ class QinsHfQuantizer(HfQuantizer):
         return prepared
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._expect(model, **kwargs)
+        if is_parallel(model) and not self.quantization_config.restore:
+            plan_parts(model)
+
+    def _expect(self, model: Any, **kwargs: Any) -> None:
+        """Replace the modules to quantize, or those whose codes the checkpoint has."""
         files = kwargs.get("checkpoint_files")
         if _VERSION < 5 and files is None and model.config._name_or_path:  # transformers 4 does not pass them
             with suppress(OSError, ValueError):  # a hub name, or files that open_checkpoint finds ambiguous
@@ -126,6 +133,11 @@ class QinsHfQuantizer(HfQuantizer):
         self._read_released(model, files)
         expect_embeddings(model, self.quantization_config)
         if isinstance(self.quantization_config.calibration, str):
+            if is_parallel(model):
+                raise ValueError(
+                    "calibration: needs the whole model, expected one rank; calibrate with `qins quantize`, and load "
+                    "its codes"
+                )
             read_text(self.quantization_config.calibration)  # fail on an unreadable file before loading
         else:
             expect_floats(model, self.quantization_config, self.report)
@@ -143,6 +155,7 @@ class QinsHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a checkpoint key is a weight to encode."""
+        check_ranks(model)
         path, _, tensor = param_name.rpartition(".")
         module = submodule(model, path)
         if isinstance(module, PendingExperts):
@@ -194,6 +207,7 @@ class QinsHfQuantizer(HfQuantizer):
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise a RuntimeError for missing weights and codes, before transformers 4 initializes them at random."""
+        check_ranks(model)
         # It would also cast scales to the model's dtype. So disable its cast, and cast all but codes after loading.
         self._dtype, model.config._pre_quantization_dtype = model.config._pre_quantization_dtype, None
         kept, lost = [], []
@@ -218,7 +232,7 @@ class QinsHfQuantizer(HfQuantizer):
         module: PendingLinear | PendingExperts = model.get_submodule(path)
         try:
             codes = module.accept(tensor, value) if isinstance(module, PendingExperts) else module.accept(value)
-            page_out(value)
+            let_go(value)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
         return {f"{path}.{n}": t for n, t in codes.items()}
@@ -229,6 +243,7 @@ class QinsHfQuantizer(HfQuantizer):
         self.floats = None
         if self.quantization_config.restore:
             return model
+        check_ranks(model)
         if not self.pre_quantized and isinstance(self.quantization_config.calibration, str):
             from .calibrating import calibrate_loaded  # only on use: loading codes does not need it
 
@@ -245,6 +260,7 @@ class QinsHfQuantizer(HfQuantizer):
         lost = [f"{n}.{b}" for n, m in layers.items() for b in m._names if not _is_loaded(m._buffers[b])]
         if lost:
             raise RuntimeError(f"the checkpoint has no codes, or codes of another shape, for {some(lost)}")
+        keep_parts(model)
         for name, layer in layers.items():
             check_layer(name, layer)
             bias = layer._parameters.get("bias")
@@ -256,7 +272,9 @@ class QinsHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         prepare_saving(model, self._original)
         self.audit(model)
-        if self.quantization_config.decode_step:
+        if is_parallel(model):
+            exchange_directly(model)
+        elif self.quantization_config.decode_step:  # ranks exchange sums within a layer
             decode_in_steps(model)
         return model
 

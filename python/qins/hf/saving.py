@@ -17,6 +17,7 @@ from .card import UploadWithCard, holds_codes
 from .config import QinsConfig
 from .modules import coded_modules
 from .names import guard, saved_names
+from .parallel import is_parallel, whole_state
 
 _VERSION = int(transformers.__version__.partition(".")[0])
 
@@ -83,9 +84,14 @@ def original_of(files: Any, quantized: bool) -> Path:
 
 
 def state_to_save(model: Any, config: QinsConfig) -> dict[str, torch.Tensor]:
-    """Return the state to save, the codes and the guard; record its checksums in the config."""
+    """Return the state to save, the codes and the guard; record its checksums in the config.
+
+    Of several ranks, the first one saves the whole state; the others return nothing.
+    """
     state: dict[tuple[int, Any], tuple[str, torch.Tensor]] = {}
-    saved: dict[str, torch.Tensor] = model.state_dict()
+    saved: dict[str, torch.Tensor] | None = whole_state(model) if is_parallel(model) else model.state_dict()
+    if saved is None:
+        return {}
     if guarded := guard_of(model):
         saved[guarded] = torch.empty(0, dtype=torch.uint8)
     for name, tensor in saved.items():  # of tensors that share memory, only the first is saved

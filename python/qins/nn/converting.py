@@ -55,11 +55,17 @@ def convert(
         a report that prints as a table; it lists the skipped modules with reasons.
 
     Raises:
-        ValueError: a weight is NaN or infinite, or a skipped layer shares the weight of a converted embedding. The
-            message names the module, and the model is unchanged.
+        ValueError: a weight is NaN or infinite, or sharded between ranks, or a skipped layer shares the weight of a
+            converted embedding. The message names the module, and the model is unchanged.
 
     """
     resolve_group_size(codec, group_size, 1)  # raises before anything else is done
+    sharded = next((n for n, p in model.named_parameters() if hasattr(p, "placements")), None)
+    if sharded:
+        raise ValueError(
+            f"{sharded}: sharded between ranks, expected a whole weight; quantize while the model loads, with "
+            "quantization_config=qins.QinsConfig()"
+        )
     warn_if_slow(codec, group_size)
     report = ConversionReport()
     chosen: dict[Layer, str] = {m: n for m, n in choose(model, include, exclude, report).items()}

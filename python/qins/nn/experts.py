@@ -203,27 +203,41 @@ class QINSExperts(Coded):
 
     def encode(self, stack: str, matrices: Tensor | Iterator[Tensor]) -> dict[str, Tensor]:
         """Encode the original's matrices of a projection one by one; return the buffers by name."""
-        experts, out_features, in_features = self.shapes[stack]
-        group_size = self.group_sizes[stack]
-        fields = field_names(self.codec, group_size)
+        fields = field_names(self.codec, self.group_sizes[stack])
         buffers = {f"{stack}_{n}": torch.empty_like(self.get_buffer(f"{stack}_{n}"), device="cpu") for n in fields}
+        for i, encoded in self.encode_each(stack, matrices):
+            for n in fields:
+                buffers[f"{stack}_{n}"][i] = torch.from_numpy(np.asarray(encoded.fields[n]))
+            del encoded  # freed before the next one is made
+        return buffers
+
+    def encode_each(
+        self, stack: str, matrices: Tensor | Iterator[Tensor], only: range | None = None
+    ) -> Iterator[tuple[int, EncodedArray]]:
+        """Encode the original's matrices of a projection; yield the number and the codes of each, or of `only` some.
+
+        Raises:
+            ValueError: a matrix has another shape, there are more or fewer, or a weight is NaN or infinite.
+
+        """
+        experts, out_features, in_features = self.shapes[stack]
         count = 0
         for matrix in matrices:
             w = matrix.T if self.is_transposed else matrix
             if count == experts or w.shape != (out_features, in_features):
                 expected = f"{experts} matrices {(out_features, in_features)}"
                 raise ValueError(f"{stack}: expected {expected}, got {tuple(w.shape)} at {count}")
-            try:
-                encoded = encode(w, self.codec, group_size=group_size)
-            except ValueError as e:
-                raise ValueError(f"{stack}[{count}]: {e}") from None
-            for n in fields:
-                buffers[f"{stack}_{n}"][count] = torch.from_numpy(np.asarray(encoded.fields[n]))
+            if only is None or count in only:
+                try:
+                    encoded = encode(w, self.codec, group_size=self.group_sizes[stack])
+                except ValueError as e:
+                    raise ValueError(f"{stack}[{count}]: {e}") from None
+                yield count, encoded
+                del encoded
             count += 1
-            del matrix, w, encoded  # freed before the next one is made
+            del matrix, w  # freed before the next one is made
         if count != experts:
             raise ValueError(f"{stack}: expected {experts} matrices, got {count}")
-        return buffers
 
     def fields(self, stack: str) -> list[Tensor]:
         """Return the codes of a projection, experts first, in the operators' order."""

@@ -16,7 +16,7 @@ from .machine import (
     require_memory,
     reset_peak_resident_bytes,
 )
-from .pages import give_back_freed_memory, is_resident, page_in, page_out
+from .pages import give_back_freed_memory, is_resident, let_go, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
 from .threads import get_num_threads, set_num_threads
@@ -33,6 +33,7 @@ __all__ = [
     "give_back_freed_memory",
     "is_resident",
     "lazily",
+    "let_go",
     "locked",
     "naming_extras",
     "page_in",

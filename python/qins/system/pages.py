@@ -7,6 +7,8 @@ import mmap
 import sys
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,6 +19,31 @@ def page_out(tensor: torch.Tensor) -> None:
     MADV_PAGEOUT loses nothing: a later read of the tensor brings the pages back from the file.
     """
     _advise(tensor, 21)
+
+
+def let_go(tensor: torch.Tensor) -> None:
+    """Release the pages of a weight as `page_out` does, even those that other processes have mapped.
+
+    MADV_PAGEOUT leaves such pages alone, and they count in each process. MADV_DONTNEED would lose what this process has
+    written, so it follows only where the kernel says that every page is the file's own.
+    """
+    page_out(tensor)
+    begin, length = _whole_pages(tensor)
+    if length > 0 and sys.platform == "linux" and _are_files_pages(begin, length):
+        _advise(tensor, 4)
+
+
+def _are_files_pages(begin: int, length: int) -> bool:
+    """Return whether no page of a range holds anything but what its file does."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as f:
+            f.seek(begin // mmap.PAGESIZE * 8)
+            told = f.read(length // mmap.PAGESIZE * 8)
+    except OSError:
+        return False
+    entries = np.frombuffer(told, np.uint64) >> np.uint64(61)
+    present, swapped, of_file = entries & np.uint64(4), entries & np.uint64(2), entries & np.uint64(1)
+    return len(told) == length // mmap.PAGESIZE * 8 and not swapped.any() and bool((of_file[present > 0] > 0).all())
 
 
 def page_in(tensor: torch.Tensor) -> None:
@@ -39,13 +66,18 @@ def is_resident(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _advise(tensor: torch.Tensor, advice: int) -> None:
-    if sys.platform != "linux" or not tensor.is_contiguous():
-        return
+def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return address and length of the pages that a tensor fills; no length if it is not contiguous."""
+    if not tensor.is_contiguous():
+        return 0, 0
     page = mmap.PAGESIZE
     begin = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
-    if length > 0:
+    return begin, (tensor.data_ptr() + tensor.nbytes) // page * page - begin
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    begin, length = _whole_pages(tensor)
+    if length > 0 and sys.platform == "linux":
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)  # an older kernel refuses, which costs nothing
 
