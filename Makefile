@@ -1,4 +1,4 @@
-# make demo | test | check | test-all | test-slow | lint | docs | bench | measurements
+# make demo | test | check | test-all | test-slow | trust | lint | docs | bench | measurements
 # Each makes .venv and installs what it needs. test: minutes; check: what a change needs at once; test-all: everything.
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow lint docs bench measurements clean
+    test-extras test-pythons test-slow trust trust-faults lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -88,12 +88,19 @@ test-pythons:
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
+# tools that look for faults for as long as they are given; `test-all` has a short form of each
+trust: trust-faults
+
+# every system call on files fails once
+trust-faults: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/faults.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h
+	$(BIN)/clang-format --dry-run --Werror qins_ext/*.c qins_ext/*.h qins_ext/*.inc tests/core/*.c tests/core/*.h tests/trust/*.c
 
 # the site, in build/docs
 docs: $(VENV)/installed-docs

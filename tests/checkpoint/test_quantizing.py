@@ -23,6 +23,7 @@ from qins.files import ShardWriter, Target, fingerprint
 from qins.system import locked
 
 transformers = pytest.importorskip("transformers")
+from gguf_files import write_gguf  # noqa: E402
 from peak import peak_memory  # noqa: E402
 from tiny import COMMON, MODELS, make, outputs, same_state  # noqa: E402
 from tiny_experts import MODELS as MOE  # noqa: E402
@@ -195,34 +196,6 @@ def test_fingerprint(tmp_path):
     assert fingerprint(reversed(paths)) == one
     (tmp_path / "a").write_bytes(b"x" * 2_999_999 + b"y")
     assert fingerprint(paths) != one
-
-
-def write_gguf(path, model, kind):
-    """Write a Llama model as llama.cpp's converter does: its names, and the halves of query and key interleaved."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, w in model.state_dict().items():
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in key:
-                w = w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-        stem = names.get_name(key.removesuffix(".weight"))
-        quantized = kind if w.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(w.numpy(), quantized)
-        writer.add_tensor(f"{stem}.weight", data, raw_dtype=quantized)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])

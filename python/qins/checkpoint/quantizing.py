@@ -32,9 +32,10 @@ from ..files import (
     open_gguf,
     open_scaled,
     others_of,
+    remove_parts,
 )
 from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, find_source, hub_name, tokenized, write_card
-from ..system import atomically, locked, progress, write_json
+from ..system import atomically, locked, naming_file, progress, read_json, write_json
 from .planning import Item, Output, Plan, architecture, converted, plan
 from .recording import ItemRecorder
 
@@ -76,7 +77,7 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
     begun = out / _PROGRESS
     if begun.is_file():
         try:
-            told = json.loads(begun.read_text("utf-8")).get("fingerprint")
+            told = read_json(begun).get("fingerprint")
         except ValueError:
             told = None
         if told != fingerprint:
@@ -136,12 +137,14 @@ def quantize_checkpoint(
             raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
         checkpoint = open_gguf(checkpoint)
     checkpoint = open_scaled(checkpoint)
-    planned, quantizer = plan(checkpoint, config)
+    with naming_file(_directory(checkpoint)):  # transformers reads files there, too
+        planned, quantizer = plan(checkpoint, config)
     if exact:
         check_restorable(checkpoint, planned.encoded_keys)
     data = None
     if calibration is not None:
-        data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
+        with naming_file(_directory(checkpoint)):
+            data = tokenized(_directory(checkpoint), calibration.text, calibration.tokens)
         config.calibration = calibration.record(data)
     fingerprint = _fingerprint(checkpoint, config, exact)
     with _reserve(out):
@@ -152,7 +155,10 @@ def quantize_checkpoint(
         store, spending = None, None
         if calibration is not None and data is not None:
             store = Store(out / _CALIBRATION, fingerprint)
-            work = CheckpointCalibration(_directory(checkpoint), architecture(checkpoint), data, store, show_progress)
+            with naming_file(_directory(checkpoint)):
+                work = CheckpointCalibration(
+                    _directory(checkpoint), architecture(checkpoint), data, store, show_progress
+                )
             if calibration.has_target:
                 spending = work.plan(planned.modules, calibration, config)
                 planned, quantizer = plan(checkpoint, config)
@@ -174,8 +180,7 @@ def quantize_checkpoint(
                     rest.write()
         config.checksums = dict(sorted(checksums.items()))
         base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
-        _finish(checkpoint, planned, config, out, base, spending)
-        return (
+        result = (
             {
                 "layers": len(planned.encoded),
                 "bytes_before": total,
@@ -188,6 +193,8 @@ def quantize_checkpoint(
             | ({} if spending is None else {"plan": spending})
             | ({"exact_bytes": exact_bytes(out), "not_restored": _not_restored(checkpoint)} if exact else {})
         )
+        _finish(checkpoint, planned, config, out, base, spending)  # last: nothing resumes a finished conversion
+        return result
 
 
 def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exact: bool) -> Any:
@@ -331,7 +338,8 @@ def _finish(
     if isinstance(checkpoint, GgufCheckpoint):  # files beside it may belong to other models, so none are copied
         checkpoint.save_tokenizer(out)
     for name in _copied(checkpoint):
-        shutil.copyfile(_directory(checkpoint) / name, out / name)
+        with atomically(out / name) as temporary:
+            shutil.copyfile(_directory(checkpoint) / name, temporary)
     if len(planned.names) > 1:
         weight_map = {t.name: planned.names[f] for f, items in planned.items.items() for i in items for t in i.targets}
         write_json(out / "model.safetensors.index.json",
@@ -342,6 +350,7 @@ def _finish(
     beside = None if isinstance(checkpoint, GgufCheckpoint) else _directory(checkpoint)
     estimate = None if spending is None else f"Estimated by the plan:\n\n```\n{spending}\n```"
     write_card(out, base, beside, estimate)
+    remove_parts(out)
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)
     (out / _PROGRESS).unlink()

@@ -63,7 +63,7 @@ class DirectWriter:
 
     def truncate(self, size: int) -> None:
         """Set the file's size."""
-        self._file.truncate(size)
+        os.ftruncate(self._file.fileno(), size)  # unlike the file's own method, it resumes after a signal
 
     def write(self, data: memoryview, at: int) -> None:
         """Write bytes at offset `at`.

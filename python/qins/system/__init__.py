@@ -9,6 +9,7 @@ from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
 from .machine import available_bytes, cpu_name, peak_resident_bytes, reset_peak_resident_bytes
+from .naming import naming_file
 from .pages import give_back_freed_memory, is_resident, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
@@ -27,6 +28,7 @@ __all__ = [
     "lazily",
     "locked",
     "naming_extras",
+    "naming_file",
     "page_in",
     "page_out",
     "peak_resident_bytes",
