@@ -17,7 +17,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow trust trust-faults lint docs bench measurements clean
+    test-extras test-pythons test-slow trust trust-faults trust-signals lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -89,11 +89,15 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
 # tools that look for faults for as long as they are given; `test-all` has a short form of each
-trust: trust-faults
+trust: trust-faults trust-signals
 
 # every system call on files fails once
 trust-faults: $(VENV)/installed-dev
 	$(BIN)/python tests/trust/faults.py
+
+# how soon long calls return after a signal
+trust-signals: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/signals.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -193,8 +193,10 @@ def quantize_checkpoint(
             | ({} if spending is None else {"plan": spending})
             | ({"exact_bytes": exact_bytes(out), "not_restored": _not_restored(checkpoint)} if exact else {})
         )
-        _finish(checkpoint, planned, config, out, base, spending)  # last: nothing resumes a finished conversion
-        return result
+        _finish(checkpoint, planned, config, out, base, spending)
+    # after the lock is gone: until then a second run resumes, and finds everything complete
+    (out / _PROGRESS).unlink(missing_ok=True)
+    return result
 
 
 def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exact: bool) -> Any:
@@ -262,9 +264,13 @@ def _in_background(write: Write) -> Iterator[Write]:
         waiting.append((pool.submit(write, name, tensor, part), tensor.nbytes))
 
     with ThreadPoolExecutor(1) as pool:
-        yield later
-        for made, _ in waiting:
-            made.result()
+        try:
+            yield later
+            for made, _ in waiting:
+                made.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is queued will be deleted
+            raise
 
 
 def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
@@ -353,4 +359,3 @@ def _finish(
     remove_parts(out)
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)
-    (out / _PROGRESS).unlink()

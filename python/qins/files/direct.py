@@ -100,7 +100,7 @@ class DirectWriter:
     def _write_buffered(self, data: memoryview, at: int) -> None:
         self._file.seek(at)
         while data:
-            data = data[self._file.write(data) :]
+            data = data[self._file.write(data[:_REQUEST]) :]
 
     def close(self) -> None:
         """Close the file; closing it again does nothing."""

@@ -40,6 +40,9 @@ _PICKLED = {
 }  # fmt: skip
 
 
+_CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor in a file.
@@ -153,8 +156,11 @@ def open_safetensors(path: Path) -> Any:
 def checksum(tensor: torch.Tensor, before: str | None = None) -> str:
     """Return the CRC-32 of a tensor's bytes in hexadecimal; `before` is the CRC-32 of the preceding bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
-    return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    crc = int(before or "0", 16)
+    for at in range(0, len(data), _CHUNK):
+        crc = zlib.crc32(data[at : at + _CHUNK], crc)
+    return f"{crc:08x}"
 
 
 def verify(checkpoint: Checkpoint, checksums: Mapping[str, str]) -> tuple[int, list[str]]:

@@ -50,8 +50,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
         try:
             with naming_file(path):
                 _lock(file, what)
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder deleted it meanwhile
-                break
+                if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                    break  # else its holder deleted it meanwhile
         except BaseException:
             os.close(file)
             raise
@@ -63,7 +63,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
             if sys.platform != "win32":  # while still locked, so that nobody waits on a deleted file
                 path.unlink(missing_ok=True)
         finally:
-            os.close(file)
+            with naming_file(path):
+                os.close(file)
         if sys.platform == "win32":  # which cannot delete open files, not even another holder's
             with suppress(OSError):
                 path.unlink()
