@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -391,6 +392,23 @@ def test_killed_before_the_first_file(source, tmp_path):
     quantize_checkpoint(source, out)
     assert "config.json" in tree(out)
     assert not list(out.glob("*progress*"))
+
+
+def test_killed_before_the_lock_is_deleted(source, tmp_path, monkeypatch):
+    """Everything is complete then, but for the file that says that it may not be."""
+    out, unlink = tmp_path / "out", os.unlink
+    quantize_checkpoint(source, tmp_path / "undisturbed")
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith("qins.lock"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"Input/output error: '.*qins\.lock'"):
+        patch.setattr("os.unlink", failing)
+        quantize_checkpoint(source, out)
+    quantize_checkpoint(source, out)
+    assert tree(out) == tree(tmp_path / "undisturbed")
 
 
 def test_two_at_once(source, tmp_path):
