@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals"),
 ]
 
-SOON = 30  # seconds: far more than it takes, for loaded machines, and far less than a hang
+SOON = 120  # seconds: far more than it takes, for loaded machines, and far less than a hang
 
 
 @pytest.fixture(scope="module")
