@@ -17,7 +17,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow test-fuzz trust trust-allocations trust-races trust-fuzz lint docs bench measurements clean
+    test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
+    lint docs bench measurements clean
 
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
@@ -101,7 +102,15 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
 # hostile conditions at length; tests/trust has the short form of each, which the suite runs
-trust: trust-allocations trust-races trust-fuzz
+trust: trust-faults trust-signals trust-allocations trust-races trust-fuzz
+
+# every system call on files fails once
+trust-faults: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/faults.py
+
+# how soon long calls return after a signal
+trust-signals: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/signals.py
 
 # every allocation and every start of a thread fails once
 trust-allocations: $(VENV)/installed-dev

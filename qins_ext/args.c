@@ -247,3 +247,34 @@ void qins_codes_at(const size_t *numbers, qins_codes *e)
         memcpy(&e->log_max, (const void *)numbers[SCALAR2], sizeof e->log_max);
     }
 }
+
+/* Less work is not worth splitting. */
+enum { LONG_WORK = 1 << 24 };
+
+static int handle_signals(void *context)
+{
+    qins_released *r = context;
+    PyEval_RestoreThread(r->thread);
+    r->raised = PyErr_CheckSignals() < 0;
+    r->thread = PyEval_SaveThread();
+    return r->raised;
+}
+
+void qins_release(qins_released *r, size_t work)
+{
+    r->raised = 0;
+    r->asks = work >= LONG_WORK;
+    r->thread = PyEval_SaveThread();
+    if (r->asks) {
+        qins_set_poll(handle_signals, r);
+    }
+}
+
+int qins_retake(qins_released *r)
+{
+    if (r->asks) {
+        qins_set_poll(NULL, NULL);
+    }
+    PyEval_RestoreThread(r->thread);
+    return r->raised ? -1 : 0;
+}

@@ -9,6 +9,7 @@
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <numpy/arrayobject.h>
 
+#include "poll.h"
 #include "qins.h"
 
 enum { QINS_DTYPE_COUNT = 4 };
@@ -48,6 +49,15 @@ void qins_codes_at(const size_t *numbers, qins_codes *e);
 /* module.c: the instruction set in use, and the tables of log8 in KV caches */
 const qins_kernels *qins_active(void);
 extern qins_log8_tables qins_cache_tables;
+/* A call without the GIL. If it may take long (`work`: very roughly, in nanoseconds of one thread), it ends early when
+ * a signal's handler raises. qins_retake then returns -1 with that exception set, else 0. */
+typedef struct {
+    PyThreadState *thread;
+    int asks, raised;
+} qins_released;
+void qins_release(qins_released *r, size_t work);
+int qins_retake(qins_released *r);
+
 /* Below this many elements the GIL stays held: releasing it would cost more than it gains. */
 enum { QINS_RELEASE_GIL_ABOVE = 4096 };
 /* module_codes.c, module_products.c, module_decoder.c, module_exact.c: the functions of the module */

@@ -2,6 +2,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "poll.h"
 #include "residuals.h"
 
 enum { SAMPLE = 1 << 17 }; /* weights whose residuals are counted */
@@ -149,6 +150,9 @@ static qins_exact_result encode_all(encoding *c, int threads, uint8_t **stream, 
     free(count);
     qins_rans_inverses(c->inverse);
     qins_parallel(r->blocks, 1, threads, encode_blocks, c);
+    if (qins_stopped()) { /* some blocks are missing */
+        return QINS_EXACT_NO_MEMORY;
+    }
     *bytes = QINS_EXACT_HEADER + tables_bytes + 8 * r->blocks;
     for (size_t i = 0; i < r->blocks; i++) {
         *bytes += QINS_EXACT_STATES + 2 * (size_t)c->words[i] + c->bits[i];

@@ -68,11 +68,17 @@ static PyObject *encode(PyObject *module, PyObject *args)
     e.mu = e.alpha = (float)parameter;
     const qins_kernels *kernels = qins_active();
     qins_nonfinite bad = {0, 0};
-    Py_BEGIN_ALLOW_THREADS if (qins_encode(kernels, &w, importance_data, threads, &e))
-    {
+    qins_released released;
+    qins_release(&released, 32 * w.rows * w.cols);
+    if (qins_encode(kernels, &w, importance_data, threads, &e) && !qins_stopped()) {
         bad = qins_find_nonfinite(kernels, &w);
     }
-    Py_END_ALLOW_THREADS if (bad.count > 0) { return nonfinite_error(a, bad); }
+    if (qins_retake(&released) < 0) {
+        return NULL;
+    }
+    if (bad.count > 0) {
+        return nonfinite_error(a, bad);
+    }
     if (log_bits(codec) > 0) {
         return Py_BuildValue("(d)", (double)e.mu);
     }
@@ -131,8 +137,15 @@ static PyObject *feedback(PyObject *module, PyObject *args)
     }
     e.mu = mu;
     const qins_kernels *kernels = qins_active();
-    Py_BEGIN_ALLOW_THREADS failed = qins_round_with_feedback(kernels, w, o, f, threads, &e);
-    Py_END_ALLOW_THREADS if (failed) { return PyErr_NoMemory(); }
+    qins_released released;
+    qins_release(&released, (size_t)rows * (size_t)cols * (size_t)cols / 16);
+    failed = qins_round_with_feedback(kernels, w, o, f, threads, &e);
+    if (qins_retake(&released) < 0) {
+        return NULL;
+    }
+    if (failed) {
+        return PyErr_NoMemory();
+    }
     Py_RETURN_NONE;
 }
 
@@ -185,10 +198,14 @@ static PyObject *decode(PyObject *module, PyObject *args)
     const qins_kernels *kernels = qins_active();
     size_t r = (size_t)PyArray_DIM(o, 0), c = (size_t)PyArray_DIM(o, 1);
     size_t stride = (size_t)(PyArray_STRIDE(o, 0) / PyArray_ITEMSIZE(o));
-    PyThreadState *released = PyArray_SIZE(o) > QINS_RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
+    const int small = PyArray_SIZE(o) <= QINS_RELEASE_GIL_ABOVE;
+    qins_released released;
+    if (!small) {
+        qins_release(&released, r * c);
+    }
     qins_decode(kernels, &e, (size_t)row, r, (size_t)col, c, threads, dtype, PyArray_DATA(o), stride);
-    if (released != NULL) {
-        PyEval_RestoreThread(released);
+    if (!small && qins_retake(&released) < 0) {
+        return NULL;
     }
     Py_RETURN_NONE;
 }
@@ -235,8 +252,13 @@ static PyObject *rational(PyObject *module, PyObject *args)
         return NULL;
     }
     const qins_kernels *kernels = qins_active();
-    Py_BEGIN_ALLOW_THREADS qins_rational(kernels, src, (size_t)n, alpha, back, threads, dst);
-    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+    qins_released released;
+    qins_release(&released, (size_t)n);
+    qins_rational(kernels, src, (size_t)n, alpha, back, threads, dst);
+    if (qins_retake(&released) < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
 }
 
 PyMethodDef qins_code_methods[] = {

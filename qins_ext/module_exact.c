@@ -61,8 +61,15 @@ static PyObject *exact_encode(PyObject *module, PyObject *args)
         return NULL;
     }
     const qins_kernels *kernels = qins_active();
-    Py_BEGIN_ALLOW_THREADS result = qins_exact_encode(kernels, &a.e, a.w, a.dtype, a.threads, &stream, &bytes);
-    Py_END_ALLOW_THREADS if (result != QINS_EXACT_OK) { return PyErr_NoMemory(); }
+    qins_released released;
+    qins_release(&released, 8 * a.e.rows * a.e.cols);
+    result = qins_exact_encode(kernels, &a.e, a.w, a.dtype, a.threads, &stream, &bytes);
+    if (qins_retake(&released) < 0) {
+        return NULL; /* without a stream, since some blocks are missing */
+    }
+    if (result != QINS_EXACT_OK) {
+        return PyErr_NoMemory();
+    }
     PyObject *told = PyBytes_FromStringAndSize((const char *)stream, (Py_ssize_t)bytes);
     free(stream);
     return told;
@@ -87,8 +94,15 @@ static PyObject *exact_decode(PyObject *module, PyObject *args)
         return NULL;
     }
     const qins_kernels *kernels = qins_active();
-    Py_BEGIN_ALLOW_THREADS result = qins_exact_decode(kernels, &a.e, stream, (size_t)bytes, a.dtype, a.threads, a.w);
-    Py_END_ALLOW_THREADS if (result == QINS_EXACT_NO_MEMORY) { return PyErr_NoMemory(); }
+    qins_released released;
+    qins_release(&released, 8 * a.e.rows * a.e.cols);
+    result = qins_exact_decode(kernels, &a.e, stream, (size_t)bytes, a.dtype, a.threads, a.w);
+    if (qins_retake(&released) < 0) {
+        return NULL;
+    }
+    if (result == QINS_EXACT_NO_MEMORY) {
+        return PyErr_NoMemory();
+    }
     return PyBool_FromLong(result == QINS_EXACT_OK);
 }
 

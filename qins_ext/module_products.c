@@ -7,6 +7,8 @@
 
 #include "ways.h"
 
+enum { MULTIPLICATIONS = 64 }; /* in a nanosecond of several threads; one row of activations is never long */
+
 PyDoc_STRVAR(read_doc, "read(array, threads, /)\n--\n\nOnly read a C-contiguous array, for benchmarks.");
 
 static PyObject *read_array(PyObject *module, PyObject *args)
@@ -45,11 +47,15 @@ static PyObject *linear_at(PyObject *module, PyObject *const *args, Py_ssize_t c
     }
     qins_codes_at(a, &e);
     const qins_kernels *kernels = qins_active();
-    PyThreadState *released = a[ROWS] * a[COLS] > QINS_RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
+    const int small = a[ROWS] * a[COLS] <= QINS_RELEASE_GIL_ABOVE;
+    qins_released released;
+    if (!small) {
+        qins_release(&released, a[ROWS] * a[COLS] * a[BATCH] / MULTIPLICATIONS);
+    }
     int failed =
         qins_linear(kernels, &e, (const void *)a[X], a[BATCH], (qins_dtype)a[DTYPE], (void *)a[Y], (int)a[THREADS]);
-    if (released != NULL) {
-        PyEval_RestoreThread(released);
+    if (!small && qins_retake(&released) < 0) {
+        return NULL;
     }
     if (failed) {
         return PyErr_NoMemory();
@@ -89,8 +95,15 @@ static PyObject *linear(PyObject *module, PyObject *args)
     }
     const qins_kernels *kernels = qins_active();
     int failed;
-    Py_BEGIN_ALLOW_THREADS failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);
-    Py_END_ALLOW_THREADS if (failed) { return PyErr_NoMemory(); }
+    qins_released released;
+    qins_release(&released, e.rows * e.cols * (size_t)batch / MULTIPLICATIONS);
+    failed = qins_linear(kernels, &e, x_data, (size_t)batch, dtype, y_data, threads);
+    if (qins_retake(&released) < 0) {
+        return NULL;
+    }
+    if (failed) {
+        return PyErr_NoMemory();
+    }
     Py_RETURN_NONE;
 }
 

@@ -8,7 +8,9 @@
  * If there is such a runtime, its own fork-join is used instead of the pool. */
 #include <stdatomic.h>
 #include <stddef.h>
+#include <time.h>
 
+#include "poll.h"
 #include "qins.h"
 
 #if defined(_WIN32)
@@ -57,11 +59,28 @@ static int start_thread(void *(*run)(void *))
 /* About 50 microseconds: longer than the gaps between the layers of a model, shorter than a time slice. */
 enum { SPINS = 1000, MAX_WORKERS = 255, PARTS_PER_THREAD = 4 };
 
+/* Seconds of a piece, and between two polls. A poll may wait for Python's lock, for 0.005 s if another thread has it.
+ */
+#define PIECE 0.02
+#define BETWEEN_POLLS 0.1
+
+typedef struct {
+    qins_poll poll; /* NULL: nobody asks */
+    void *context;
+    double asked; /* when */
+    int stopped;
+} asking;
+
+static _Thread_local asking mine;
+
 typedef struct {
     void (*task)(void *, size_t, size_t);
     void *context;
     size_t items, parts;
-    atomic_size_t next; /* the first part that nobody has taken */
+    atomic_size_t next; /* the first part, or with `by` the first item, that nobody has taken */
+    asking *by;         /* of the thread that polls; NULL: parts, without polling */
+    size_t grain, most; /* items of a piece */
+    atomic_int stopped;
 } job;
 
 static mutex caller = MUTEX_INIT; /* held by the one call that uses the pool */
@@ -73,8 +92,56 @@ static int workers;            /* threads that exist */
 static atomic_uint generation; /* changes with every posted job, for spinning */
 static _Atomic(qins_fork_join) fork_join;
 
+static double seconds(void)
+{
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static void ask(job *j, double now)
+{
+    const double since = now - j->by->asked;
+    if (since < BETWEEN_POLLS && since >= 0.0) { /* negative: the clock was set */
+        return;
+    }
+    asking before = *j->by;
+    mine = (asking){.poll = NULL}; /* the poll may make calls of its own */
+    before.stopped = before.poll(before.context) != 0;
+    before.asked = seconds();
+    mine = before;
+    atomic_store(&j->stopped, mine.stopped);
+}
+
+/* Pieces grow or shrink until they take about PIECE. */
+static void run_pieces(job *j)
+{
+    size_t piece = j->grain;
+    while (!atomic_load(&j->stopped)) {
+        const size_t begin = atomic_fetch_add(&j->next, piece);
+        if (begin >= j->items) {
+            return;
+        }
+        const double before = seconds();
+        j->task(j->context, begin, piece < j->items - begin ? begin + piece : j->items);
+        const double now = seconds(), took = now - before;
+        if (took < PIECE / 2 && piece <= j->most / 2) {
+            piece *= 2;
+        } else if (took > 2 * PIECE && piece > 1) {
+            piece /= 2;
+        }
+        if (j->by == &mine) {
+            ask(j, now);
+        }
+    }
+}
+
 static void run_parts(job *j)
 {
+    if (j->by != NULL) {
+        run_pieces(j);
+        return;
+    }
     size_t share = j->items / j->parts, extra = j->items % j->parts;
     for (;;) {
         size_t p = atomic_fetch_add(&j->next, 1);
@@ -164,6 +231,13 @@ static void run_on_pool(job *j, int threads)
 
 static void join_parts(void *j) { run_parts(j); }
 
+void qins_set_poll(qins_poll poll, void *context)
+{
+    mine = (asking){.poll = poll, .context = context, .asked = poll != NULL ? seconds() : 0.0};
+}
+
+int qins_stopped(void) { return mine.stopped; }
+
 void qins_set_fork_join(qins_fork_join parallel)
 {
     PREPARE_FOR_FORK();
@@ -172,20 +246,28 @@ void qins_set_fork_join(qins_fork_join parallel)
 
 void qins_parallel(size_t items, size_t grain, int threads, void (*task)(void *, size_t, size_t), void *context)
 {
-    if (items == 0) {
+    if (items == 0 || mine.stopped) {
         return;
     }
-    size_t most = items / (grain > 0 ? grain : 1);
-    if (threads <= 1 || most <= 1) {
+    grain = grain > 0 ? grain : 1;
+    size_t most = items / grain;
+    const int serial = threads <= 1 || most <= 1;
+    if (serial && mine.poll == NULL) {
         task(context, 0, items);
         return;
     }
-    if ((size_t)threads > most) {
-        threads = (int)most;
-    }
+    threads = serial ? 1 : (size_t)threads > most ? (int)most : threads;
     job j = {.task = task, .context = context, .items = items};
     j.parts = (size_t)threads * PARTS_PER_THREAD < most ? (size_t)threads * PARTS_PER_THREAD : most;
+    j.by = mine.poll != NULL ? &mine : NULL;
+    j.grain = grain < items ? grain : items;
+    j.most = serial ? items : items / j.parts;
     atomic_init(&j.next, 0);
+    atomic_init(&j.stopped, 0);
+    if (serial) {
+        run_pieces(&j);
+        return;
+    }
     qins_fork_join other = atomic_load(&fork_join);
     if (other != NULL) {
         other(join_parts, &j, (unsigned)threads, 0);

@@ -137,6 +137,20 @@ def test_an_interrupted_run_resumes(tmp_path):
     assert first.stat().st_mtime_ns == kept
 
 
+def test_parts_left_beside_a_complete_file(tmp_path):
+    """As a process leaves them that is killed after a shard is complete and before they are deleted."""
+    save(make("llama"), tmp_path / "float", max_shard_size="40KB")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "whole", exact=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qins.checkpoint.quantizing._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    first = sorted((tmp_path / "out").glob("exact-*.safetensors"))[0]
+    first.with_name(first.name + ".parts").write_bytes(b"x")
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", exact=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_what_is_not_overwritten(tmp_path):
     save(make("llama"), tmp_path / "float")
     restored(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from qins.files import ShardWriter, Target, fingerprint
 from qins.system import locked
 
 transformers = pytest.importorskip("transformers")
+from gguf_files import write_gguf  # noqa: E402
 from peak import peak_memory  # noqa: E402
 from tiny import COMMON, MODELS, make, outputs, same_state  # noqa: E402
 from tiny_experts import MODELS as MOE  # noqa: E402
@@ -195,34 +197,6 @@ def test_fingerprint(tmp_path):
     assert fingerprint(reversed(paths)) == one
     (tmp_path / "a").write_bytes(b"x" * 2_999_999 + b"y")
     assert fingerprint(paths) != one
-
-
-def write_gguf(path, model, kind):
-    """Write a Llama model as llama.cpp's converter does: its names, and the halves of query and key interleaved."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, w in model.state_dict().items():
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in key:
-                w = w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-        stem = names.get_name(key.removesuffix(".weight"))
-        quantized = kind if w.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(w.numpy(), quantized)
-        writer.add_tensor(f"{stem}.weight", data, raw_dtype=quantized)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
@@ -425,6 +399,23 @@ def test_killed_before_the_first_file(source, tmp_path):
     quantize_checkpoint(source, out)
     assert "config.json" in tree(out)
     assert not list(out.glob("*progress*"))
+
+
+def test_killed_before_the_lock_is_deleted(source, tmp_path, monkeypatch):
+    """Everything is complete then, but for the file that says that it may not be."""
+    out, unlink = tmp_path / "out", os.unlink
+    quantize_checkpoint(source, tmp_path / "undisturbed")
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith("qins.lock"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"Input/output error: '.*qins\.lock'"):
+        patch.setattr("os.unlink", failing)
+        quantize_checkpoint(source, out)
+    quantize_checkpoint(source, out)
+    assert tree(out) == tree(tmp_path / "undisturbed")
 
 
 def test_two_at_once(source, tmp_path):

@@ -6,14 +6,17 @@
  *   test_core DIGESTS --no-fork where the emulator cannot start threads after a fork (qemu-user 7.2)
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "packed.h"
+#include "poll.h"
 #include "test_decoder.h"
 #include "test_exact.h"
 
@@ -1315,6 +1318,45 @@ static void serial_fork_join(void (*fn)(void *), void *data, unsigned threads, u
     }
 }
 
+/* Stops at the third poll, after calls of its own. */
+static int third(void *context)
+{
+    int *polls = context;
+    check(!qins_stopped() && covers(777, 1, 3), "calls in a poll", "core", (size_t)*polls, 0);
+    return ++*polls == 3;
+}
+
+static void wait_and_count(void *context, size_t begin, size_t end)
+{
+    for (size_t i = begin; i < end; i++) {
+        const struct timespec pause = {0, 5000000};
+        nanosleep(&pause, NULL);
+        atomic_fetch_add((atomic_size_t *)context, 1);
+    }
+}
+
+static void polling(int threads)
+{
+    enum { PAUSES = 5000 };
+    int polls = 0;
+    atomic_size_t done;
+    atomic_init(&done, 0);
+    qins_set_poll(third, &polls);
+    qins_parallel(PAUSES, 1, threads, wait_and_count, &done);
+    check(polls == 3 && qins_stopped(), "stopped", "core", (size_t)polls, (size_t)threads);
+    const size_t before = atomic_load(&done);
+    check(before > 0 && before < PAUSES, "left out", "core", before, (size_t)threads);
+    qins_parallel(PAUSES, 1, threads, wait_and_count, &done);
+    check(atomic_load(&done) == before, "later calls", "core", before, (size_t)threads);
+    polls = 10; /* never stops */
+    qins_set_poll(third, &polls);
+    for (size_t items = 0; items < 9999; items += 333) {
+        check(covers(items, 1 + items % 5, threads), "pieces", "core", items, (size_t)threads);
+    }
+    qins_set_poll(NULL, NULL);
+    check(!qins_stopped() && covers(1000, 1, threads), "after polling", "core", (size_t)threads, 0);
+}
+
 static void parallel(int with_fork)
 {
     static const size_t ITEMS[] = {0, 1, 2, 3, 7, 100, 9999};
@@ -1334,8 +1376,12 @@ static void parallel(int with_fork)
     } else {
         printf("NOT RUN fork: --no-fork\n");
     }
+    for (int threads = 1; threads <= 3; threads++) {
+        polling(threads);
+    }
     qins_set_fork_join(serial_fork_join);
     check(covers(1234, 1, 4), "fork-join", "core", 0, 0);
+    polling(3);
     qins_set_fork_join(NULL);
 }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..codec import EncodedArray
-from ..system import atomically, write_json
+from ..system import atomically, naming_file, read_json, write_json
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Store:
         about = directory / "about.json"
         directory.mkdir(parents=True, exist_ok=True)
         if about.exists():
-            if json.loads(about.read_text("utf-8")).get("fingerprint") != fingerprint:
+            if read_json(about).get("fingerprint") != fingerprint:
                 raise FileExistsError(
                     f"{directory}: holds an unfinished calibration of another model, with another text or other "
                     "settings; remove it"
@@ -58,7 +57,8 @@ class Store:
 
         if not self.has(name):
             return None
-        with safe_open(str(self.directory / f"{name}.safetensors"), "np") as f:
+        path = self.directory / f"{name}.safetensors"
+        with naming_file(path), safe_open(str(path), "np") as f:
             about = f.metadata()
             fields = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - not a dict
         e = EncodedArray.from_fields(about["codec"], fields, int(about["group_size"]) or None)

@@ -32,9 +32,10 @@ from ..files import (
     open_gguf,
     open_scaled,
     others_of,
+    remove_parts,
 )
 from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, find_source, hub_name, tokenized, write_card
-from ..system import atomically, locked, progress, require_memory, write_json
+from ..system import atomically, locked, naming_file, progress, read_json, require_memory, write_json
 from .planning import Item, Output, Plan, architecture, converted, plan
 from .recording import ItemRecorder
 
@@ -77,7 +78,7 @@ def _prepare(out: Path, fingerprint: str, needed: int) -> None:
     begun = out / _PROGRESS
     if begun.is_file():
         try:
-            told = json.loads(begun.read_text("utf-8")).get("fingerprint")
+            told = read_json(begun).get("fingerprint")
         except ValueError:
             told = None
         if told != fingerprint:
@@ -152,13 +153,15 @@ def quantize_checkpoint(
             raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
         checkpoint = open_gguf(checkpoint)
     checkpoint = open_scaled(checkpoint)
-    planned, quantizer = plan(checkpoint, config)
+    with naming_file(directory_of(checkpoint)):  # transformers reads files there, too
+        planned, quantizer = plan(checkpoint, config)
     if exact:
         check_restorable(checkpoint, planned.encoded_keys)
     _require_memory(checkpoint, planned)
     data = None
     if calibration is not None:
-        data = tokenized(directory_of(checkpoint), calibration.text, calibration.tokens)
+        with naming_file(directory_of(checkpoint)):
+            data = tokenized(directory_of(checkpoint), calibration.text, calibration.tokens)
         config.calibration = calibration.record(data)
     fingerprint = _fingerprint(checkpoint, config, exact)
     with _reserve(out):
@@ -169,7 +172,10 @@ def quantize_checkpoint(
         store, spending = None, None
         if calibration is not None and data is not None:
             store = Store(out / _CALIBRATION, fingerprint)
-            work = CheckpointCalibration(directory_of(checkpoint), architecture(checkpoint), data, store, show_progress)
+            with naming_file(directory_of(checkpoint)):
+                work = CheckpointCalibration(
+                    directory_of(checkpoint), architecture(checkpoint), data, store, show_progress
+                )
             if calibration.has_target:
                 spending = work.plan(planned.modules, calibration, config)
                 planned, quantizer = plan(checkpoint, config)
@@ -191,8 +197,7 @@ def quantize_checkpoint(
                     rest.write()
         config.checksums = dict(sorted(checksums.items()))
         base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
-        _finish(checkpoint, planned, config, out, base, spending)
-        return (
+        result = (
             {
                 "layers": len(planned.encoded),
                 "bytes_before": total,
@@ -205,6 +210,10 @@ def quantize_checkpoint(
             | ({} if spending is None else {"plan": spending})
             | ({"exact_bytes": exact_bytes(out), "not_restored": _not_restored(checkpoint)} if exact else {})
         )
+        _finish(checkpoint, planned, config, out, base, spending)
+    # after the lock is gone: until then a second run resumes, and finds everything complete
+    (out / _PROGRESS).unlink(missing_ok=True)
+    return result
 
 
 def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exact: bool) -> Any:
@@ -272,9 +281,13 @@ def _in_background(write: Write) -> Iterator[Write]:
         waiting.append((pool.submit(write, name, tensor, part), tensor.nbytes))
 
     with ThreadPoolExecutor(1) as pool:
-        yield later
-        for made, _ in waiting:
-            made.result()
+        try:
+            yield later
+            for made, _ in waiting:
+                made.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is queued will be deleted
+            raise
 
 
 def _announce(ahead: ReadAhead, store: Store | None, item: Item) -> None:
@@ -360,6 +373,6 @@ def _finish(
     beside = None if isinstance(checkpoint, GgufCheckpoint) else directory_of(checkpoint)
     estimate = None if spending is None else f"Estimated by the plan:\n\n```\n{spending}\n```"
     write_card(out, base, beside, estimate)
+    remove_parts(out)
     if (out / _CALIBRATION).exists():
         shutil.rmtree(out / _CALIBRATION)
-    (out / _PROGRESS).unlink()

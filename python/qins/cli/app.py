@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -68,8 +69,14 @@ app.command()(chat)
 app.command()(serve)
 
 
+def _terminate(number: int, frame: object) -> None:
+    """End as a shell does that a signal ended; unlike the default, this deletes temporary files."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line; a user error is one line on stderr and exit code 1, not a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
     quiet, verbose, arguments = split_arguments(sys.argv[1:])
     try:
         with naming_extras(), noise(quiet, verbose):

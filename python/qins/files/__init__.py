@@ -2,7 +2,7 @@
 
 from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
-from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, is_kept, others_of
+from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, is_kept, others_of, remove_parts
 from .gguf import GgufCheckpoint, open_gguf
 from .inspecting import inspect
 from .inspection_report import InspectionReport
@@ -42,6 +42,7 @@ __all__ = [
     "others_of",
     "read_json",
     "read_text",
+    "remove_parts",
     "require_decodable",
     "restore_checkpoint",
     "source_quantization",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..system import is_resident, page_in
+from ..system import is_resident, naming_file, page_in
 from .direct import KNOWN, aligned_memory, blocks_around, read_directly
 from .reading import Checkpoint
 
@@ -82,7 +82,7 @@ class ReadAhead:
 
 def _places(path: Path) -> dict[str, int]:
     """Return the offset of each tensor in a safetensors file that the library has already validated."""
-    with path.open("rb") as f:
+    with naming_file(path), path.open("rb") as f:
         header = f.read(int.from_bytes(f.read(8), "little"))
         start = f.tell()
     return {k: start + v["data_offsets"][0] for k, v in json.loads(header).items() if k != "__metadata__"}

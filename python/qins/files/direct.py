@@ -63,7 +63,7 @@ class DirectWriter:
 
     def truncate(self, size: int) -> None:
         """Set the file's size."""
-        self._file.truncate(size)
+        os.ftruncate(self._file.fileno(), size)  # unlike the file's own method, it resumes after a signal
 
     def write(self, data: memoryview, at: int) -> None:
         """Write bytes at offset `at`.
@@ -100,7 +100,7 @@ class DirectWriter:
     def _write_buffered(self, data: memoryview, at: int) -> None:
         self._file.seek(at)
         while data:
-            data = data[self._file.write(data) :]
+            data = data[self._file.write(data[:_REQUEST]) :]
 
     def close(self) -> None:
         """Close the file; closing it again does nothing."""

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from ..codec import RESTORABLE, EncodedArray, residual
-from ..system import atomically
+from ..system import atomically, naming_file
 from .reading import Checkpoint, checksum
 from .shards import ShardWriter, Target
 
 PREFIX = "exact-"
 METADATA = "qins_exact"
 VERSION = 1
+_PARTS = ".parts"  # follows the name of a file while its residuals are collected
 RAW = "#raw"  # follows the name of a tensor that is stored whole
 _REWRITTEN = ("config.json", "README.md", "model.safetensors.index.json")
 _MOST = 100 << 20  # bytes of a stored header or file: as many as a header of safetensors may have
@@ -41,7 +42,7 @@ def exact_name(file: str) -> str:
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     h = hashlib.sha256()
-    with path.open("rb") as f:
+    with naming_file(path), path.open("rb") as f:
         while chunk := f.read(_CHUNK):
             h.update(chunk)
     return h.hexdigest()
@@ -102,7 +103,7 @@ class ExactRecorder:
 
     def __init__(self, checkpoint: Checkpoint, file: Path, target: Path) -> None:
         self.checkpoint, self.file, self.target = checkpoint, file, target
-        self._spool_path = target.with_name(target.name + ".parts")
+        self._spool_path = target.with_name(target.name + _PARTS)
         self._spool_path.unlink(missing_ok=True)  # of a run that was killed, or a link
         self._spool: BinaryIO = self._spool_path.open("x+b")
         self._sizes: dict[str, int] = {}
@@ -118,7 +119,8 @@ class ExactRecorder:
     def matrix(self, layer: str, index: int | None, weights: torch.Tensor, codes: EncodedArray) -> None:
         """Record what restores a layer's matrix, or one of a stack; codes and weights have the same shape."""
         data = residual(weights, codes)
-        self._spool.write(data.data)
+        with naming_file(self._spool_path):
+            self._spool.write(data.data)
         self._sizes[stream_name(layer, index)] = data.nbytes
 
     def layer(self, key: str, layer: str, transposed: bool, index: int | None = None, row: int = 0) -> None:
@@ -143,7 +145,7 @@ class ExactRecorder:
 
     def write(self, others: Mapping[str, Any]) -> None:
         """Write the file; `others`: what to store about the original's files that hold no weights."""
-        with self.file.open("rb") as f:
+        with naming_file(self.file), self.file.open("rb") as f:
             header = f.read(8)
             header += f.read(int.from_bytes(header, "little"))
         about = {
@@ -153,7 +155,8 @@ class ExactRecorder:
         raw = {k: self.checkpoint.tensors[k] for k in self._raw}
         targets = [Target(name, "uint8", (size,)) for name, size in self._sizes.items()]
         targets += [Target(f"{k}{RAW}", "uint8", (t.bytes,)) for k, t in raw.items()]
-        self._spool.flush()
+        with naming_file(self._spool_path):
+            self._spool.flush()
         with (
             atomically(self.target) as temporary,
             ShardWriter(temporary, targets, {"format": "pt", METADATA: json.dumps(about)}) as writer,
@@ -165,6 +168,12 @@ class ExactRecorder:
                 at += size
             for key in raw:
                 writer.write(f"{key}{RAW}", bits_of(self.checkpoint.load(key)))
+
+
+def remove_parts(directory: Path) -> None:
+    """Delete temporary files that an interrupted conversion has left beside complete ones."""
+    for path in directory.glob(f"{PREFIX}*{_PARTS}"):
+        path.unlink()
 
 
 def stream_name(layer: str, index: int | None) -> str:
@@ -195,5 +204,6 @@ def others_of(directory: Path, copied: list[str], out: Path | None = None) -> di
         if path.name in copied and (out is None or _is_copy(path, out / path.name)):
             others[path.name] = {"sha256": sha256(path)}
         elif is_kept(path) or path.name in copied:
-            others[path.name] = {"bytes": packed_text(path.read_bytes())}
+            with naming_file(path):
+                others[path.name] = {"bytes": packed_text(path.read_bytes())}
     return others

@@ -5,7 +5,9 @@ Nothing here runs code from a file, and only requested tensors are read into mem
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickletools
 import zipfile
 import zlib
@@ -17,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..system import naming_extras, read_json, require_address_space
+from ..system import naming_extras, naming_file, read_json, require_address_space
 
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -36,6 +38,9 @@ _PICKLED = {
     "torch.serialization._get_layout", "torch._tensor._rebuild_from_type_v2", "torch.Tensor",
     "torch.storage.UntypedStorage", "torch.nn.parameter.Parameter",
 }  # fmt: skip
+
+
+_CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,7 @@ class Checkpoint:
             raise ValueError(f"{self.path}: tensors of GGUF files are listed, not loaded")
         if name in self._loaded:
             return self._loaded[name]
-        from safetensors import safe_open
-
-        with safe_open(self._where[name], framework="pt") as f:
+        with naming_file(self._where[name]), open_safetensors(self._where[name]) as f:
             tensor: torch.Tensor = f.get_tensor(name)
         return tensor
 
@@ -133,18 +136,31 @@ class Checkpoint:
             if self.format != "safetensors":
                 yield from ((n, self.load(n)) for n in here)
                 continue
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as f:
+            with naming_file(path), open_safetensors(path) as f:
                 for n in here:
                     yield n, f.get_tensor(n)
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file; a signal does not interrupt it, as it does torch's own opening."""
+    from safetensors import safe_open
+
+    while True:
+        try:
+            return safe_open(path, framework="pt")
+        except RuntimeError as e:
+            if os.strerror(errno.EINTR) not in str(e):
+                raise
 
 
 def checksum(tensor: torch.Tensor, before: str | None = None) -> str:
     """Return the CRC-32 of a tensor's bytes in hexadecimal; `before` is the CRC-32 of the preceding bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
-    return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    crc = int(before or "0", 16)
+    for at in range(0, len(data), _CHUNK):
+        crc = zlib.crc32(data[at : at + _CHUNK], crc)
+    return f"{crc:08x}"
 
 
 def verify(checkpoint: Checkpoint, checksums: Mapping[str, str]) -> tuple[int, list[str]]:
@@ -169,7 +185,7 @@ def fingerprint(files: Iterable[str | Path]) -> str:
     for path in sorted(map(Path, files), key=lambda p: p.name):
         size = path.stat().st_size
         h.update(size.to_bytes(8, "little"))
-        with path.open("rb") as f:
+        with naming_file(path), path.open("rb") as f:
             h.update(f.read(1 << 20))
             f.seek(max(size - (1 << 20), 0))
             h.update(f.read(1 << 20))
@@ -211,7 +227,7 @@ def open_files(files: Iterable[str | Path], config: dict[str, Any]) -> Checkpoin
 
 
 def _format(path: Path) -> str:
-    with path.open("rb") as f:
+    with naming_file(path), path.open("rb") as f:
         start = f.read(16)
     if start[:4] == b"GGUF":
         return "gguf"
@@ -276,11 +292,11 @@ def _add_file(checkpoint: Checkpoint, path: Path) -> None:
 
 def _read_safetensors(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     with naming_extras():
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
     require_address_space(path.stat().st_size if path.is_file() else 0, f"{path}: mapping it")
     try:
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             checkpoint.metadata |= f.metadata() or {}
             for i, name in enumerate(f.keys()):
                 part = f.get_slice(name)
@@ -371,7 +387,7 @@ def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     with naming_extras():
         import gguf
     size = path.stat().st_size
-    with path.open("rb") as f:
+    with naming_file(path), path.open("rb") as f:
         head = f.read(24)
     # bound the counts: every tensor and every key takes at least 12 bytes of the header
     counts = [int.from_bytes(head[i : i + 8], "little") for i in (8, 16)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from ..calibration import Choice, Layer, Store, Text, choose_codes, cut, plan_layers, split
 from ..codec import LOG_BITS
 from ..nn import ConversionReport, QINSExperts, QINSLinear, projections
-from ..system import progress, read_text, write_json
+from ..system import progress, read_json, read_text, write_json
 from .choosing import chosen_layers
 from .config import QinsConfig
 from .embeddings import loaded
@@ -147,10 +146,10 @@ class CheckpointCalibration:
                     self.model, layers, self.text, calibration.target_bits, calibration.target_kld, mapped=True,
                     advance=advance,
                 )  # fmt: skip
-            about = {"formats": made.formats, "left": made.left, "words": str(made), "bits": made.bits,
+            plan = {"formats": made.formats, "left": made.left, "words": str(made), "bits": made.bits,
                      "kld": made.kld}  # fmt: skip
-            write_json(path, about)
-        about = json.loads(path.read_text("utf-8"))
+            write_json(path, plan)
+        about = read_json(path)
         formats = about["formats"].items()
         config.overrides = {n: {"codec": codec, "group_size": s} for n, (codec, s) in formats} | config.overrides
         config.exclude = [*config.exclude, *about["left"]]

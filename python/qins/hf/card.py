@@ -12,7 +12,7 @@ from typing import Any
 
 from ..codec import LOG_BITS
 from ..files import EncodedLayer, open_checkpoint
-from ..system import atomically, upward
+from ..system import atomically, naming_file, upward
 
 logger = logging.getLogger("qins")
 
@@ -78,7 +78,8 @@ def hub_name(name: Any) -> str | None:
 
 
 def _read(path: Path) -> str:
-    return path.read_text("utf-8", "replace") if path.is_file() else ""
+    with naming_file(path):
+        return path.read_text("utf-8", "replace") if path.is_file() else ""
 
 
 def _card(directory: Path, base: str | None, original: str, tags: Any, fidelity: str | None) -> str:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..system import naming_file
+
 
 def require_transformers() -> Any:
     """Import transformers, or raise an ImportError that names the extra to install."""
@@ -29,7 +31,8 @@ def loading(what: str, where: str | Path) -> Iterator[None]:
     Errors that the command line shows as they are pass unchanged.
     """
     try:
-        yield
+        with naming_file(where):
+            yield
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError):
         raise
     except Exception as e:

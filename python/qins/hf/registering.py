@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 
 from ..files import source_quantization
 from ..nn import CodedWeight, after_conversion
+from ..system import naming_file
 from .config import QinsConfig
 from .decoding import decode_in_steps
 from .embeddings import untie
@@ -55,8 +56,11 @@ def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
         ValueError: it was not saved by qins, or differs from what was saved.
 
     """
-    if verify:
-        kwargs["quantization_config"] = QinsConfig(verify=True)
+    with naming_file(path):
+        return _load(path, kwargs | ({"quantization_config": QinsConfig(verify=True)} if verify else {}))
+
+
+def _load(path: str | Path, kwargs: dict[str, Any]) -> Any:
     told, _ = transformers.PretrainedConfig.get_config_dict(path)
     about = told.get("quantization_config") or {}
     if not isinstance(about, dict):

@@ -16,6 +16,7 @@ from .machine import (
     require_memory,
     reset_peak_resident_bytes,
 )
+from .naming import naming_file
 from .pages import give_back_freed_memory, is_resident, let_go, page_in, page_out
 from .progress_bar import allow_bars, progress
 from .text import read_json, read_text
@@ -36,6 +37,7 @@ __all__ = [
     "let_go",
     "locked",
     "naming_extras",
+    "naming_file",
     "page_in",
     "page_out",
     "peak_resident_bytes",

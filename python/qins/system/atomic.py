@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .naming import naming_file
+
 
 @contextmanager
 def atomically(target: Path) -> Iterator[Path]:
@@ -18,20 +20,21 @@ def atomically(target: Path) -> Iterator[Path]:
     temporary = target.with_name(target.name + ".tmp")
     if temporary.is_symlink():  # writing would follow it
         temporary.unlink()
-    try:
-        yield temporary
-        with temporary.open("r+b") as f:
-            os.fsync(f.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with naming_file(target):
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            yield temporary
+            with temporary.open("r+b") as f:
+                os.fsync(f.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if hasattr(os, "O_DIRECTORY"):
+            handle = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 @contextmanager
@@ -45,9 +48,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
-            _lock(file, what)
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder deleted it meanwhile
-                break
+            with naming_file(path):
+                _lock(file, what)
+                if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                    break  # else its holder deleted it meanwhile
         except BaseException:
             os.close(file)
             raise
@@ -55,9 +59,12 @@ def locked(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.platform != "win32":  # while still locked, so that nobody waits on a deleted file
-            path.unlink(missing_ok=True)
-        os.close(file)
+        try:
+            if sys.platform != "win32":  # while still locked, so that nobody waits on a deleted file
+                path.unlink(missing_ok=True)
+        finally:
+            with naming_file(path):
+                os.close(file)
         if sys.platform == "win32":  # which cannot delete open files, not even another holder's
             with suppress(OSError):
                 path.unlink()

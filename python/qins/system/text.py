@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .naming import naming_file
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds.
@@ -15,7 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
+        with naming_file(path):
+            value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as JSON: {e}") from None
     if not isinstance(value, dict):
@@ -31,6 +34,7 @@ def read_text(path: str | Path) -> str:
 
     """
     try:
-        return Path(path).read_text("utf-8")
+        with naming_file(path):
+            return Path(path).read_text("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: expected a text file in UTF-8: {e}") from None
