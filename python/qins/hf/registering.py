@@ -72,7 +72,7 @@ def _load(path: str | Path, kwargs: dict[str, Any]) -> Any:
     if not names:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         names = config.architectures or ["AutoModel"]
-    cls = getattr(transformers, names[0], None) if isinstance(names, list) and isinstance(names[0], str) else None
+    cls: Any = getattr(transformers, names[0], None) if isinstance(names, list) and isinstance(names[0], str) else None
     # any other object of transformers would be called with what the file says
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known and names != ["AutoModel"]:
