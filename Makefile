@@ -45,14 +45,16 @@ test-long: $(VENV)/installed-dev
 test-rooms: $(VENV)/installed-dev
 	set -e; for room in $(ROOMS); do \
 	    echo "== $$room, without the rooms above it"; \
-	    $(PYTEST) -m "not slow and not long" --room $$room; \
+	    $(PYTEST) -m "not slow and not long" --room $$room --first; \
 	done
 
-# what depends on the instruction set, under each but the best
+# what depends on the instruction set, under each but the best; all of it with AVX2, which most processors have as their
+# best, one case of each test with the others, whose kernels the core's tests compare with the scalar ones
 test-isas: $(VENV)/installed-dev
 	set -e; for isa in $$($(BIN)/python -c 'import qins; print(*qins.isas()[1:])'); do \
 	    echo "== Python suite, $$isa"; \
-	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" tests; \
+	    first=$$(test $$isa = avx2 || echo --first); \
+	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" $$first tests; \
 	done
 
 # other versions of transformers than constraints.txt has, each in a directory that comes first on the path
@@ -96,7 +98,7 @@ trust-fuzz: $(VENV)/installed-dev
 
 # the short form of the targets in C; that of the readers is in the Python suite
 test-fuzz:
-	SECONDS_EACH=20 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
+	SECONDS_EACH=10 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests

@@ -26,6 +26,7 @@ class Hidden(importlib.abc.MetaPathFinder):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--room", help="run the tests of this room of the package, with those above it hidden")
+    parser.addoption("--first", action="store_true", help="run each test with its first parameters only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,8 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --room, run each test with its first parameters only: imports do not depend on the others."""
-    if config.getoption("room") is None:
+    if not config.getoption("first"):
         return
     first: dict[tuple[Path, object], pytest.Item] = {}
     for item in items:
