@@ -69,19 +69,29 @@ app.command()(chat)
 app.command()(serve)
 
 
-def _terminate(number: int, frame: object) -> None:
-    """End as a shell does that a signal ended; unlike the default, this deletes temporary files."""
+_received: list[int] = []  # signals that end the process
+
+
+def _end(number: int, frame: object) -> None:
+    """End as a shell does that a signal ended; unlike SIGTERM's default, this deletes temporary files."""
+    _received.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
 
 
 def main() -> None:
     """Run the command line; a user error is one line on stderr and exit code 1, not a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as it is after nohup
+        signal.signal(signal.SIGINT, _end)
     quiet, verbose, arguments = split_arguments(sys.argv[1:])
     try:
         with naming_extras(), noise(quiet, verbose):
             app(arguments)
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as e:
+        if _received:  # torch replaces what a signal's handler raises within its calls by errors of its own
+            sys.exit(128 + _received[-1])
         told = str(e) or "out of memory"
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(told)}", highlight=False)
         sys.exit(1)
