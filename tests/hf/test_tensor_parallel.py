@@ -94,6 +94,7 @@ def results(tmp_path_factory):
     return get
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_compute_and_save_as_one(results, case):
     path, one, ranks = results(case)

@@ -14,6 +14,7 @@ PROGRAM = Path(__file__).parent / "allocations.py"
 
 
 @pytest.mark.once
+@pytest.mark.long
 def test_every_allocation_fails_once():
     if "CS_GNU_LIBC_VERSION" not in os.confstr_names or shutil.which(os.environ.get("CC", "cc")) is None:
         pytest.skip("NOT RUN: failing allocations need glibc and a C compiler")

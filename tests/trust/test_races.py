@@ -20,6 +20,7 @@ def run(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.long
 def test_threads_that_share_everything():
     with_torch = ["--torch"] if importlib.util.find_spec("torch") else []
     done = run(HERE / "stress.py", "--seconds", "3", *with_torch)
