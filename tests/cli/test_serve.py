@@ -188,6 +188,24 @@ def test_stop_strings(served, expected):
     assert served.chat("w30", stop="w999").choices[0].message.content == expected("w8 w30 w7", coded=served.coded)
 
 
+def test_generating_ahead_of_a_stop_string():
+    """Under load, tokens are there before the text is read in which a stop string is found."""
+    from qins.cli.answering import _Stopping
+
+    class Streamer:
+        cancelled = False
+
+        def cancel(self):
+            self.cancelled = True
+
+    streamer = type("Stopped", (_Stopping, Streamer), {})()
+    streamer.ids, streamer.total_tokens = [*range(64)], 64
+    streamer.stop(lambda tokens: " ".join(map(str, tokens)), ["99", "3 4"])
+    assert streamer.cancelled
+    streamer.total_tokens += 1  # one more until generating ends
+    assert streamer.total_tokens == 4
+
+
 def test_logprobs_are_not_there(served):
     """transformers' server ignores the request for them; the documentation says so."""
     assert served.chat("w30", logprobs=True).choices[0].logprobs is None
@@ -377,7 +395,7 @@ def test_streams_end_before_stop_strings(text, stops, data):
         got = []
         while (item := await until.get()) is not None:
             got.append(item)
-        return "".join(got), until.stopped
+        return "".join(got), bool(cancelled)
 
     # the first to be complete counts, as for a stream of single characters
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]

@@ -46,16 +46,12 @@ class UntilStop:
         stops: stop strings.
         cancel: called when one is found.
 
-    Attributes:
-        stopped: whether one was found.
-
     """
 
     def __init__(self, queue: asyncio.Queue[Any], stops: Sequence[str], cancel: Callable[[], None]) -> None:
         self._queue, self._stops, self._cancel = queue, stops, cancel
         self._held = ""  # the end of the text so far, if a stop string may begin there
         self._ready: deque[Any] = deque()
-        self.stopped = False
 
     async def get(self) -> Any:
         """Return the next item; None is the last."""
@@ -82,7 +78,6 @@ class UntilStop:
         text = self._held + item
         found = [text.find(s) for s in self._stops if s in text]
         if found:
-            self.stopped = True
             self._ready += [text[: min(found)], None] if min(found) else [None]
             self._cancel()
             return
@@ -151,13 +146,12 @@ class _Answering:
         request_id = f"{request_id}-{next(self._numbers)}"  # clients may choose ids, even one for several requests
         sampling = _Sampling(model, gen_config)
         queue, streamer = self._begin(model, processor, inputs, gen_config, request_id, response_parser, sampling)
-        return UntilStop(queue, stops, streamer.cancel), streamer
+        return UntilStop(queue, stops, lambda: streamer.stop(processor.decode, stops)), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
         """Return the text of an answer, the number of the prompt's tokens, and the answer's tokens."""
-        stops = gen_config.stop_strings
         queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
         text = ""
         try:
@@ -168,17 +162,45 @@ class _Answering:
         except asyncio.CancelledError:  # the client went away
             streamer.cancel()
             raise
-        tokens, ids = list(streamer.ids), inputs["input_ids"]
-        if queue.stopped:  # transformers parses tool calls in the tokens, not in the text
-            stops = [stops] if isinstance(stops, str) else stops
-            while tokens and any(s in processor.decode(tokens) for s in stops):
-                tokens.pop()
+        tokens, ids = streamer.ids[: streamer.total_tokens], inputs["input_ids"]
         return text, len(ids) if isinstance(ids, list) else ids.shape[-1], tokens
 
 
-class _DirectStreamer(DirectStreamer):
-    ids: list[int]
+class _Stopping:
+    """A streamer that can be stopped; transformers reads off `total_tokens` whether the limit ended an answer.
 
+    Attributes:
+        ids: the tokens so far. After a stop there may be more: generating may be ahead of the text that is read.
+
+    """
+
+    ids: list[int]
+    _total = 0
+    _stopped: int | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of the answer's tokens."""
+        return self._total if self._stopped is None else self._stopped
+
+    @total_tokens.setter
+    def total_tokens(self, n: int) -> None:
+        self._total = n
+
+    def stop(self, decode: Callable[[list[int]], str], stops: Sequence[str]) -> None:
+        """Generate no more, and count only the tokens before a stop string."""
+        self.cancel()
+        tokens = list(self.ids)
+        while tokens and any(s in decode(tokens) for s in stops):
+            tokens.pop()
+        self._stopped = len(tokens)
+
+    def cancel(self) -> None:
+        """Generate no more."""
+        super().cancel()  # type: ignore[misc]  # of transformers' streamer
+
+
+class _DirectStreamer(_Stopping, DirectStreamer):
     def put(self, value: Tensor) -> None:
         if self._first:
             self.ids = []
@@ -221,9 +243,7 @@ class OneByOne(_Answering, GenerateManager):  # type: ignore[misc]  # tokens are
         return queue, streamer
 
 
-class _CBStreamer(CBStreamer):
-    ids: list[int]
-
+class _CBStreamer(_Stopping, CBStreamer):
     def put(self, output: Any) -> None:
         self.ids = output.generated_tokens
         super().put(output)
