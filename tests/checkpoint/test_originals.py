@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -137,6 +138,8 @@ def test_upload(tmp_path, monkeypatch, within):
     model = load(cls, tmp_path / "float")
     repo = type("Repo", (), {"repo_id": "name/model"})
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: repo)
+    for module in ("transformers.modeling_utils", "transformers.utils.hub"):  # which would ask the hub for a card
+        monkeypatch.setattr(f"{module}.create_and_tag_model_card", mock.MagicMock())
     if within:
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     else:
