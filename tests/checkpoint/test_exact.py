@@ -16,29 +16,18 @@ from safetensors.torch import load_file, save_file
 import qins
 from qins.checkpoint import quantize_checkpoint, quantizing
 from qins.checkpoint.recording import ItemRecorder
-from qins.files import RestoredCheckpoint, exact_bytes, inspect, open_checkpoint, restore_checkpoint
+from qins.files import RestoredCheckpoint, exact_bytes, inspect, restore_checkpoint
 from qins.files.exact import packed_text
 
 transformers = pytest.importorskip("transformers")
+from originals import save, tree, whole_tensors  # noqa: E402
 from tiny import make, outputs  # noqa: E402
 from tiny_experts import MODELS as MOE  # noqa: E402
 from tiny_experts import V5  # noqa: E402
 from tiny_experts import make as moe  # noqa: E402
-from tokens import save_tokenizer  # noqa: E402
 from tokens import text as words  # noqa: E402
 
 pytestmark = pytest.mark.once
-
-
-def tree(path):
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
-
-
-def save(model, path, dtype=torch.bfloat16, **options):
-    model.to(dtype).save_pretrained(path, **options)
-    (path / "README.md").write_text("# Original\n")
-    save_tokenizer(path)
-    return model
 
 
 def restored(tmp_path, config=None, **options):
@@ -49,12 +38,6 @@ def restored(tmp_path, config=None, **options):
     assert tree(tmp_path / "back") == tree(tmp_path / "float")
     assert result["exact_bytes"] == exact_bytes(tmp_path / "out") > 0
     return result
-
-
-def whole_tensors(path):
-    """Names of the tensors of the original that are stored whole."""
-    files = (open_checkpoint(file) for file in path.glob("exact-*.safetensors"))
-    return [k for f in files for k in f.tensors if k.endswith("#raw")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

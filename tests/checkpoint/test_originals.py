@@ -16,23 +16,13 @@ from qins.checkpoint import quantize_checkpoint
 from qins.files import exact_bytes, open_checkpoint, restore_checkpoint
 
 transformers = pytest.importorskip("transformers")
+from originals import save, tree, whole_tensors  # noqa: E402
 from tiny import make, outputs  # noqa: E402
 from tiny_experts import MODELS as MOE  # noqa: E402
 from tiny_experts import make as moe  # noqa: E402
 from tokens import save_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.once
-
-
-def tree(path):
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
-
-
-def original(model, path, dtype=torch.bfloat16, **options):
-    model.to(dtype).save_pretrained(path, **options)
-    (path / "README.md").write_text("# Original\n")
-    save_tokenizer(path)
-    return type(model)
 
 
 def load(cls, path, dtype="auto", **options):
@@ -45,15 +35,10 @@ def check_restored(tmp_path, out="out", back="back"):
     assert tree(tmp_path / back) == tree(tmp_path / "float")
 
 
-def whole_tensors(path):
-    files = (open_checkpoint(file) for file in path.glob("exact-*.safetensors"))
-    return sorted(k.removesuffix("#raw") for f in files for k in f.tensors if k.endswith("#raw"))
-
-
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert", "phi3"])
 @pytest.mark.parametrize("options", [{}, {"lm_head": True, "embeddings": True, "codec": "log4"}], ids=str)
 def test_architectures(tmp_path, name, options):
-    cls = original(make(name), tmp_path / "float")
+    cls = type(save(make(name), tmp_path / "float"))
     model = load(cls, tmp_path / "float", **options)
     model.save_pretrained(tmp_path / "out")
     check_restored(tmp_path)
@@ -74,7 +59,7 @@ def test_architectures(tmp_path, name, options):
 
 @pytest.mark.parametrize("name", MOE)
 def test_experts(tmp_path, name):
-    cls = original(moe(name), tmp_path / "float")
+    cls = type(save(moe(name), tmp_path / "float"))
     load(cls, tmp_path / "float").save_pretrained(tmp_path / "out")
     check_restored(tmp_path)
     assert whole_tensors(tmp_path / "out") == []
@@ -82,7 +67,7 @@ def test_experts(tmp_path, name):
 
 def test_several_files(tmp_path):
     """The original has several files, and the codes are split elsewhere; files of another original are removed."""
-    cls = original(make("llama"), tmp_path / "float", max_shard_size="40KB")
+    cls = type(save(make("llama"), tmp_path / "float", max_shard_size="40KB"))
     model = load(cls, tmp_path / "float")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "exact-other.safetensors").write_bytes(b"old")
@@ -93,7 +78,7 @@ def test_several_files(tmp_path):
 
 def test_what_changed_since_loading(tmp_path):
     """Trained norms and another dtype are stored whole; codes that were changed only make residuals larger."""
-    cls = original(make("llama"), tmp_path / "float")
+    cls = type(save(make("llama"), tmp_path / "float"))
     model = load(cls, tmp_path / "float")
     with torch.no_grad():
         model.model.norm.weight += 1
@@ -111,14 +96,14 @@ def test_what_changed_since_loading(tmp_path):
 
 def test_without_its_head(tmp_path):
     """A base model is saved under other names than its checkpoint has."""
-    original(make("llama"), tmp_path / "float")
+    save(make("llama"), tmp_path / "float")
     load(transformers.LlamaModel, tmp_path / "float").save_pretrained(tmp_path / "out")
     check_restored(tmp_path)
     assert whole_tensors(tmp_path / "out") == ["lm_head.weight"]
 
 
 def test_files_beside_the_weights(tmp_path):
-    cls = original(make("llama"), tmp_path / "float")
+    cls = type(save(make("llama"), tmp_path / "float"))
     (tmp_path / "float" / "notes.txt").write_text("kept")
     load(cls, tmp_path / "float").save_pretrained(tmp_path / "out")
     save_tokenizer(tmp_path / "out")  # later, as usual
@@ -134,7 +119,7 @@ def test_upload(tmp_path, monkeypatch, within):
         uploaded.extend(p.name for p in Path(working_dir).iterdir())
 
     monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", upload)
-    cls = original(make("llama"), tmp_path / "float")
+    cls = type(save(make("llama"), tmp_path / "float"))
     model = load(cls, tmp_path / "float")
     repo = type("Repo", (), {"repo_id": "name/model"})
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: repo)
@@ -149,13 +134,13 @@ def test_upload(tmp_path, monkeypatch, within):
 
 def test_dequantized(tmp_path):
     """A model that is no longer quantized is saved as it is."""
-    cls = original(make("llama"), tmp_path / "float")
+    cls = type(save(make("llama"), tmp_path / "float"))
     load(cls, tmp_path / "float").dequantize().save_pretrained(tmp_path / "out")
     assert exact_bytes(tmp_path / "out") == 0
 
 
 def test_refusals(tmp_path):
-    cls = original(make("llama"), tmp_path / "float")
+    cls = type(save(make("llama"), tmp_path / "float"))
     load(cls, tmp_path / "float").save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="exact: expected a model that is loaded from files of floats, got codes"):
         load(cls, tmp_path / "out")
@@ -172,14 +157,14 @@ def test_refusals(tmp_path):
     shutil.rmtree(tmp_path / "float")
     with pytest.raises(FileNotFoundError, match="float"):
         model.save_pretrained(tmp_path / "late")
-    original(make("llama"), tmp_path / "wide", torch.float32)
+    save(make("llama"), tmp_path / "wide", torch.float32)
     with pytest.raises(ValueError, match="exact restoring expects bfloat16 or float16, got float32"):
         load(cls, tmp_path / "wide")
 
 
 def test_values(tmp_path):
     """The codes are those without `exact`."""
-    cls = original(make("llama"), tmp_path / "float")
+    cls = type(save(make("llama"), tmp_path / "float"))
     load(cls, tmp_path / "float").save_pretrained(tmp_path / "out")
     cls.from_pretrained(tmp_path / "float", quantization_config=qins.QinsConfig()).save_pretrained(tmp_path / "plain")
     one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "plain"))
