@@ -83,11 +83,10 @@ class _Saved:
 
     def record(self, item: Item, recorder: ItemRecorder) -> None:
         """Record an item: residuals to the codes of its layers, or where equal bits are, or its tensors whole."""
-        if all(o.codec and self._layer(o) for o in item.outputs):
+        layers = [layer for o in item.outputs if o.codec and (layer := self._layer(o)) is not None]
+        if len(layers) == len(item.outputs):
             made = converted(item, self.model, recorder.checkpoint.load)
-            for output in item.outputs:
-                layer = self._layer(output)
-                assert layer is not None
+            for output, layer in zip(item.outputs, layers, strict=True):
                 output.stem = f"{layer.name}."  # what ItemRecorder calls it
                 floats = made[output.name]
                 for part, (matrix, encoded) in enumerate(

@@ -20,6 +20,7 @@ from ..hf import (
     guard,
     input_embedding,
     loading,
+    model_class,
     pending_experts,
     pending_layers,
     tied_output,
@@ -299,13 +300,11 @@ def _patterns(item: Item, model: Any) -> dict[str, Any]:
 
 def architecture(checkpoint: Checkpoint) -> Any:
     """Return transformers' class of the model."""
-    import transformers
-
     # transformers 4 saves the architecture of Qwen2-VL in text_config
     text = checkpoint.config.get("text_config") or {}
     name = (checkpoint.config.get("architectures") or text.get("architectures") or [""])[0]
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    cls = model_class(name)
+    if cls is None:
         raise ValueError(f"{checkpoint.path}: this version of transformers has no architecture {name!r}")
     return cls
 

@@ -11,7 +11,15 @@ from ..system import lazily
 from .card import CARD, UploadWithCard, hub_name, write_card
 from .config import QinsConfig
 from .embeddings import input_embedding, tied_output, tied_to
-from .models import load_causal_lm, load_tokenizer, loading, not_found, require_causal_lm, require_transformers
+from .models import (
+    load_causal_lm,
+    load_tokenizer,
+    loading,
+    model_class,
+    not_found,
+    require_causal_lm,
+    require_transformers,
+)
 from .modules import pending_experts, pending_layers
 from .names import Names, guard
 from .packaged import cache_directory, find_model
@@ -45,6 +53,7 @@ __all__ = [
     "load_floats",
     "load_tokenizer",
     "loading",
+    "model_class",
     "not_found",
     "one_by_one",
     "pending_experts",

@@ -102,10 +102,9 @@ def room_for(kept: Any, tokens: int) -> tuple[Room | CodedRoom, int]:
     """Return memory with room for this many tokens after a cache layer's own, and the number of its own."""
     if isinstance(kept, QINSLayer):
         kept.tokens.reserve(tokens)
-        coded = getattr(kept, "_qins_room", None)
-        if coded is None or not coded.is_of(kept.tokens):
-            coded = kept._qins_room = CodedRoom(kept.tokens)
-        return coded, kept.tokens.length
+        if kept._qins_room is None or not kept._qins_room.is_of(kept.tokens):
+            kept._qins_room = CodedRoom(kept.tokens)
+        return kept._qins_room, kept.tokens.length
     keys, values = kept.keys, kept.values
     past = keys.shape[2]
     room: Room | None = getattr(kept, "_qins_room", None)

@@ -19,6 +19,14 @@ def require_transformers() -> Any:
     return transformers
 
 
+def model_class(name: Any) -> Any:
+    """Return transformers' class of this name; None if it is not a model's, since anything else could be called."""
+    import transformers
+
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
+
+
 def not_found(name: str | Path, error: Exception) -> FileNotFoundError:
     """Return the error for a name that is neither a directory nor an available model on the hub."""
     return FileNotFoundError(f"{name}: neither a directory nor an available model on the hub: {error}")

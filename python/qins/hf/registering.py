@@ -21,6 +21,7 @@ from ..system import naming_file
 from .config import QinsConfig
 from .decoding import decode_in_steps
 from .embeddings import untie
+from .models import model_class
 from .quantizer import QinsHfQuantizer
 from .released import require_encodable
 from .saving import prepare_saving
@@ -72,10 +73,10 @@ def _load(path: str | Path, kwargs: dict[str, Any]) -> Any:
     if not names:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         names = config.architectures or ["AutoModel"]
-    cls: Any = getattr(transformers, names[0], None) if isinstance(names, list) and isinstance(names[0], str) else None
-    # any other object of transformers would be called with what the file says
-    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    if not known and names != ["AutoModel"]:
+    cls = model_class(names[0]) if isinstance(names, list) else None
+    if names == ["AutoModel"]:
+        cls = transformers.AutoModel
+    if cls is None:
         raise ValueError(f"{path}: architectures: expected a list of classes of transformers, got {names!r}")
     return cls.from_pretrained(path, **kwargs)
 
