@@ -47,7 +47,7 @@ def weights(rows, cols, dtype=np.float32):
     return np.tile(rng.standard_normal((16, cols)).astype(dtype), (-(-rows // 16), 1))[:rows]
 
 
-def encoding(rows=1 << 13):
+def encoding(rows=1 << 14):
     w = weights(rows, 2048)
     codes, groups = np.full((rows, 1024), FILL, np.uint8), np.zeros((rows, 64), np.uint8)
     arrays = (codes, np.zeros(rows, np.float32), groups)
@@ -63,7 +63,7 @@ def feeding(size=4096):
     return codes, lambda: _core.feedback("log8", w, order, factors, arrays, 2.0, 64, qins.get_num_threads())
 
 
-def multiplying(size=4096, batch=2048):
+def multiplying(size=4096, batch=8192):
     e = qins.encode(weights(size, size), group_size=64)
     x, y = weights(batch, size), np.full((batch, size), FILL, np.float32)
     return y, lambda: qins.matmul(x, e, out=y)
@@ -78,9 +78,19 @@ def test_raising(name, threads):
     """The call ends with the exception, before it has written everything, and the next call is as any other."""
     result, call = CALLS[name]()
     qins.set_num_threads(threads)
-    with pytest.raises(Stopped), alarms(stop):
-        call()
-    assert (result == FILL).mean() > 0.02
+    start = time.perf_counter()
+    call()
+    whole = time.perf_counter() - start
+    # the thread that polls may itself be waiting for a processor while the others finish: not every try tells
+    for part in (0.4, 0.2, 0.1, 0.05, 0.02):
+        result[...] = FILL
+        with pytest.raises(Stopped), alarms(stop, part * whole):
+            call()
+            time.sleep(10)
+        if (result == FILL).mean() > 0.02:
+            break
+    else:
+        pytest.fail("every call went on to its end")
     again = qins.encode(weights(64, 128))
     assert np.array_equal(again.decode(), qins.encode(weights(64, 128)).decode())
 
