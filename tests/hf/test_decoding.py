@@ -16,7 +16,8 @@ import qins
 
 transformers = pytest.importorskip("transformers")
 from tiny import COMMON  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
+from transformers import DynamicCache, StaticCache  # noqa: E402
+from transformers.cache_utils import StaticLayer  # noqa: E402
 
 from qins.hf import layer_description  # noqa: E402
 
@@ -48,6 +49,7 @@ FAMILIES = {
 WHOLE = {n: [False] * 4 for n in ("Mixtral", "GptOss", "GraniteMoe")} | {"Qwen3Moe": [False, True, False, False]}
 # transformers 4 passes these models' layers the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
+COUNTED = "cumulative_length" in StaticLayer.__annotations__
 
 
 def family(name, **more):
@@ -360,13 +362,72 @@ def test_caches_that_share_memory_stay_apart(model):
         assert torch.equal(go_on(pickle.loads(pickle.dumps(prefix)), 11), go_on(copy.deepcopy(prefix), 11))
 
 
+@pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "batch", "padding"), [("Llama", 1, 0), ("Qwen3", 3, 4), ("Gemma2", 1, 0), ("GptOss", 3, 4)]
+)
+def test_static_caches(name, batch, padding, at_once):
+    """Layers with a sliding window keep their modules; others write to the cache's own tensors, also the last token."""
+    model = family(name)
+    ids, mask = texts(batch, padding=padding)
+
+    def run():
+        cache = StaticCache(model.config, max_cache_len=ids.shape[1])
+        first = logits(model, ids[:, :12], mask, cache=cache)
+        where = [layer.keys.data_ptr() for layer in cache.layers]
+        found = logits(model, ids, mask, at_once=at_once, cache=cache) if not cache.reset() else first
+        assert [layer.keys.data_ptr() for layer in cache.layers] == where
+        full = [layer for layer in cache.layers if type(layer) is StaticLayer]
+        assert all(int(layer.cumulative_length) == ids.shape[1] for layer in full)
+        return found, [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+    got, states = run()
+    assert [n > 0 for n in proved(model)] == [
+        type(layer) is StaticLayer for layer in StaticCache(model.config, 8).layers
+    ]
+    without_steps(model)
+    want, kept = run()
+    assert divergence(got, want) < 1e-8
+    for a, b in zip(states, kept, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_generate_with_a_static_cache(how):
+    model = family("Llama", initializer_range=0.2)
+    ids, mask = texts(2, tokens=10)
+    arguments = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **how}
+    got = model.generate(ids, cache_implementation="static", **arguments)
+    assert all(proved(model))
+    without_steps(model)
+    assert torch.equal(got, model.generate(ids, cache_implementation="static", **arguments))
+
+
+@pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
+@torch.no_grad()
+def test_a_full_static_cache(model):
+    """It has the modules' error, and nothing is written beyond its memory."""
+    ids, mask = texts(tokens=20)
+    cache = StaticCache(model.config, max_cache_len=19)
+    logits(model, ids[:, :19], mask[:, :19], cache=cache)
+    kept = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids[:, 19:], past_key_values=cache)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, cache.layers, strict=True))
+
+
 def test_other_caches_run_the_modules(model):
+    class Other(DynamicCache):
+        pass
+
     ids, _ = texts(tokens=10)
     want = model.generate(ids, max_new_tokens=10, do_sample=False)
     for layer in layers_of(model):
         layer._qins_step._proved.clear()
-    static = model.generate(ids, max_new_tokens=10, do_sample=False, cache_implementation="static")
-    assert torch.equal(static, want)
+    found = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=Other(config=model.config))
+    assert torch.equal(found, want)
     assert not any(proved(model))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
 from .. import _core
 from ..codec import DTYPE_NUMBER
@@ -34,7 +34,9 @@ Tensor = torch.Tensor
 MOST_ROWS = _core.DECODER_ROWS
 # Relative error allowed between a step and the modules, which round to the dtype after each operation.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer)
+_CACHES = (DynamicCache, QINSCache, StaticCache)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer, StaticLayer)
+_OF_STATIC = ("keys", "values", "cumulative_length")  # tensors that a StaticLayer writes to
 # Arguments that a step accepts; a call with any other truthy argument runs the modules.
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"}
 
@@ -60,7 +62,7 @@ class LayerStep:
         """
         cache, mask, rotation = (given.get(n) for n in ("past_key_values", "attention_mask", "position_embeddings"))
         if (
-            type(cache) not in (DynamicCache, QINSCache)
+            type(cache) not in _CACHES
             or layer.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
@@ -110,9 +112,7 @@ class LayerStep:
         self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any], kept: Any, kind: Any
     ) -> Any:
         """Return the layer's own result; if the step's agrees, use the step for this kind of call from now on."""
-        beside, other = copy.copy(given["past_key_values"]), copy.copy(kept)
-        if isinstance(kept, QINSLayer):  # which, unlike transformers' layers, writes to its tensors
-            other.tokens = copy.deepcopy(kept.tokens)
+        beside, other = copy.copy(given["past_key_values"]), _copy(kept)
         beside.layers = [*beside.layers]
         beside.layers[about.index] = other
         result = own(self._layer, x, **{**given, "past_key_values": beside})
@@ -121,18 +121,18 @@ class LayerStep:
         if isinstance(result, tuple) and len(result) != 1:
             raise UnfitError("it returns more than hidden states")
         if not bool(torch.isfinite(want).all()):  # NaN or infinity cannot be compared
-            kept.__dict__.update(other.__dict__)
+            _restore(kept, other)
             return result
         mask, rotation = given.get("attention_mask"), given.get("position_embeddings")
         called = self._call(about, x, kept, mask, rotation)
         if called is None:  # its products, unlike the modules', are too large for the cache
-            kept.__dict__.update(other.__dict__)
+            _restore(kept, other)
             return result
         got = self._finish(about, called)
         tolerance = _TOLERANCE[x.dtype]
         for a, b in ((got - x, want - x), *zip(_states(kept), _states(other), strict=True)):
             if a.shape != b.shape or not (a - b).float().norm() <= tolerance * b.float().norm():
-                kept.__dict__.update(other.__dict__)
+                _restore(kept, other)
                 _give_up(self._layer, "its results differ")
                 return result
         self._proved.add(kind)
@@ -164,6 +164,26 @@ class LayerStep:
         return y
 
 
+def _copy(kept: Any) -> Any:
+    """Return a copy of a cache layer, to which both may append."""
+    other = copy.copy(kept)
+    if isinstance(kept, QINSLayer):
+        other.tokens = copy.deepcopy(kept.tokens)
+    elif isinstance(kept, StaticLayer):
+        for name in _OF_STATIC:
+            setattr(other, name, getattr(kept, name).clone())
+    return other
+
+
+def _restore(kept: Any, other: Any) -> None:
+    """Make a cache layer what its copy has become."""
+    if isinstance(kept, StaticLayer):  # whose tensors stay where they are
+        for name in _OF_STATIC:
+            getattr(kept, name).copy_(getattr(other, name))
+    else:
+        kept.__dict__.update(other.__dict__)
+
+
 def _states(kept: Any) -> tuple[Tensor, Tensor]:
     """Return the keys and values of a cache layer."""
     if isinstance(kept, QINSLayer):
@@ -185,26 +205,35 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
         return None
     if x.dim() != 3 or x.dtype not in _TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
         return None
-    wanted = x.shape[0], about.kv_heads, about.head_dim
-    codecs: tuple[str, ...] = ()
-    if isinstance(kept, QINSLayer):
-        if kept.tokens.shapes != (wanted, wanted):
-            return None
-        past, codecs = kept.tokens.length, (kept.tokens.k_codec, kept.tokens.v_codec)
-    else:
-        keys, values = kept.keys, kept.values
-        if not kept.is_initialized or keys is None or keys.dim() != 4 or keys.shape[2] == 0 or keys.dtype != x.dtype:
-            return None
-        if keys.shape != values.shape or values.dtype != x.dtype:
-            return None
-        if (keys.shape[0], keys.shape[1], keys.shape[3]) != wanted:
-            return None
-        past = keys.shape[2]
-    if x.shape[2] != about.hidden or not _mask_fits(mask, x, past + x.shape[1]):
+    keys = _attended(kept, x, (x.shape[0], about.kv_heads, about.head_dim))
+    if keys == 0 or x.shape[2] != about.hidden or not _mask_fits(mask, x, keys):
+        return None
+    if mask is None and isinstance(kept, StaticLayer):  # the modules would attend to what is not written yet
         return None
     if about.rotates and not _rotates(rotation, x, about.head_dim // (2 if about.halves else 1)):
         return None
+    codecs = (kept.tokens.k_codec, kept.tokens.v_codec) if isinstance(kept, QINSLayer) else ()
     return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept), codecs
+
+
+def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
+    """Return the number of keys that a mask covers, or 0 if the core cannot use a cache layer.
+
+    `wanted` has the sequences, heads and elements of a head. A StaticCache's masks cover all its memory.
+    """
+    if isinstance(kept, QINSLayer):
+        return kept.tokens.length + x.shape[1] if kept.tokens.shapes == (wanted, wanted) else 0
+    keys, values = kept.keys, kept.values
+    if not kept.is_initialized or keys is None or keys.dim() != 4 or keys.dtype != x.dtype or values.dtype != x.dtype:
+        return 0
+    sequences, heads, size, head_dim = keys.shape
+    if keys.shape != values.shape or (sequences, heads, head_dim) != wanted:
+        return 0
+    if not isinstance(kept, StaticLayer):
+        return size + x.shape[1] if size > 0 else 0
+    written = getattr(kept, "cumulative_length", None)  # which older transformers do not count
+    has_room = isinstance(written, Tensor) and int(written) + x.shape[1] <= size
+    return size if has_room and keys.is_contiguous() and values.is_contiguous() else 0
 
 
 _last_rotation: tuple[Any, ...] = (None, None, None)

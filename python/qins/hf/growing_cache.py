@@ -1,7 +1,7 @@
 """The memory of a cache's layers, in which decode steps write.
 
-Those of a DynamicCache get spare memory; transformers itself would copy them for every token. Those of a QINSCache have
-some.
+Those of a DynamicCache get spare memory; transformers itself would copy them for every token. Those of a QINSCache and
+of a StaticCache have some.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from ..nn import GrowingTokens
 from .cache import QINSLayer
@@ -98,8 +98,28 @@ class CodedRoom:
         return self._left == (self.tokens.length, step, x.shape, x.dtype)
 
 
-def room_for(kept: Any, tokens: int) -> tuple[Room | CodedRoom, int]:
-    """Return memory with room for this many tokens after a cache layer's own, and the number of its own."""
+class StaticRoom:
+    """The same of a StaticCache's layer, which keeps its memory and counts its tokens itself."""
+
+    def __init__(self, kept: Any) -> None:
+        self._keys, self._values, self.size = kept.keys, kept.values, kept.max_cache_len
+
+    def stores(self) -> tuple[Store, Store]:
+        """Return where keys and values are."""
+        return (0, self._keys.data_ptr(), 0, 0), (0, self._values.data_ptr(), 0, 0)
+
+    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+        """Count the tokens of x."""
+        kept.cumulative_length.add_(x.shape[1])
+
+
+def room_for(kept: Any, tokens: int) -> tuple[Room | CodedRoom | StaticRoom, int]:
+    """Return memory with room for this many tokens after a cache layer's own, and the number of its own.
+
+    A StaticCache's layer must have the room already.
+    """
+    if isinstance(kept, StaticLayer):
+        return StaticRoom(kept), int(kept.cumulative_length)
     if isinstance(kept, QINSLayer):
         kept.tokens.reserve(tokens)
         if kept._qins_room is None or not kept._qins_room.is_of(kept.tokens):
