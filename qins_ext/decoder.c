@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdatomic.h>
 
+#include "between.h"
 #include "sizes.h"
 
 /* A thread's part of attention has at least GRAIN products: a few microseconds of work. */
@@ -31,16 +32,6 @@ typedef struct {
 
 /* -- helpers ------------------------------------------------------------------------------------ */
 
-static void norm_row(const qins_kernels *k, const float *x, size_t n, const float *weight, float epsilon, float *out)
-{
-    float squares;
-    k->dot_f32(x, n, x, n, 1, &squares);
-    const float factor = 1.0f / sqrtf(squares / (float)n + epsilon);
-    for (size_t i = 0; i < n; i++) {
-        out[i] = weight[i] * (x[i] * factor);
-    }
-}
-
 static const float *norm_rows(const run *r, const float *x, const float *weight, float *out)
 {
     const size_t n = r->layer->hidden;
@@ -48,7 +39,7 @@ static const float *norm_rows(const run *r, const float *x, const float *weight,
         return x;
     }
     for (size_t m = 0; m < r->count; m++) {
-        norm_row(r->kernels, x + m * n, n, weight, r->layer->epsilon, out + m * n);
+        qins_norm_row(r->kernels, x + m * n, n, weight, r->layer->epsilon, out + m * n);
     }
     return out;
 }
@@ -115,10 +106,10 @@ static void norm_heads(const run *r, rows y, size_t heads, const float *weight)
     for (size_t m = 0; weight != NULL && m < r->count; m++) {
         float *row = y.at + m * y.next;
         for (size_t h = 0; r->layer->norm_heads && h < heads; h++) {
-            norm_row(r->kernels, row + h * dim, dim, weight, r->layer->head_epsilon, row + h * dim);
+            qins_norm_row(r->kernels, row + h * dim, dim, weight, r->layer->head_epsilon, row + h * dim);
         }
         if (!r->layer->norm_heads) {
-            norm_row(r->kernels, row, heads * dim, weight, r->layer->head_epsilon, row);
+            qins_norm_row(r->kernels, row, heads * dim, weight, r->layer->head_epsilon, row);
         }
     }
 }

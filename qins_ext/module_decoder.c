@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "between.h"
 #include "decoder.h"
 
 #define CAPSULE "qins._core.decoder_layer"
@@ -158,8 +159,46 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
     return PyBool_FromLong(failed == 0);
 }
 
+PyDoc_STRVAR(norm_at_doc, "norm_at(dtype, x, rows, n, weight, epsilon, y, threads, /)\n--\n\n"
+                          "RMS norm of rows of n values; see qins_norm_rows. Arrays by address. Checks nothing.");
+
+static PyObject *norm_at(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int dtype, threads, failed;
+    Py_ssize_t x, rows, n, weight, y;
+    float epsilon;
+    if (!PyArg_ParseTuple(args, "innnnfni:norm_at", &dtype, &x, &rows, &n, &weight, &epsilon, &y, &threads)) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS failed = qins_norm_rows(qins_active(), (qins_dtype)dtype, (const void *)x, (size_t)rows,
+                                                   (size_t)n, (const float *)weight, epsilon, (void *)y, threads);
+    Py_END_ALLOW_THREADS if (failed != 0) { return PyErr_NoMemory(); }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(gate_at_doc, "gate_at(dtype, gate, up, next, rows, n, activation, y, threads, /)\n--\n\n"
+                          "activation(gate) * up of rows of n values; see qins_gate_rows. Arrays by address. Checks "
+                          "nothing.");
+
+static PyObject *gate_at(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int dtype, threads, activation;
+    Py_ssize_t gate, up, next, rows, n, y;
+    if (!PyArg_ParseTuple(args, "innnnnini:gate_at", &dtype, &gate, &up, &next, &rows, &n, &activation, &y, &threads)) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS qins_gate_rows(qins_active(), (qins_dtype)dtype, (const void *)gate, (const void *)up,
+                                          (size_t)next, (size_t)rows, (size_t)n, activation == QINS_GELU_TANH,
+                                          (void *)y, threads);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
 PyMethodDef qins_decoder_methods[] = {
     {"decoder_layer", decoder_layer, METH_VARARGS, decoder_layer_doc},
     {"decode_layer", (PyCFunction)(void (*)(void))decode_layer, METH_FASTCALL, decode_layer_doc},
+    {"norm_at", norm_at, METH_VARARGS, norm_at_doc},
+    {"gate_at", gate_at, METH_VARARGS, gate_at_doc},
     {NULL, NULL, 0, NULL},
 };

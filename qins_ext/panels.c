@@ -175,8 +175,8 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
     const qins_panels *form = p->form;
     size_t cols = p->e->cols, height = (size_t)form->rows, count = ceil_div(p->batch, QINS_PANEL);
     size_t padded_rows = ceil_div(ceil_div(rows, height) * height, 16) * 16, next_c = padded_rows * QINS_PANEL;
-    const int whole = form->whole && cols > 0;
-    if (!whole) {
+    const int finishes = form->finishes && cols > 0;
+    if (!finishes) {
         memset(c, 0, count * next_c * sizeof *c);
     }
     for (size_t k = 0; k < cols; k += p->span) {
@@ -190,7 +190,7 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
         qins_fetch fetch = next_codes(p, row, rows, k, n);
         for (size_t i = 0; i < count; i += (size_t)form->panels) {
             qins_panel_product product = {
-                .x = p->panels + i * panel_bytes(p) + k * form->item * (whole ? 1 : QINS_PANEL),
+                .x = p->panels + i * panel_bytes(p) + k * form->item * (form->whole ? 1 : QINS_PANEL),
                 .next_x = panel_bytes(p),
                 .panels = (int)least(count - i, (size_t)form->panels),
                 .cols = depth,
@@ -198,7 +198,7 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
                 .step = p->step,
                 .fetch = i > 0 ? NULL : &fetch,
                 .next_c = next_c,
-                .x_rows = least(p->batch - i * QINS_PANEL, QINS_PANEL),
+                .x_rows = least(p->batch - i * QINS_PANEL, (size_t)form->panels * QINS_PANEL),
                 .first = k == 0,
                 .next_y = p->e->rows * item_size(p->dtype),
             };
@@ -207,14 +207,14 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
                 product.w_scale = w_scale + r * steps;
                 product.c = c + i * next_c + (form->turn != NULL ? r : r * QINS_PANEL);
                 product.w_rows = rows - r;
-                if (whole && k + n == cols) {
+                if (finishes && k + n == cols) {
                     product.y = p->y + (i * QINS_PANEL * p->e->rows + row + r) * item_size(p->dtype);
                 }
                 form->multiply(&product);
             }
         }
     }
-    if (!whole) {
+    if (!finishes) {
         store_block(p, c, row, rows, padded_rows);
     }
 }
@@ -255,7 +255,9 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     p.each = folded(e) ? e->group_size : p.step;
     p.steps = ceil_div(e->cols, p.step);
     p.block = form->block;
-    p.span = form->depth;
+    /* equal spans: in a short last one, loading and storing sums takes longer than the products */
+    const size_t spans = ceil_div(p.padded, form->depth), unit_k = p.step > QINS_DEPTH ? p.step : QINS_DEPTH;
+    p.span = spans > 1 ? ceil_div(ceil_div(p.padded, spans), unit_k) * unit_k : form->depth;
     p.few = batch <= FEW_ROWS && form != kernels->halves;
     if (p.few) { /* keep decoded weights in the L1 cache */
         p.span = least(form->depth, FEW_SPAN);

@@ -167,7 +167,7 @@ typedef struct {
     qins_fetch *fetch; /* NULL, or one line per 64 of these weights */
     float *c;          /* sums; panels are `next_c` floats apart */
     size_t next_c;
-    /* whole: numbers of valid rows; whether c has no sums yet; the output y, NULL before the last columns, with rows
+    /* finishes: numbers of valid rows; whether c has no sums yet; the output y, NULL before the last columns, with rows
      * next_y bytes apart */
     size_t x_rows, w_rows;
     int first;
@@ -197,8 +197,10 @@ typedef struct {
     /* c[panel][row][lane] += sums of products, or with turn c[panel][lane][row] with rows next_c / 16 apart; planes:
      * multiplied by x_scale[column / step][lane] * w_scale[column / step][row]. */
     void (*multiply)(const qins_panel_product *p);
-    /* Whether multiply() takes unpacked bfloat16 rows of activations, next_x / 16 bytes apart, begins the sums and
-     * writes them to y. Their columns must be a multiple of QINS_DEPTH; pack() pads others. */
+    /* Whether multiply() begins the sums and writes them to y, in bfloat16. */
+    int finishes;
+    /* Whether multiply() takes unpacked bfloat16 rows of activations, next_x / 16 bytes apart. Their columns must be a
+     * multiple of QINS_DEPTH; pack() pads others. */
     int whole;
 } qins_panels;
 

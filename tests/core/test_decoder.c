@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "between.h"
 #include "decoder.h"
 #include "packed.h"
 #include "test_decoder.h"
@@ -276,10 +277,71 @@ static setup *random_setup(const qins_kernels *k, qins_codec codec, size_t group
     return s;
 }
 
+/* Norms and gates of rows, of every dtype and with every number of threads; n is the length of a row. */
+static void check_between(const qins_kernels *k, size_t n,
+                          void (*check)(int, const char *, const char *, size_t, size_t))
+{
+    enum { ROWS = 37 };
+    static const qins_dtype DTYPE[] = {QINS_F32, QINS_F16, QINS_BF16};
+    static const double ROUNDING[] = {1e-6, 0x1p-11, 0x1p-8};
+    const size_t all = ROWS * 2 * n;
+    float *x = malloc(all * sizeof *x), *y = malloc(all * sizeof *y), *weight = malloc(n * sizeof *weight);
+    double *want = malloc(n * sizeof *want), *wide = malloc(n * sizeof *wide);
+    char *in = malloc(all * sizeof *x), *out = malloc(all * sizeof *x);
+    fill(weight, n, 1.0f, 0.5f);
+    for (size_t d = 0; d < sizeof DTYPE / sizeof *DTYPE; d++) {
+        const size_t size = DTYPE[d] == QINS_F32 ? 4 : 2;
+        fill(x, all, 0.1f, 4.0f);
+        k->narrow[DTYPE[d]](x, all, in);
+        k->widen[DTYPE[d]](in, all, x); /* what the core reads */
+        for (int threads = 1; threads < 4; threads += 2) {
+            int right = qins_norm_rows(k, DTYPE[d], in, ROWS, n, weight, 1e-3f, out, threads) == 0;
+            k->widen[DTYPE[d]](out, ROWS * n, y);
+            for (size_t m = 0; m < ROWS; m++) {
+                for (size_t i = 0; i < n; i++) {
+                    wide[i] = (double)x[m * n + i];
+                }
+                slow_norm(wide, n, weight, (double)1e-3f, want);
+                for (size_t i = 0; i < n; i++) {
+                    right = right && fabs((double)y[m * n + i] - want[i]) <= 1.01 * ROUNDING[d] * fabs(want[i]) + 1e-7;
+                }
+            }
+            check(right, "norm of rows", k->name, n, d);
+            for (int gelu = 0; gelu < 2; gelu++) {
+                right = 1;
+                qins_gate_rows(k, DTYPE[d], in, in + n * size, 2 * n, ROWS, n, gelu, out, threads);
+                k->widen[DTYPE[d]](out, ROWS * n, y);
+                for (size_t m = 0; m < ROWS; m++) {
+                    const float *gate = x + m * 2 * n, *up = gate + n;
+                    for (size_t i = 0; i < n; i++) {
+                        const double g = (double)gate[i];
+                        const double z = gelu ? 1.5957691216057308 * (g + 0.044715 * g * g * g) : g;
+                        const double exact = g / (1.0 + exp(-z)) * (double)up[i];
+                        right = right &&
+                                fabs((double)y[m * n + i] - exact) <= (1.01 * ROUNDING[d] + 3e-6) * fabs(exact) + 1e-7;
+                    }
+                }
+                check(right, gelu ? "gates of rows, gelu" : "gates of rows", k->name, n, d);
+            }
+        }
+    }
+    free(x);
+    free(y);
+    free(weight);
+    free(want);
+    free(wide);
+    free(in);
+    free(out);
+}
+
 void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const char *, size_t, size_t))
 {
     static const size_t GROUP[] = {0, 16, 32, 64, 32};
     static const qins_codec CODEC[] = {QINS_log8, QINS_log8, QINS_log8, QINS_log8, QINS_log5};
+    static const size_t LENGTH[] = {1, 15, 48, 70, 511, 513, 1100}; /* the last ones around the pieces of gates */
+    for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
+        check_between(k, LENGTH[i], check);
+    }
     for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
         for (int fused = 0; fused < 2; fused++) {
             setup *s = random_setup(k, CODEC[g], GROUP[g], fused ? QINS_GELU_TANH : QINS_SILU, fused);

@@ -78,6 +78,8 @@ def layers_of(model):
 def without_steps(model):
     for layer in layers_of(model):
         layer.__dict__["_qins_step"] = None
+    for module in model.modules():
+        module.__dict__.pop("_qins_fused", None)
 
 
 def proved(model):
@@ -516,7 +518,7 @@ def test_threads_decode_at_once(model):
 def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog):
     want = decoded(model)
     other = family("Llama")
-    monkeypatch.setattr(layer_description, "_activation", lambda mlp: 1)  # gelu instead of silu
+    monkeypatch.setattr(layer_description, "activation_of", lambda mlp: 1)  # gelu instead of silu
     caplog.set_level(logging.INFO, "qins")
     got = decoded(other)
     assert not any(proved(other))

@@ -23,6 +23,7 @@ from .. import _core
 from ..codec import DTYPE_NUMBER
 from ..system import get_num_threads, switch
 from .cache import QINSCache, QINSLayer
+from .fused import fuse
 from .growing_cache import CodedRoom, Room, room_for
 from .layer_description import LayerDescription, UnfitError, describe, mlp_of
 
@@ -304,7 +305,9 @@ def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decode_in_steps(model: nn.Module) -> None:
-    """Enable decode steps in a model's decoder layers, unless the environment variable QINS_DECODE_STEP is 0.
+    """Enable decode steps in a model's decoder layers, and fused norms and gates where they run their own forward.
+
+    The environment variable QINS_DECODE_STEP=0 prevents it.
 
     Raises:
         ValueError: QINS_DECODE_STEP is neither 0 nor 1.
@@ -313,6 +316,7 @@ def decode_in_steps(model: nn.Module) -> None:
     if not switch("QINS_DECODE_STEP", True):
         return
     for module in model.modules():
+        fuse(module)
         kind: Any = type(module)
         if "self_attn" not in module._modules or mlp_of(module) not in module._modules:
             continue

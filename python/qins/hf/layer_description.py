@@ -14,13 +14,10 @@ from ..nn import QINSLinear, numbers_of
 
 Tensor = torch.Tensor
 
-# Layers whose source was reviewed: comparing a few tokens would not reveal, say, what depends on the position.
+# Families whose source was reviewed: comparing a few tokens would not reveal, say, what depends on the position.
 _FAMILIES = {
-    f"{family}DecoderLayer"
-    for family in (
-        "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoe", "Llama", "Mistral", "Mixtral", "Olmo2", "Olmo3",
-        "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3",
-    )
+    "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoe", "Llama", "Mistral", "Mixtral", "Olmo2", "Olmo3",
+    "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3",
 }  # fmt: skip
 # A layer's norms to their roles: before attention, after attention, before the MLP, after the MLP.
 _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
@@ -34,6 +31,11 @@ _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
         None, "post_attention_layernorm", None, "post_feedforward_layernorm",
     ),
 }  # fmt: skip
+
+
+def is_reviewed(kind: type, role: str) -> bool:
+    """Return whether a class is a reviewed family's module with this role: DecoderLayer, RMSNorm or MLP."""
+    return kind.__name__.removesuffix(role) in _FAMILIES and kind.__module__.startswith("transformers.models.")
 
 
 class UnfitError(Exception):
@@ -143,7 +145,7 @@ class _Reader:
         module = self.child(parent, name)
         if module is None:
             return 0, 0.0
-        weight, epsilon = _norm(module)
+        weight, epsilon = norm_of(module)
         return self.floats(module, "weight", weight), epsilon
 
     def epsilon(self, norms: list[tuple[int, float]]) -> float:
@@ -154,8 +156,13 @@ class _Reader:
         return next(iter(found), 0.0)
 
 
-def _norm(norm: nn.Module) -> tuple[Tensor, float]:
-    """Return the float32 weight and the epsilon of an RMS norm."""
+def norm_of(norm: nn.Module) -> tuple[Tensor, float]:
+    """Return the float32 weight and the epsilon of an RMS norm.
+
+    Raises:
+        UnfitError: it computes something else.
+
+    """
     weight = norm._parameters.get("weight")
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or epsilon is None or len([*norm.parameters()]) != 1:
@@ -165,6 +172,7 @@ def _norm(norm: nn.Module) -> tuple[Tensor, float]:
     with torch.no_grad():
         own = copy.copy(norm)  # with its own dictionaries, so that the module stays unchanged
         own.__dict__["_parameters"] = {"weight": nn.Parameter(weight.float(), requires_grad=False)}
+        own.__dict__["_qins_fused"] = None
         got = type(norm).forward(own, x)
         for factor in (weight.float(), 1.0 + weight.float()):
             if got.shape == x.shape and torch.allclose(got.float(), scaled * factor, rtol=1e-5, atol=1e-6):
@@ -172,7 +180,13 @@ def _norm(norm: nn.Module) -> tuple[Tensor, float]:
     raise UnfitError(f"a {type(norm).__name__}")
 
 
-def _activation(mlp: Any) -> int:
+def activation_of(mlp: Any) -> int:
+    """Return the core's number of a gated MLP's activation.
+
+    Raises:
+        UnfitError: the core does not support it.
+
+    """
     act = getattr(mlp, "act_fn", None) or mlp.activation_fn
     x = torch.linspace(-6.0, 6.0, 101)
     known = nn.functional.silu(x), nn.functional.gelu(x, approximate="tanh")
@@ -199,7 +213,7 @@ def describe(layer: Any) -> LayerDescription:
         UnfitError: the core does not support it.
 
     """
-    if type(layer).__name__ not in _FAMILIES or not type(layer).__module__.startswith("transformers.models."):
+    if not is_reviewed(type(layer), "DecoderLayer"):
         raise UnfitError(f"a {type(layer).__name__}")
     try:
         return _describe(layer)
@@ -240,7 +254,7 @@ def _describe(layer: Any) -> LayerDescription:
         (*(at for at, _ in (*norms, *heads)), sinks_at),
         (
             hidden, attention.o_proj.in_features // dim, kv_heads, dim, inner,
-            int(heads[0][0] != 0 and attention.q_norm.weight.numel() == dim), _activation(mlp) if plain else 0,
+            int(heads[0][0] != 0 and attention.q_norm.weight.numel() == dim), activation_of(mlp) if plain else 0,
         ),
         (reader.epsilon(norms), reader.epsilon(heads), float(attention.scaling), float(softcap or 0.0), residual),
     )  # fmt: skip
