@@ -1,0 +1,182 @@
+"""The driver of a conversion on a Ray cluster: it plans, hands out shards, and commits them."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Conversion, Destination, quantize_checkpoint
+from ..hf import QinsConfig
+from ..system import Advance, naming_extras
+from .work import Job, Tally, convert, read_back
+
+_RETRIES = 20  # of a shard whose worker or machine is lost, or whose store does not answer
+_BASE = 1 << 30  # bytes of memory that a worker needs besides the tensors: libraries, and what waits to be written
+_POLL = 0.25  # seconds between updates of the bar
+
+
+@naming_extras()
+def quantize_on_ray(
+    source: str | Path,
+    out: str | Path,
+    config: QinsConfig | None = None,
+    *,
+    address: str | None = None,
+    cpus: float = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize a checkpoint as `quantize_checkpoint` does, with the same bytes, on a Ray cluster.
+
+    Each shard is a task, and converted tensor by tensor. A task whose worker or machine is lost is run again elsewhere.
+    Run the same call again to resume: complete shards are kept.
+
+    Args:
+        source: as in `quantize_checkpoint`; a directory must be at the same path on all machines.
+        out: likewise.
+        config: how to quantize; None for the defaults.
+        address: of the cluster; None for RAY_ADDRESS, or one that runs on this machine, or else a new one on it.
+        cpus: processors per shard.
+        **options: as in `quantize_checkpoint`.
+
+    Returns:
+        dict: as `quantize_checkpoint`, and `cost`: seconds, attempts, workers, bytes_read, bytes_written, cpu_seconds.
+
+    Raises:
+        ConnectionError: there is no cluster at the address.
+        FileNotFoundError: a machine does not see the directories.
+        MemoryError: no machine has memory for the largest tensor.
+        OSError, ValueError, RuntimeError: as from `quantize_checkpoint`; a shard failed too often.
+
+    """
+    shards = RayShards(cpus)
+    with _connected(address):
+        result = quantize_checkpoint(source, out, config, shards=shards, **options)
+    return result | {"cost": shards.cost}
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class RayShards:
+    """Converts the shards of a checkpoint as tasks of the cluster that Ray is connected to.
+
+    Args:
+        cpus: processors per shard.
+
+    Attributes:
+        cost: what the run has used, over all workers.
+
+    """
+
+    def __init__(self, cpus: float = 1) -> None:
+        self.cpus = cpus
+        self.cost: dict[str, Any] = {}
+
+    def __call__(self, conversion: Conversion, destination: Destination, advance: Advance) -> dict[str, str]:
+        """Convert the shards that are missing; return the checksums of all tensors."""
+        import ray
+
+        if conversion.checkpoint.format == "gguf":
+            raise ValueError(f"{conversion.checkpoint.path}: is one file, which one process converts: omit --ray")
+        begin = time.monotonic()
+        memory = _memory(conversion)
+        tally = _start_tally()
+        job = ray.put(Job(uuid.uuid4().hex, [ray.put(conversion)], destination, tally))
+        options: dict[str, Any] = {
+            "num_cpus": self.cpus, "memory": memory, "max_retries": _RETRIES, "retry_exceptions": [ConnectionError],
+            "scheduling_strategy": "SPREAD",
+        }  # fmt: skip
+        tasks = {}
+        for file, name in conversion.planned.names.items():
+            function, verb = (read_back, "check") if destination.has(name) else (convert, "quantize")
+            tasks[ray.remote(function).options(name=f"qins {verb} {name}", **options).remote(job, file)] = file
+        told = _Bar(tally, advance)
+        checksums: dict[str, str] = {}
+        try:
+            while tasks:
+                done, _ = ray.wait(list(tasks), timeout=_POLL)
+                for task in done:
+                    file = tasks.pop(task)
+                    made = _result(task, conversion.planned.names[file])
+                    if made.part is not None:
+                        destination.commit(made.part, conversion.names(file))
+                    checksums |= made.checksums
+                told.update()
+        finally:
+            for task in tasks:
+                with suppress(Exception):  # the first error is the one to report
+                    ray.cancel(task)
+        self.cost = {"seconds": time.monotonic() - begin} | told.update()
+        ray.kill(tally)
+        return checksums
+
+
+def _result(task: Any, name: str) -> Any:
+    """Return what a task returned, or raise what it raised."""
+    import ray
+
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as e:
+        raise (e.cause if isinstance(e.cause, Exception) else RuntimeError(f"{name}: {e}")) from None
+    except ray.exceptions.RayError as e:
+        raise RuntimeError(f"{name}: {_RETRIES} attempts ended without a result; the last one: {e}") from None
+
+
+def _memory(conversion: Conversion) -> int:
+    """Return the bytes that a task reserves.
+
+    Raises:
+        MemoryError: no machine has as many; the task would wait forever.
+
+    """
+    import ray
+
+    needed, largest = conversion.memory()
+    needed += _BASE
+    there = max((n["Resources"].get("memory", 0) for n in ray.nodes() if n["Alive"]), default=0)
+    if needed > there:
+        raise MemoryError(f"{largest}: needs {needed:,} bytes of memory, {there:,.0f} are on the largest machine")
+    return needed
+
+
+def _start_tally() -> Any:
+    """Start the actor that counts, on the driver's machine, which is there as long as the driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Tally).options(num_cpus=0, max_restarts=3, scheduling_strategy=here).remote()
+
+
+class _Bar:
+    """One bar for all workers."""
+
+    def __init__(self, tally: Any, advance: Advance) -> None:
+        self._tally, self._advance, self._shown = tally, advance, 0
+
+    def update(self) -> dict[str, Any]:
+        """Show the progress; return the cost."""
+        import ray
+
+        total: dict[str, Any] = ray.get(self._tally.total.remote())
+        done = total.pop("done")
+        self._advance(done - self._shown, f"encoding: {total['workers']} workers, {total['cpu_seconds']:,.0f} CPU s")
+        self._shown = done
+        return total
