@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
-from ..files import Checkpoint, RemoteFolder, checksum, exact_bytes, is_remote, open_checkpoint, open_remote
+from ..files import Checkpoint, RemoteFolder, checksum, exact_bytes, is_remote, open_checkpoint, open_remote, sketch
 from ..system import locked, read_json, write_json
 
 PROGRESS = "qins-progress.json"
@@ -126,6 +126,9 @@ class Destination:
         """Return the bytes of the files that restore the original."""
         return exact_bytes(self.directory)
 
+    def show(self, names: Iterable[str]) -> None:
+        """Make the headers of shards readable in `directory`."""
+
     def finish(self) -> None:
         """Publish the rest, the configuration last, which makes this a model."""
         self.remove_parts()
@@ -217,9 +220,15 @@ class RemoteDestination(Destination):
         names = ((n, e) for n, e in self.folder.entries().items() if n.startswith("exact-"))
         return sum(int(e["size"]) for n, e in names if n.endswith(".safetensors"))
 
+    def show(self, names: Iterable[str]) -> None:
+        """Make the headers of shards readable in `directory`."""
+        there = self.folder.entries()
+        sketch(self.folder, {n: there[n] for n in names}, self.directory)
+
     def finish(self) -> None:
         """Publish the rest, the configuration last."""
-        for name in sorted((p.name for p in self.directory.iterdir()), key=lambda n: (n == "config.json", n)):
+        left = (p.name for p in self.directory.iterdir() if p.suffix != ".safetensors")
+        for name in sorted(left, key=lambda n: (n == "config.json", n)):
             self.put(name)
 
     def end(self) -> None:

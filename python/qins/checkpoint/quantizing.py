@@ -209,7 +209,7 @@ def _opened(source: str | Path) -> Iterator[Checkpoint]:
         except (OSError, ValueError) as e:
             if directory not in str(e):
                 raise
-            kind = ValueError if isinstance(e, ValueError) else OSError
+            kind = next(k for k in (FileNotFoundError, OSError, ValueError) if isinstance(e, k))
             raise kind(str(e).replace(directory, str(source).rstrip("/"))) from e
 
 
@@ -275,6 +275,7 @@ def _quantize(
             | ({} if spending is None else {"plan": spending})
             | ({"exact_bytes": destination.exact_bytes(), "not_restored": _not_restored(checkpoint)} if exact else {})
         )
+        destination.show(planned.names.values())
         _finish(checkpoint, planned, config, out, base, spending)
         destination.finish()
     return result

@@ -13,7 +13,8 @@ from typing import Any
 from ..checkpoint import Conversion, Destination, quantize_checkpoint
 from ..hf import QinsConfig
 from ..system import Advance, naming_extras
-from .work import Job, Tally, convert, read_back
+from .tally import Tally
+from .work import Job, convert, read_back
 
 _RETRIES = 20  # of a shard whose worker or machine is lost, or whose store does not answer
 _BASE = 1 << 30  # bytes of memory that a worker needs besides the tensors: libraries, and what waits to be written
@@ -122,7 +123,7 @@ class RayShards:
             for task in tasks:
                 with suppress(Exception):  # the first error is the one to report
                     ray.cancel(task)
-        self.cost = {"seconds": time.monotonic() - begin} | told.update()
+        self.cost = {"seconds": time.monotonic() - begin} | told.update(now=True)
         ray.kill(tally)
         return checksums
 
@@ -169,12 +170,15 @@ class _Bar:
     """One bar for all workers."""
 
     def __init__(self, tally: Any, advance: Advance) -> None:
-        self._tally, self._advance, self._shown = tally, advance, 0
+        self._tally, self._advance, self._shown, self._last = tally, advance, 0, 0.0
 
-    def update(self) -> dict[str, Any]:
-        """Show the progress; return the cost."""
+    def update(self, now: bool = False) -> dict[str, Any]:
+        """Show the progress, unless it was shown just before; return the cost."""
         import ray
 
+        if not now and time.monotonic() - self._last < _POLL:
+            return {}
+        self._last = time.monotonic()
         total: dict[str, Any] = ray.get(self._tally.total.remote())
         done = total.pop("done")
         self._advance(done - self._shown, f"encoding: {total['workers']} workers, {total['cpu_seconds']:,.0f} CPU s")

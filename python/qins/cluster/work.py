@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint import Conversion, Destination
 from ..files import ReadAhead
 from ..system import VERSION
+from .tally import Spent
 
 _EVERY = 0.5  # seconds between what a worker tells of its progress
 _kept: dict[str, Conversion] = {}  # the conversion of the shards before, by the job that it belongs to
@@ -68,45 +69,6 @@ class Made:
 
     part: str | None
     checksums: dict[str, str]
-
-
-@dataclass
-class Spent:
-    """What one attempt at a shard has used so far: bytes of the source, bytes written, CPU seconds."""
-
-    worker: str
-    done: int = 0
-    written: int = 0
-    cpu: float = 0.0
-
-
-class Tally:
-    """Counts the work of all workers; an actor.
-
-    Only the latest attempt at a shard counts as progress, but all attempts cost.
-    """
-
-    def __init__(self) -> None:
-        self.attempts: dict[tuple[str, str], Spent] = {}
-        self.latest: dict[str, str] = {}
-
-    def tell(self, shard: str, attempt: str, spent: Spent) -> None:
-        """Take note of an attempt."""
-        if (shard, attempt) not in self.attempts:
-            self.latest[shard] = attempt
-        self.attempts[shard, attempt] = spent
-
-    def total(self) -> dict[str, Any]:
-        """Return bytes done, and the cost: attempts, workers, bytes read and written, and CPU seconds."""
-        spent = list(self.attempts.values())
-        return {
-            "done": sum(self.attempts[item].done for item in self.latest.items()),
-            "attempts": len(spent),
-            "workers": len({s.worker for s in spent}),
-            "bytes_read": sum(s.done for s in spent),
-            "bytes_written": sum(s.written for s in spent),
-            "cpu_seconds": sum(s.cpu for s in spent),
-        }
 
 
 class Telling:

@@ -302,9 +302,7 @@ def open_remote(folder: RemoteFolder, directory: Path, only: str = "") -> Remote
         raise FileNotFoundError(
             f"{folder.url}: no safetensors files there (weights in other formats are read from a disk: copy them first)"
         )
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _ in pool.map(lambda item: _sketch(folder, item[0], item[1], directory), entries.items()):
-            pass
+    sketch(folder, entries, directory)
     opened = open_checkpoint(directory / only)
     offsets: dict[str, int] = {}
     for path in opened.files:
@@ -319,6 +317,13 @@ def open_remote(folder: RemoteFolder, directory: Path, only: str = "") -> Remote
 def tensor_offsets(header: bytes) -> dict[str, int]:
     """Return the offset of each tensor in a safetensors file with this header, which the library has validated."""
     return {k: len(header) + v["data_offsets"][0] for k, v in json.loads(header[8:]).items() if k != "__metadata__"}
+
+
+def sketch(folder: RemoteFolder, entries: dict[str, dict[str, Any]], directory: Path) -> None:
+    """Make local files of these entries: whole, or of weights with holes."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(lambda item: _sketch(folder, item[0], item[1], directory), entries.items()):
+            pass
 
 
 def _sketch(folder: RemoteFolder, name: str, entry: dict[str, Any], directory: Path) -> None:

@@ -1,0 +1,356 @@
+"""qins quantize --ray: the same bytes as from one process, whatever happens to workers, machines and the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make
+from tiny_experts import make as moe
+from tokens import save_calibrated_source
+from tokens import text as words
+
+import qins
+from qins.checkpoint import quantize_checkpoint
+from qins.hf import Calibration
+
+ray = pytest.importorskip("ray", reason="needs Ray: make test-ray")
+
+from qins.cluster import converting, quantize_on_ray  # noqa: E402
+
+pytestmark = pytest.mark.once
+
+OPTIONS = {"log4": {"codec": "log4"}, "embeddings": {"lm_head": True, "embeddings": True}}
+
+
+def tree(path):
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+def slowly(monkeypatch, log, seconds=1.0):
+    """Make each shard take this long, and note in a directory which process of which node converts which shard."""
+    original = converting.convert
+
+    def convert(job, file):
+        begun = log / f"{file.name} {os.getpid()} {time.time_ns()}"
+        begun.write_text(ray.get_runtime_context().get_node_id())
+        time.sleep(seconds)
+        made = original(job, file)
+        begun.with_name(begun.name + " done").touch()
+        return made
+
+    log.mkdir(exist_ok=True)
+    monkeypatch.setattr(converting, "convert", convert)
+
+
+def begun(log):
+    return [p for p in log.iterdir() if not p.name.endswith(" done")]
+
+
+def attempts(log):
+    """Return the number of attempts at each shard."""
+    names = [p.name.split()[0] for p in begun(log)]
+    return {n: names.count(n) for n in names}
+
+
+@pytest.mark.parametrize("kind", ["log8", "log4", "embeddings", "exact", "experts", "torch files", "one file"])
+def test_same_bytes(connected, source, tmp_path, kind):
+    exact = kind == "exact"
+    if kind == "experts":
+        moe("mixtral").save_pretrained(tmp_path / "other", max_shard_size="40KB")
+        source = tmp_path / "other"
+    elif kind == "one file":
+        make("llama").save_pretrained(tmp_path / "other")
+        source = tmp_path / "other"
+    elif kind == "torch files":
+        state, weight_map = make("llama").state_dict(), {}
+        for i, names in enumerate([[*state][:9], [*state][9:]]):
+            torch.save({n: state[n] for n in names}, source / f"pytorch_model-{i}.bin")
+            weight_map |= dict.fromkeys(names, f"pytorch_model-{i}.bin")
+        for path in (*source.glob("*.safetensors"), source / "model.safetensors.index.json"):
+            path.unlink()
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    options = OPTIONS.get(kind, {})
+    expected = quantize_checkpoint(source, tmp_path / "one", qins.QinsConfig(**options), exact=exact)
+    result = quantize_on_ray(source, tmp_path / "ray", qins.QinsConfig(**options), exact=exact)
+    cost = result.pop("cost")
+    assert result == expected
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+    assert cost["attempts"] == len(result["files"])
+    assert cost["bytes_read"] == result["bytes_before"]
+    assert cost["bytes_written"] >= result["bytes_after"]
+    assert 1 <= cost["workers"] <= cost["attempts"]
+    assert cost["cpu_seconds"] > 0
+    assert not qins.inspect(tmp_path / "ray").problems
+
+
+def test_same_bytes_calibrated(connected, tmp_path):
+    source = tmp_path / "float"
+    save_calibrated_source(source)
+    calibration = Calibration(words(2000), 1024)
+    quantize_checkpoint(source, tmp_path / "one", calibration=calibration)
+    quantize_on_ray(source, tmp_path / "ray", calibration=calibration)
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+
+
+def test_a_worker_is_killed(connected, source, tmp_path, monkeypatch):
+    quantize_checkpoint(source, tmp_path / "one")
+    log = tmp_path / "log"
+    slowly(monkeypatch, log)
+    killed = []
+
+    def kill():
+        while len(killed) < 3:
+            time.sleep(0.5)
+            for path in begun(log):
+                if not path.with_name(path.name + " done").exists() and path.name not in killed and len(killed) < 3:
+                    with suppress(ProcessLookupError):
+                        os.kill(int(path.name.split()[1]), signal.SIGKILL)
+                        killed.append(path.name)
+                    break
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = quantize_on_ray(source, tmp_path / "ray")
+    thread.join()
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+    assert len(begun(log)) == len(result["files"]) + len(killed)  # only what was killed is done again
+    assert max(attempts(log).values()) > 1
+
+
+def test_a_node_is_removed(connected, source, tmp_path, monkeypatch):
+    quantize_checkpoint(source, tmp_path / "one")
+    log = tmp_path / "log"
+    slowly(monkeypatch, log)
+    node = connected.add_node(num_cpus=2, memory=6 << 30)
+    done = threading.Event()
+
+    def remove():
+        while not any(p.read_text() == node.node_id for p in begun(log)):
+            time.sleep(0.1)
+        time.sleep(0.3)
+        connected.remove_node(node, allow_graceful=False)
+        done.set()
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    result = quantize_on_ray(source, tmp_path / "ray")
+    thread.join()
+    assert done.is_set()
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+    lost = [p for p in begun(log) if not p.with_name(p.name + " done").exists()]
+    assert lost
+    assert {p.read_text() for p in lost} == {node.node_id}
+    assert len(begun(log)) - len(lost) == len(result["files"])
+
+
+_DRIVER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import pytest, test_quantizing as t
+patch = pytest.MonkeyPatch()
+t.slowly(patch, Path(sys.argv[4]), 0.3)
+t.quantize_on_ray(sys.argv[2], sys.argv[3], address=sys.argv[5])
+"""
+
+
+def drive(source, out, log, address):
+    command = [sys.executable, "-c", _DRIVER, str(Path(__file__).parent), str(source), str(out), str(log), address]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def test_the_driver_is_restarted(cluster, source, tmp_path):
+    """What was committed is neither converted nor written again."""
+    quantize_checkpoint(source, tmp_path / "one")
+    expected, out, log = tree(tmp_path / "one"), tmp_path / "ray", tmp_path / "log"
+    total = len(list(source.glob("*.safetensors")))
+    with drive(source, out, log, cluster.address) as driver:
+        while len(list(out.glob("model-*.safetensors"))) < total // 3:
+            assert driver.poll() is None, driver.stderr.read().decode()
+            time.sleep(0.02)
+        driver.kill()
+    committed = {p.name: p.stat().st_mtime_ns for p in out.glob("model-*.safetensors")}
+    assert total // 3 <= len(committed) < total
+    assert all((out / n).read_bytes() == expected[n] for n in committed)
+    assert not (out / "config.json").exists()
+    again = tmp_path / "again"
+    with drive(source, out, again, cluster.address) as driver:
+        told = driver.communicate()[1]
+        assert driver.returncode == 0, told.decode()
+    assert tree(out) == expected
+    assert {n: (out / n).stat().st_mtime_ns for n in committed} == committed
+    assert not {*attempts(again)} & {*committed}
+    assert len(attempts(again)) == total - len(committed)
+
+
+def test_one_process_resumes_what_the_cluster_began(connected, source, tmp_path, monkeypatch):
+    """And the other way round."""
+    quantize_checkpoint(source, tmp_path / "one")
+    expected, out = tree(tmp_path / "one"), tmp_path / "ray"
+    original = converting.Destination.commit
+
+    def commit(self, part, names):
+        if len(list(out.glob("model-*"))) == 3:
+            raise KeyboardInterrupt
+        original(self, part, names)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("qins.checkpoint.destination.Destination.commit", commit)
+        quantize_on_ray(source, out)
+    assert len(list(out.glob("model-*"))) == 3
+    quantize_checkpoint(source, out)
+    assert tree(out) == expected
+    for name in ("config.json", "model-00002-of-*", "model-00005-of-*"):
+        for path in out.glob(name):
+            path.unlink()
+    (out / "qins-progress.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="another source"):
+        quantize_on_ray(source, out)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_object_store(connected, store, source, tmp_path, seconds):
+    """Requests that fail in three ways, and slow ones, from all workers."""
+    quantize_checkpoint(source, tmp_path / "one", exact=True)
+    system, name = store.filesystem(), f"float{seconds}"
+    system.put(f"{source}/", f"bucket/{name}/", recursive=True)
+    store.every, store.delay, before = 7, seconds, store.failed
+    try:
+        quantize_on_ray(f"s3://bucket/{name}", f"s3://bucket/out{seconds}", exact=True)
+    finally:
+        store.every, store.delay = 0, 0.0
+    assert store.failed - before > 10
+    assert objects(store, f"bucket/out{seconds}") == tree(tmp_path / "one")
+
+
+def objects(store, path):
+    system = store.filesystem()
+    return {n.rpartition("/")[2]: system.cat_file(n) for n in system.ls(path, detail=False)}
+
+
+def test_object_store_with_losses(connected, store, source, tmp_path, monkeypatch):
+    """A worker is killed, and the driver is restarted: objects that were there are not written again."""
+    quantize_checkpoint(source, tmp_path / "one")
+    system = store.filesystem()
+    system.put(f"{source}/", "bucket/lost/", recursive=True)
+    log, out = tmp_path / "log", "s3://bucket/lost-out"
+    total = len(list(source.glob("*.safetensors")))
+    with drive("s3://bucket/lost", out, log, connected.address) as driver:
+        killed = False
+        while True:
+            assert driver.poll() is None, driver.stderr.read().decode()
+            if not killed and log.exists() and begun(log):
+                os.kill(int(begun(log)[0].name.split()[1]), signal.SIGKILL)
+                killed = True
+            system.invalidate_cache()
+            if system.exists("bucket/lost-out") and len(system.glob("bucket/lost-out/model-*")) >= total // 3:
+                break
+            time.sleep(0.1)
+        driver.kill()
+    time.sleep(2)  # a worker of the killed driver may still write
+    system.invalidate_cache()
+    before = {n: system.info(n)["LastModified"] for n in system.glob("bucket/lost-out/model-*.safetensors")}
+    again = tmp_path / "again"
+    slowly(monkeypatch, again, 0.0)
+    quantize_on_ray("s3://bucket/lost", out)
+    assert objects(store, "bucket/lost-out") == tree(tmp_path / "one")
+    system.invalidate_cache()
+    assert {n: system.info(n)["LastModified"] for n in before} == before
+    assert not {*attempts(again)} & {n.rpartition("/")[2] for n in before}
+
+
+def test_a_fault_in_a_shard(connected, source, tmp_path):
+    """The error is that of one process; after a repair, what is complete is kept."""
+    shard = sorted(source.glob("*.safetensors"))[-2]
+    before = load_file(shard)
+    key = next(k for k in before if "proj" in k)
+    state = {k: t.clone() for k, t in before.items()}
+    state[key][1, 1] = float("nan")
+    save_file(state, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{shard.name}: {key}: ") as error:
+        quantize_on_ray(source, tmp_path / "ray")
+    assert type(error.value) is ValueError
+    assert "Traceback" not in str(error.value)
+    names = tree_names(tmp_path / "ray")
+    assert "config.json" not in names
+    assert shard.name not in names
+
+
+def tree_names(path):
+    return [p.name for p in path.iterdir() if p.is_file()]
+
+
+def test_what_cannot_run(connected, source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=r"weight: needs [\d,]+ bytes of memory, "):
+        patch.setattr(converting, "_BASE", 1 << 50)
+        quantize_on_ray(source, tmp_path / "a")
+    original = converting.Job
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match=r"has qins .*, the conversion was planned by"),
+    ):
+        patch.setattr(converting, "Job", lambda *args: original(*args, version="0.0"))
+        quantize_on_ray(source, tmp_path / "b")
+
+    def elsewhere(name, conversion, destination, tally):
+        return original(name, conversion, type(destination)(tmp_path / "nowhere"), tally)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(FileNotFoundError, match=r"nowhere: not there on .*: with several"),
+    ):
+        patch.setattr(converting, "Job", elsewhere)
+        quantize_on_ray(source, tmp_path / "c")
+
+
+def test_names_on_the_dashboard(connected, source, tmp_path):
+    from ray.util.state import list_tasks
+
+    result = quantize_on_ray(source, tmp_path / "ray")
+    expected = {f"qins quantize {name}" for name in result["files"]}
+    for _ in range(20):  # events arrive after a second
+        if expected <= {t.name for t in list_tasks(limit=1000, detail=False)}:
+            return
+        time.sleep(0.5)
+    raise AssertionError({t.name for t in list_tasks(limit=1000)})
+
+
+def test_one_bar(connected, source, tmp_path, monkeypatch):
+    """Its steps add up to the source's bytes, whatever order workers tell them in."""
+    log = tmp_path / "log"
+    slowly(monkeypatch, log, 0.4)
+    steps = []
+
+    class Bar(converting._Bar):
+        def __init__(self, tally, advance):
+            super().__init__(tally, lambda n, told=None: steps.append((n, told)))
+
+    monkeypatch.setattr(converting, "_Bar", Bar)
+    result = quantize_on_ray(source, tmp_path / "ray")
+    assert sum(n for n, _ in steps) == result["bytes_before"]
+    assert len([n for n, _ in steps if n]) > 2
+    assert steps[-1][1].startswith("encoding: ")
+    assert f"{result['cost']['workers']} workers" in steps[-1][1]
+
+
+def test_command_line(cluster, source, tmp_path):
+    quantize_checkpoint(source, tmp_path / "one")
+    command = [sys.executable, "-m", "qins.cli", "quantize", str(source), str(tmp_path / "ray")]
+    done = subprocess.run([*command, "--ray", cluster.address], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "CPU seconds" in done.stdout
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+    done = subprocess.run([*command, "--ray", "127.0.0.1:1"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
