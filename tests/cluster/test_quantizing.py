@@ -22,6 +22,7 @@ from tokens import text as words
 
 import qins
 from qins.checkpoint import quantize_checkpoint
+from qins.files import ShardWriter
 from qins.hf import Calibration
 
 ray = pytest.importorskip("ray", reason="needs Ray: make test-ray")
@@ -38,14 +39,23 @@ def tree(path):
 
 
 def slowly(monkeypatch, log, seconds=1.0):
-    """Make each shard take this long, and note in a directory which process of which node converts which shard."""
+    """Make each shard wait this long before its file is closed; note which process of which node it is."""
     original = converting.convert
 
     def convert(job, file):
         begun = log / f"{file.name} {os.getpid()} {time.time_ns()}"
-        begun.write_text(ray.get_runtime_context().get_node_id())
-        time.sleep(seconds)
-        made = original(job, file)
+        close = ShardWriter.close
+
+        def later(self):
+            begun.write_text(ray.get_runtime_context().get_node_id())
+            time.sleep(seconds)
+            close(self)
+
+        ShardWriter.close = later
+        try:
+            made = original(job, file)
+        finally:
+            ShardWriter.close = close
         begun.with_name(begun.name + " done").touch()
         return made
 
@@ -157,7 +167,7 @@ def test_a_node_is_removed(connected, source, tmp_path, monkeypatch):
 _DRIVER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import pytest, test_quantizing as t
 patch = pytest.MonkeyPatch()
 t.slowly(patch, Path(sys.argv[4]), 0.3)

@@ -103,10 +103,11 @@ class RayShards:
             "num_cpus": self.cpus, "memory": memory, "max_retries": _RETRIES, "retry_exceptions": [ConnectionError],
             "scheduling_strategy": "SPREAD",
         }  # fmt: skip
+        check, quantize = ray.remote(**options)(read_back), ray.remote(**options)(convert)
         tasks = {}
         for file, name in conversion.planned.names.items():
-            function, verb = (read_back, "check") if destination.has(name) else (convert, "quantize")
-            tasks[ray.remote(function).options(name=f"qins {verb} {name}", **options).remote(job, file)] = file
+            function, verb = (check, "check") if destination.has(name) else (quantize, "quantize")
+            tasks[function.options(name=f"qins {verb} {name}").remote(job, file)] = file
         told = _Bar(tally, advance)
         checksums: dict[str, str] = {}
         try:
