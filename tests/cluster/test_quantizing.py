@@ -281,11 +281,10 @@ def test_object_store_with_losses(connected, store, source, tmp_path, monkeypatc
 
 
 def test_a_fault_in_a_shard(connected, source, tmp_path):
-    """The error is that of one process; after a repair, what is complete is kept."""
-    shard = sorted(source.glob("*.safetensors"))[-2]
-    before = load_file(shard)
-    key = next(k for k in before if "proj" in k)
-    state = {k: t.clone() for k, t in before.items()}
+    """The error is that of one process."""
+    found = ((p, k) for p in sorted(source.glob("*.safetensors")) for k in load_file(p) if "down_proj" in k)
+    shard, key = list(found)[-1]
+    state = load_file(shard)
     state[key][1, 1] = float("nan")
     save_file(state, shard, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{shard.name}: {key}: ") as error:
@@ -308,7 +307,7 @@ def test_what_cannot_run(connected, source, tmp_path, monkeypatch):
     original = converting.Job
     with (
         monkeypatch.context() as patch,
-        pytest.raises(RuntimeError, match=r"has qins .*, the conversion was planned by"),
+        pytest.raises(RuntimeError, match=r"has qins .*, the driver has 0.0"),
     ):
         patch.setattr(converting, "Job", lambda *args: original(*args, version="0.0"))
         quantize_on_ray(source, tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Conversion on several machines, on a Ray cluster: `qins quantize --ray`."""
+"""Several machines, on a Ray cluster: `qins quantize --ray`, `qins eval --ray`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ from ..system import lazily
 
 if TYPE_CHECKING:
     from .converting import RayShards, quantize_on_ray
+    from .evaluating import RayWindows
+    from .tasks import connected
 
 __all__ = [
     "RayShards",
+    "RayWindows",
+    "connected",
     "quantize_on_ray",
 ]
 
 # imported on first use, so that the actor that counts starts without torch
-__getattr__ = lazily(__name__, {"RayShards": "converting", "quantize_on_ray": "converting"})
+__getattr__ = lazily(
+    __name__,
+    {
+        "RayShards": "converting",
+        "RayWindows": "evaluating",
+        "connected": "tasks",
+        "quantize_on_ray": "converting",
+    },
+)

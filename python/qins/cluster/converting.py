@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Conversion, Destination, quantize_checkpoint
 from ..hf import QinsConfig
-from ..system import Advance, naming_extras
+from ..system import Advance
 from .tally import Tally
+from .tasks import POLL, connected, results, task_options
 from .work import Job, convert, read_back
 
-_RETRIES = 20  # of a shard whose worker or machine is lost, or whose store does not answer
 _BASE = 1 << 30  # bytes of memory that a worker needs besides the tensors: libraries, and what waits to be written
-_POLL = 0.25  # seconds between updates of the bar
 
 
-@naming_extras()
 def quantize_on_ray(
     source: str | Path,
     out: str | Path,
@@ -55,23 +50,9 @@ def quantize_on_ray(
 
     """
     shards = RayShards(cpus)
-    with _connected(address):
+    with connected(address):
         result = quantize_checkpoint(source, out, config, shards=shards, **options)
     return result | {"cost": shards.cost}
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class RayShards:
@@ -96,13 +77,10 @@ class RayShards:
         if conversion.checkpoint.format == "gguf":
             raise ValueError(f"{conversion.checkpoint.path}: is one file, which one process converts: omit --ray")
         begin = time.monotonic()
-        memory = _memory(conversion)
+        needed, largest = conversion.memory()
+        options = task_options(self.cpus, needed + _BASE, largest)
         tally = _start_tally()
         job = ray.put(Job(uuid.uuid4().hex, [ray.put(conversion)], destination, tally))
-        options: dict[str, Any] = {
-            "num_cpus": self.cpus, "memory": memory, "max_retries": _RETRIES, "retry_exceptions": [ConnectionError],
-            "scheduling_strategy": "SPREAD",
-        }  # fmt: skip
         check, quantize = ray.remote(**options)(read_back), ray.remote(**options)(convert)
         tasks = {}
         for file, name in conversion.planned.names.items():
@@ -110,52 +88,14 @@ class RayShards:
             tasks[function.options(name=f"qins {verb} {name}").remote(job, file)] = file
         told = _Bar(tally, advance)
         checksums: dict[str, str] = {}
-        try:
-            while tasks:
-                done, _ = ray.wait(list(tasks), timeout=_POLL)
-                for task in done:
-                    file = tasks.pop(task)
-                    made = _result(task, conversion.planned.names[file])
-                    if made.part is not None:
-                        destination.commit(made.part, conversion.names(file))
-                    checksums |= made.checksums
-                told.update()
-        finally:
-            for task in tasks:
-                with suppress(Exception):  # the first error is the one to report
-                    ray.cancel(task)
+        planned = conversion.planned.names
+        for file, made in results(tasks, planned.__getitem__, told.update):
+            if made.part is not None:
+                destination.commit(made.part, conversion.names(file))
+            checksums |= made.checksums
         self.cost = {"seconds": time.monotonic() - begin} | told.update(now=True)
         ray.kill(tally)
         return checksums
-
-
-def _result(task: Any, name: str) -> Any:
-    """Return what a task returned, or raise what it raised."""
-    import ray
-
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as e:
-        raise (e.cause if isinstance(e.cause, Exception) else RuntimeError(f"{name}: {e}")) from None
-    except ray.exceptions.RayError as e:
-        raise RuntimeError(f"{name}: {_RETRIES} attempts ended without a result; the last one: {e}") from None
-
-
-def _memory(conversion: Conversion) -> int:
-    """Return the bytes that a task reserves.
-
-    Raises:
-        MemoryError: no machine has as many; the task would wait forever.
-
-    """
-    import ray
-
-    needed, largest = conversion.memory()
-    needed += _BASE
-    there = max((n["Resources"].get("memory", 0) for n in ray.nodes() if n["Alive"]), default=0)
-    if needed > there:
-        raise MemoryError(f"{largest}: needs {needed:,} bytes of memory, {there:,.0f} are on the largest machine")
-    return needed
 
 
 def _start_tally() -> Any:
@@ -177,7 +117,7 @@ class _Bar:
         """Show the progress, unless it was shown just before; return the cost."""
         import ray
 
-        if not now and time.monotonic() - self._last < _POLL:
+        if not now and time.monotonic() - self._last < POLL:
             return {}
         self._last = time.monotonic()
         total: dict[str, Any] = ray.get(self._tally.total.remote())

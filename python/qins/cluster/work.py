@@ -45,16 +45,19 @@ class Job:
             RuntimeError: this machine has another version of qins, which might write other bytes.
 
         """
-        if self.version != VERSION:
-            raise RuntimeError(
-                f"{socket.gethostname()}: has qins {VERSION}, the conversion was planned by {self.version}"
-            )
+        require_version(self.version)
         if self.name not in _kept:
             import ray
 
             _kept.clear()
             _kept[self.name] = ray.get(self.conversion[0])
         return _kept[self.name]
+
+
+def require_version(version: str) -> None:
+    """Raise a RuntimeError if this machine has another version of qins than the driver."""
+    if version != VERSION:
+        raise RuntimeError(f"{socket.gethostname()}: has qins {VERSION}, the driver has {version}")
 
 
 @dataclass(frozen=True)
