@@ -27,7 +27,7 @@ from qins.hf import Calibration
 
 ray = pytest.importorskip("ray", reason="needs Ray: make test-ray")
 
-from qins.cluster import converting, quantize_on_ray  # noqa: E402
+from qins.cluster import converting, quantize_on_ray, rounding  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -104,13 +104,47 @@ def test_same_bytes(connected, source, tmp_path, kind):
     assert not qins.inspect(tmp_path / "ray").problems
 
 
-def test_same_bytes_calibrated(connected, tmp_path):
+@pytest.mark.parametrize("target", [None, 6.5])
+def test_same_bytes_calibrated(connected, tmp_path, monkeypatch, target):
+    """A task per layer chooses its codes; one is killed, and starts again."""
+    source, killed, original = tmp_path / "float", tmp_path / "killed", rounding.choose
+    save_calibrated_source(source)
+    calibration = Calibration(words(2000), 1024, target)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def choose(*arguments):
+        if not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    monkeypatch.setattr(rounding, "choose", choose)
+    try:
+        quantize_checkpoint(source, tmp_path / "one", calibration=calibration)
+        assert not killed.exists()
+        quantize_on_ray(source, tmp_path / "ray", calibration=calibration)
+    finally:
+        torch.set_num_threads(threads)
+    assert killed.exists()
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+
+
+def test_a_layer_that_cannot_be_calibrated(connected, tmp_path):
+    """The error is that of one process."""
     source = tmp_path / "float"
     save_calibrated_source(source)
-    calibration = Calibration(words(2000), 1024)
-    quantize_checkpoint(source, tmp_path / "one", calibration=calibration)
-    quantize_on_ray(source, tmp_path / "ray", calibration=calibration)
-    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+    shard = next(p for p in sorted(source.glob("*.safetensors")) if any("q_proj" in k for k in load_file(p)))
+    state = load_file(shard)
+    name = next(k for k in state if "q_proj" in k)
+    state[name][0, 0] = float("inf")
+    save_file(state, shard, {"format": "pt"})
+    told = []
+    for function, out in ((quantize_checkpoint, "one"), (quantize_on_ray, "ray")):
+        with pytest.raises(ValueError, match="q_proj") as error:
+            function(source, tmp_path / out, calibration=Calibration(words(2000), 1024))
+        told.append(str(error.value))
+    assert told[0] == told[1]
 
 
 def test_a_worker_is_killed(connected, source, tmp_path, monkeypatch):
@@ -362,4 +396,5 @@ def test_command_line(cluster, source, tmp_path):
     assert tree(tmp_path / "ray") == tree(tmp_path / "one")
     done = subprocess.run([*command, "--ray", "127.0.0.1:1"], capture_output=True, text=True)
     assert done.returncode == 1
+    assert "error: 127.0.0.1:1: no Ray cluster there: " in done.stderr
     assert "Traceback" not in done.stderr

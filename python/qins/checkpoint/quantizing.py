@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration import Store
+from ..calibration import Rounding, Store
 from ..codec import EncodedArray, encode, fallback_note
 from ..files import (
     Checkpoint,
@@ -148,6 +148,7 @@ def quantize_checkpoint(
     exact: bool = False,
     show_progress: bool | None = None,
     shards: Shards = one_after_the_other,
+    rounding: Rounding | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint, file by file; the model is never built, and only a few tensors are in memory at a time.
 
@@ -165,6 +166,7 @@ def quantize_checkpoint(
             bit.
         show_progress: None shows a progress bar on a terminal.
         shards: what converts the shards; `qins.cluster` has one for several machines.
+        rounding: what chooses calibrated codes, likewise; None: this process.
 
     Returns:
         dict: layers, bytes_before, bytes_after, files, skipped, notes (on layers whose codec is not the one asked for)
@@ -191,7 +193,7 @@ def quantize_checkpoint(
         checkpoint = open_scaled(checkpoint)
         base = hub_name(str(source).removeprefix("hf://")) or hub_name(checkpoint.config.get("_name_or_path"))
         result = _quantize(
-            checkpoint, destination, config or QinsConfig(), base, calibration, exact, show_progress, shards
+            checkpoint, destination, config or QinsConfig(), base, calibration, exact, show_progress, shards, rounding
         )
     destination.end()
     return result
@@ -222,6 +224,7 @@ def _quantize(
     exact: bool,
     show_progress: bool | None,
     shards: Shards,
+    rounding: Rounding | None,
 ) -> dict[str, Any]:
     with naming_file(directory_of(checkpoint)):  # transformers reads files there, too
         planned, quantizer = plan(checkpoint, config)
@@ -251,7 +254,7 @@ def _quantize(
             if calibration.has_target:
                 spending = work.plan(planned.modules, calibration, config)
                 planned, quantizer = plan(checkpoint, config)
-            work.encode(planned.modules)
+            work.encode(planned.modules, rounding)
         others = others_of(directory_of(checkpoint), copied_names(checkpoint)) if exact else {}
         conversion = Conversion(checkpoint, planned, exact, store, others)
         with progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True) as advance:

@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint import Conversion, Destination, quantize_checkpoint
 from ..hf import QinsConfig
 from ..system import Advance
+from .rounding import RayRounding
 from .tally import Tally
 from .tasks import POLL, connected, results, task_options
 from .work import Job, convert, read_back
@@ -28,7 +29,8 @@ def quantize_on_ray(
 ) -> dict[str, Any]:
     """Quantize a checkpoint as `quantize_checkpoint` does, with the same bytes, on a Ray cluster.
 
-    Each shard is a task, and converted tensor by tensor. A task whose worker or machine is lost is run again elsewhere.
+    Each shard is a task, and converted tensor by tensor. Calibrated codes are chosen layer by layer on the cluster,
+    from statistics that the driver collects. A task whose worker or machine is lost is run again elsewhere.
     Run the same call again to resume: complete shards are kept.
 
     Args:
@@ -51,7 +53,7 @@ def quantize_on_ray(
     """
     shards = RayShards(cpus)
     with connected(address):
-        result = quantize_checkpoint(source, out, config, shards=shards, **options)
+        result = quantize_checkpoint(source, out, config, shards=shards, rounding=RayRounding(cpus), **options)
     return result | {"cost": shards.cost}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -17,18 +18,36 @@ POLL = 0.25  # seconds between updates of a bar
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Be connected to a cluster: the present one, or that of an address; None as in `ray.init`."""
+    """Be connected to a cluster: the present one, or that of an address; None as in `ray.init`.
+
+    Raises:
+        ConnectionError: there is none at the address.
+
+    """
     with naming_extras():
         import ray
 
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        _require_reachable(address)
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raise a ConnectionError if nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise ConnectionError(f"{address}: no Ray cluster there: {e}") from None
 
 
 def task_options(cpus: float, memory: int, what: str) -> dict[str, Any]:
@@ -70,7 +89,7 @@ def results(tasks: dict[Any, K], name: Callable[[K], str], poll: Callable[[], ob
             done, _ = ray.wait(list(left), timeout=POLL)
             for task in done:
                 key = left.pop(task)
-                yield key, _result(task, name(key))
+                yield key, result_of(task, name(key))
             poll()
     finally:
         for task in left:
@@ -78,7 +97,8 @@ def results(tasks: dict[Any, K], name: Callable[[K], str], poll: Callable[[], ob
                 ray.cancel(task)
 
 
-def _result(task: Any, name: str) -> Any:
+def result_of(task: Any, name: str) -> Any:
+    """Return what a task returned, or raise as `results` does."""
     import ray
 
     try:
