@@ -90,7 +90,9 @@ def start_workers(workers: int, log: Path) -> None:
 
 def run(source: Path, workers: int, waits: dict[str, float], work: Path, expected: dict[str, bytes]) -> dict[str, Any]:
     """Convert on this many workers, each a machine of its own to Ray."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "dashboard_port": 0}
+    )
     for _ in range(workers):
         cluster.add_node(num_cpus=1, memory=2 << 30, object_store_memory=100 << 20)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from ..files import Checkpoint, RemoteFolder, checksum, exact_bytes, is_remote, open_checkpoint, open_remote, sketch
-from ..system import locked, read_json, write_json
+from ..system import locked, read_json, sync_directory, write_json
 
 PROGRESS = "qins-progress.json"
 LOCK = "qins.lock"
@@ -112,6 +112,7 @@ class Destination:
         """Give the files of a part their final place, in this order."""
         for name in names:
             (self.directory / part / name).replace(self.directory / name)
+            sync_directory(self.directory)
         shutil.rmtree(self.directory / part, ignore_errors=True)
 
     def put(self, name: str) -> None:

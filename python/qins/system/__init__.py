@@ -4,7 +4,7 @@ The lowest room: it imports no other room.
 """
 
 from . import threads
-from .atomic import atomically, locked, write_json
+from .atomic import atomically, locked, sync_directory, write_json
 from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
@@ -51,6 +51,7 @@ __all__ = [
     "reset_peak_resident_bytes",
     "set_num_threads",
     "switch",
+    "sync_directory",
     "threads",
     "upward",
     "write_json",
