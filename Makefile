@@ -29,6 +29,7 @@ test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
 test-all: test test-long test-rooms test-isas test-core-others test-fuzz test-transformers test-sdist test-wheel test-extras test-pythons
+	@echo 'NOT RUN: tests/cluster, on a Ray cluster: make test-ray (minutes; 400 MB of packages)'
 
 # for the edit loop: style, types, and the tests of what is not committed yet
 check: lint

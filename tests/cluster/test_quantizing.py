@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tokens import save_calibrated_source
 from tokens import text as words
 
 import qins
-from qins.checkpoint import quantize_checkpoint
+from qins.checkpoint import Destination, quantize_checkpoint
 from qins.files import ShardWriter
 from qins.hf import Calibration
 
@@ -238,29 +239,28 @@ def test_the_driver_is_restarted(cluster, source, tmp_path):
     assert len(attempts(again)) == total - len(committed)
 
 
-def test_one_process_resumes_what_the_cluster_began(connected, source, tmp_path, monkeypatch):
-    """And the other way round."""
+@pytest.mark.parametrize("first", ["cluster", "process"])
+def test_one_resumes_what_the_other_began(connected, source, tmp_path, monkeypatch, first):
     quantize_checkpoint(source, tmp_path / "one")
-    expected, out = tree(tmp_path / "one"), tmp_path / "ray"
-    original = converting.Destination.commit
+    expected, out = tree(tmp_path / "one"), tmp_path / "out"
+    method = {"cluster": "commit", "process": "put"}[first]
+    original = getattr(Destination, method)
 
-    def commit(self, part, names):
-        if len(list(out.glob("model-*"))) == 3:
+    def interrupted(self, *args):
+        if len(list(out.glob("model-*.safetensors"))) >= 3:
             raise KeyboardInterrupt
-        original(self, part, names)
+        return original(self, *args)
 
+    functions = [quantize_on_ray, quantize_checkpoint]
+    begin, resume = functions if first == "cluster" else functions[::-1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("qins.checkpoint.destination.Destination.commit", commit)
-        quantize_on_ray(source, out)
-    assert len(list(out.glob("model-*"))) == 3
-    quantize_checkpoint(source, out)
+        patch.setattr(Destination, method, interrupted)
+        begin(source, out)
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("model-*.safetensors")}
+    assert len(before) == 3
+    resume(source, out)
     assert tree(out) == expected
-    for name in ("config.json", "model-00002-of-*", "model-00005-of-*"):
-        for path in out.glob(name):
-            path.unlink()
-    (out / "qins-progress.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="another source"):
-        quantize_on_ray(source, out)
+    assert {n: (out / n).stat().st_mtime_ns for n in before} == before
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1])
@@ -357,16 +357,25 @@ def test_what_cannot_run(connected, source, tmp_path, monkeypatch):
         quantize_on_ray(source, tmp_path / "c")
 
 
-def test_names_on_the_dashboard(connected, source, tmp_path):
+def test_dashboard(connected, source, tmp_path):
+    """The names of tasks, and the metrics."""
     from ray.util.state import list_tasks
 
     result = quantize_on_ray(source, tmp_path / "ray")
     expected = {f"qins quantize {name}" for name in result["files"]}
-    for _ in range(20):  # events arrive after a second
-        if expected <= {t.name for t in list_tasks(limit=1000, detail=False)}:
+    addresses = [
+        f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]
+    ]
+    names, metrics = set(), ""
+    for _ in range(60):  # both arrive after seconds
+        names |= {t.name for t in list_tasks(limit=1000, detail=False)}
+        for address in addresses:
+            with suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
+                metrics += answer.read().decode()
+        if expected <= names and "qins_source_bytes" in metrics and "qins_cpu_seconds" in metrics:
             return
         time.sleep(0.5)
-    raise AssertionError({t.name for t in list_tasks(limit=1000)})
+    raise AssertionError((names, "qins_source_bytes" in metrics))
 
 
 def test_one_bar(connected, source, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def results(tasks: dict[Any, K], name: Callable[[K], str], poll: Callable[[], ob
     finally:
         for task in left:
             with suppress(Exception):  # the first error is the one to report
-                ray.cancel(task)
+                ray.cancel(task, force=True)  # an interrupted import would spoil the worker for later tasks
 
 
 def result_of(task: Any, name: str) -> Any:
