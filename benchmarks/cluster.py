@@ -1,6 +1,6 @@
 """A conversion of 1,000 small shards on a Ray cluster of 2, 4 and 8 workers: time, shards per second, efficiency.
 
-    python benchmarks/cluster.py [--shards 1000] [--seconds 0.3] [--workers 2 4 8] [--json FILE]
+    python benchmarks/cluster.py [--shards 1000] [--seconds 0.8] [--workers 2 4 8] [--json FILE]
 
 Storage is simulated: a shard waits `--seconds` on average (between half and one and a half times as long, the same for
 every number of workers), as its reads and writes would, and is then converted for real. So the workers may be more than
@@ -124,7 +124,7 @@ def run(source: Path, workers: int, waits: dict[str, float], work: Path, expecte
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--seconds", type=float, default=0.8)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
