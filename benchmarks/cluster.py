@@ -21,10 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 import transformers
-from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
 from qins.checkpoint import quantize_checkpoint
@@ -76,6 +74,7 @@ def waiting(log: Path, waits: dict[str, float]) -> Any:
 
 def start_workers(workers: int, log: Path) -> None:
     """Return when each node has a worker that has imported what it needs."""
+    import ray
 
     def start(i: int) -> None:
         import qins.cluster.work  # noqa: F401
@@ -90,6 +89,9 @@ def start_workers(workers: int, log: Path) -> None:
 
 def run(source: Path, workers: int, waits: dict[str, float], work: Path, expected: dict[str, bytes]) -> dict[str, Any]:
     """Convert on this many workers, each a machine of its own to Ray."""
+    import ray
+    from ray.cluster_utils import Cluster
+
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "dashboard_port": 0}
     )
