@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OTHER_TRANSFORMERS := 4.57.6 5.0.0
+RAY := 2.60.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_experts checkpoint/test_embeddings \
     checkpoint/test_quantizing hf/test_cache hf/test_decoding hf/test_decoder hf/test_released cli/test_chat)
 ROOMS := codec nn files decoder calibration hf
@@ -16,7 +17,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
+.PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-ray test-core test-core-others test-sdist test-wheel \
     test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
     lint docs bench measurements clean
 
@@ -28,6 +29,7 @@ test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
 test-all: test test-long test-rooms test-isas test-core-others test-fuzz test-transformers test-sdist test-wheel test-extras test-pythons
+	@echo 'NOT RUN: tests/cluster, on a Ray cluster: make test-ray (minutes; 400 MB of packages)'
 
 # for the edit loop: style, types, and the tests of what is not committed yet
 check: lint
@@ -69,6 +71,18 @@ test-transformers: $(VENV)/installed-dev
 	    }; \
 	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[" $(OTHER_TRANSFORMERS_TESTS); \
 	done
+
+# a cluster of several raylets, and an object store, in an environment that adds them to the other one
+test-ray: $(VENV)/ray/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=python $(VENV)/ray/bin/python -m pytest -q -W ignore tests/cluster
+
+$(VENV)/ray/installed: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)/ray
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    >$$($(VENV)/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(VENV)/ray/bin/pip install --quiet --disable-pip-version-check 'ray[default]==$(RAY)' 's3fs==2026.9.0' \
+	    'moto[server]==5.2.5'
+	touch $@
 
 test-core:
 	tests/core/run.sh native

@@ -133,6 +133,7 @@ expect "Paris" "$bin/qins" generate "$work/out" -p "The capital of France is" --
 refuse "qins[plot]" "$bin/qins" demo
 refuse "qins[plot]" "$bin/qins" eval "$work/out" --against "$smollm2" --report "$work/page.html"
 refuse "qins[serve]" "$bin/qins" serve "$work/out"
+refuse "qins[ray]" "$bin/qins" quantize "$smollm2" "$work/on-ray" --ray
 echo "== .[serve]"
 install "$qins[serve]"
 "$bin/qins" serve "$work/out" --port 0 >"$work/served" &

@@ -2,7 +2,7 @@
 
 from .activations import Layer, Text, cut, split
 from .calibrating import CalibratedModule, CalibrationReport, calibrate
-from .choosing import choose_codes
+from .choosing import Rounding, choose_codes, choose_layer
 from .planning import Plan, plan, plan_layers
 from .store import Choice, Store
 
@@ -12,10 +12,12 @@ __all__ = [
     "Choice",
     "Layer",
     "Plan",
+    "Rounding",
     "Store",
     "Text",
     "calibrate",
     "choose_codes",
+    "choose_layer",
     "cut",
     "plan",
     "plan_layers",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +19,9 @@ from .rounds import Clock, rounds
 from .store import Choice, Store
 
 Tensor = torch.Tensor
+Found = tuple[str, Any, Tensor | None]  # what `rounds` yields
+
+_WAITING = 64  # layers whose codes are chosen elsewhere at a time: their moments and weights are in memory
 
 
 def output_errors(x: Tensor, weight: Tensor, e: EncodedArray | None) -> Tensor:
@@ -34,15 +41,46 @@ def output_errors(x: Tensor, weight: Tensor, e: EncodedArray | None) -> Tensor:
     return errors
 
 
-def _choose_codes(layer: Layer, feedback: ErrorFeedback | None, held: Tensor | None) -> Choice:
-    weight = layer.weight
+@dataclass(frozen=True)
+class Moments:
+    """Arguments of ErrorFeedback, which is made where the codes are chosen."""
+
+    gram: Any
+    damping: float
+
+
+class Rounding(Protocol):
+    """Chooses the codes of layers elsewhere, several at a time."""
+
+    def submit(self, name: str, arguments: tuple[Any, ...]) -> Callable[[], Choice]:
+        """Start `choose_layer(*arguments)`; return a function that waits for its result."""
+
+
+def choose_layer(
+    weight: Tensor, codec: str, group_size: int | None, feedback: ErrorFeedback | Moments | None, held: Tensor | None
+) -> Choice:
+    """Choose the codes of one layer: those of error feedback if they are better than the nearest ones.
+
+    Args:
+        weight: (out_features, in_features).
+        codec: one of LOG_BITS.
+        group_size: as in `encode`.
+        feedback: of the layer's inputs; None if the text does not reach it.
+        held: (tokens, in_features), inputs on which the two are compared.
+
+    Raises:
+        ValueError: the weights or the moments are not usable.
+
+    """
     if feedback is None:
-        nearest = encode(weight, layer.codec, group_size=layer.group_size)
+        nearest = encode(weight, codec, group_size=group_size)
         return Choice(nearest, kept="nearest: the calibration text does not reach this layer")
-    calibrated = feedback.encode(weight, layer.codec, group_size=layer.group_size)
+    if isinstance(feedback, Moments):
+        feedback = ErrorFeedback(feedback.gram, feedback.damping)
+    calibrated = feedback.encode(weight, codec, group_size=group_size)
     if held is None or not len(held):
         return Choice(calibrated)
-    nearest = encode(weight, layer.codec, group_size=layer.group_size)
+    nearest = encode(weight, codec, group_size=group_size)
     size, before, after = (float(output_errors(held, weight, e).sum()) for e in (None, nearest, calibrated))
     if size > 0.0:
         before, after = before / size, after / size
@@ -64,6 +102,7 @@ def choose_codes(
     clock: Clock | None = None,
     install: Callable[[str, Choice], None] | None = None,
     sequential: bool = False,
+    rounding: Rounding | None = None,
 ) -> Iterator[tuple[str, Choice]]:
     """Yield each layer's name and codes.
 
@@ -79,6 +118,7 @@ def choose_codes(
         clock: adds up the time.
         install: called with each layer's codes as soon as they are chosen.
         sequential: whether install changes the model before the next round.
+        rounding: what chooses the codes, while the model runs over the text for later layers; None: this process.
 
     Raises:
         ValueError: a layer's weights or statistics are not usable; the message names the layer.
@@ -103,14 +143,39 @@ def choose_codes(
         if done is not None:
             del left[name]
             yield finish(name, done)
-    for name, feedback, held in rounds(model, left, text, damping, room, mapped, clock, sequential):
-        try:
-            choice = _choose_codes(layers[name], feedback, held)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
+    chosen = _chosen_here if rounding is None else partial(_chosen_elsewhere, rounding)
+    feedback_of = ErrorFeedback if rounding is None else Moments
+    for name, choice in chosen(
+        layers, rounds(model, left, text, damping, room, mapped, clock, sequential, feedback_of)
+    ):
         if store:
             store.put(name, choice)
         yield finish(name, choice)
         if mapped:
             page_out(layers[name].parameter)
     clock.rounding += time.perf_counter() - begin - (clock.statistics - before)
+
+
+def _arguments(layer: Layer, feedback: Any, held: Tensor | None) -> tuple[Any, ...]:
+    return layer.weight, layer.codec, layer.group_size, feedback, held
+
+
+def _chosen_here(layers: Mapping[str, Layer], found: Iterator[Found]) -> Iterator[tuple[str, Choice]]:
+    for name, feedback, held in found:
+        try:
+            yield name, choose_layer(*_arguments(layers[name], feedback, held))
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+
+
+def _chosen_elsewhere(
+    rounding: Rounding, layers: Mapping[str, Layer], found: Iterator[Found]
+) -> Iterator[tuple[str, Choice]]:
+    waiting: deque[tuple[str, Callable[[], Choice]]] = deque()
+    for name, feedback, held in found:
+        waiting.append((name, rounding.submit(name, _arguments(layers[name], feedback, held))))
+        while len(waiting) > _WAITING:
+            first, result = waiting.popleft()
+            yield first, result()
+    for first, result in waiting:
+        yield first, result()

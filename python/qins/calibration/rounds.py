@@ -35,11 +35,13 @@ def rounds(
     mapped: bool,
     clock: Clock,
     sequential: bool = False,
-) -> Iterator[tuple[str, ErrorFeedback | None, Tensor | None]]:
+    feedback_of: Callable[[Any, float], Any] = ErrorFeedback,
+) -> Iterator[tuple[str, Any, Tensor | None]]:
     """Yield each layer's name, the ErrorFeedback of its inputs, and its held-out inputs, (tokens, in_features).
 
     The model runs over the text as often as the memory for statistics requires. Finished blocks are skipped where that
     makes no difference (see `BlockChain`). A layer that the text does not reach has neither feedback nor inputs.
+    `feedback_of` may return something else than an ErrorFeedback, to be made one elsewhere.
     """
     left = dict(layers)
     chain = BlockChain(model, [layer.module for layer in layers.values()], first=sequential)
@@ -62,7 +64,7 @@ def rounds(
         clock.statistics += time.perf_counter() - begin
         for source in list(statistics.gram):
             try:
-                feedback = ErrorFeedback(statistics.gram.pop(source).numpy(), damping)
+                feedback = feedback_of(statistics.gram.pop(source).numpy(), damping)
             except ValueError as e:
                 raise ValueError(f"{source}: {e}") from None
             held = statistics.held.pop(source)

@@ -8,45 +8,46 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..calibration import Store
+from ..calibration import Rounding, Store
 from ..codec import EncodedArray, encode, fallback_note
 from ..files import (
     Checkpoint,
     GgufCheckpoint,
     ReadAhead,
+    RemoteFolder,
     ShardWriter,
     check_restorable,
-    checksum,
-    exact_bytes,
     exact_name,
     is_kept,
+    is_remote,
     open_checkpoint,
     open_gguf,
+    open_remote,
     open_scaled,
     others_of,
     remove_parts,
 )
 from ..hf import CARD, Calibration, CheckpointCalibration, QinsConfig, find_source, hub_name, tokenized, write_card
-from ..system import atomically, locked, naming_file, progress, read_json, require_memory, write_json
+from ..system import Advance, atomically, naming_file, progress, require_memory, write_json
+from .destination import CALIBRATION, LOCK, PROGRESS, Destination, destination_of
 from .planning import Item, Output, Plan, architecture, converted, plan
 from .recording import ItemRecorder
 
 Write = Callable[..., None]  # as ShardWriter.write
 
 _WAITING = 64 << 20  # bytes queued for writing, above which the next tensor has to wait
-_PROGRESS = "qins-progress.json"
-_LOCK = "qins.lock"
 _FILES = 3  # increased when a version writes other tensors, so that it does not resume an older version's conversion
-_CALIBRATION = "qins-calibration"
-_OWN = (_PROGRESS, _LOCK, _CALIBRATION)
+_OWN = (PROGRESS, LOCK, CALIBRATION)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -59,55 +60,83 @@ def _fingerprint(checkpoint: Checkpoint, config: QinsConfig, exact: bool) -> str
     """Return a hash of what must not change if a conversion is to be resumed: source files, headers and settings."""
     h = hashlib.sha256(json.dumps([_FILES, config.to_dict(), exact], sort_keys=True, default=str).encode())
     for path, size in checkpoint.files.items():
-        h.update(f"{path.name} {size} {path.stat().st_mtime_ns}".encode())
+        h.update(f"{path.name} {size} {checkpoint.version(path)}".encode())
     for name, t in checkpoint.tensors.items():
         h.update(f"{name} {t.dtype} {t.shape}".encode())
     return h.hexdigest()
 
 
-def _reserve(out: Path) -> AbstractContextManager[None]:
-    """Create the output directory; return a lock that keeps other processes from writing to it."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out}: expected a directory or nothing, got a file")
-    out.mkdir(parents=True, exist_ok=True)
-    return locked(out / _LOCK, f"{out}: another process is converting into it; wait for it, or give another directory")
+@dataclass
+class Conversion:
+    """What the conversion of any shard needs. It can be pickled, for workers in other processes.
+
+    Attributes:
+        checkpoint: the source.
+        planned: what each tensor becomes.
+        exact: whether to record how the source is restored.
+        store: calibrated codes; None to encode all.
+        others: what restores the files beside the source's weights, which the first shard's exact file holds.
+
+    """
+
+    checkpoint: Checkpoint
+    planned: Plan
+    exact: bool = False
+    store: Store | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def source_bytes(self, file: Path) -> int:
+        """Return the bytes of the tensors that a shard is made from."""
+        return sum(self.checkpoint.tensors[k].bytes for i in self.planned.items[file] for k in i.all_keys)
+
+    def names(self, file: Path) -> list[str]:
+        """Return the names of the files that a shard becomes; the one with the codes, which completes it, is last."""
+        return [exact_name(file.name)] * self.exact + [self.planned.names[file]]
+
+    def memory(self) -> tuple[int, str]:
+        """Return the bytes of memory for the largest tensors, what they are made from and what is written; its name."""
+
+        def needed(item: Item) -> int:
+            made, read = [t.nbytes for t in item.targets], [self.checkpoint.tensors[k].bytes for k in item.all_keys]
+            if any(o.is_stack for o in item.outputs):  # encoded matrix by matrix
+                return max(made, default=0) + max(read, default=0)
+            return sum(made) + sum(read)
+
+        items = (item for items in self.planned.items.values() for item in items)
+        largest = max(items, key=needed, default=None)
+        return (0, "") if largest is None else (needed(largest), f"{self.checkpoint.path}: {largest.name}")
+
+    def convert(self, ahead: ReadAhead, file: Path, directory: Path, advance: Advance) -> dict[str, str]:
+        """Convert one shard; return the checksums of its tensors."""
+        with self.recorder(file, directory) as recorder:
+            target = directory / self.planned.names[file]
+            return _convert_shard(ahead, self.planned, self.store, file, target, recorder, advance)
+
+    def recorder(self, file: Path, directory: Path) -> Any:
+        """Return a context of what records how a file is restored, or of None."""
+        if not self.exact:
+            return nullcontext()
+        others = self.others if file == next(iter(self.planned.names)) else {}
+        return ItemRecorder(self.checkpoint, self.planned, file, directory / exact_name(file.name), others)
 
 
-def _prepare(out: Path, fingerprint: str, needed: int) -> None:
-    """Check that the output directory is empty or holds this conversion, interrupted, and that the disk has room."""
-    begun = out / _PROGRESS
-    if begun.is_file():
-        try:
-            told = read_json(begun).get("fingerprint")
-        except ValueError:
-            told = None
-        if told != fingerprint:
-            raise FileExistsError(
-                f"{out}: holds an unfinished conversion of another source or with other settings; remove it, or give "
-                "another directory"
-            )
-    elif any(p.name not in (begun.name + ".tmp", _LOCK) for p in out.iterdir()):  # these two precede the progress file
-        raise FileExistsError(f"{out}: is not empty; nothing is overwritten")
-    done = sum(p.stat().st_size for p in out.glob("*.safetensors"))
-    free = shutil.disk_usage(out).free
-    if free < needed - done:
-        raise OSError(f"{out}: needs {needed - done:,} bytes, the disk has {free:,} free")
-    if not begun.is_file():
-        write_json(begun, {"fingerprint": fingerprint})
+# Converts the shards that are missing, and reads the others back; returns the checksums of all their tensors.
+Shards = Callable[[Conversion, Destination, Advance], dict[str, str]]
 
 
-def _require_memory(checkpoint: Checkpoint, planned: Plan) -> None:
-    """Check that there is memory for the largest tensors: what they are made from, and what is written."""
-
-    def needed(item: Item) -> int:
-        made, read = [t.nbytes for t in item.targets], [checkpoint.tensors[k].bytes for k in item.all_keys]
-        if any(o.is_stack for o in item.outputs):  # encoded matrix by matrix
-            return max(made, default=0) + max(read, default=0)
-        return sum(made) + sum(read)
-
-    largest = max((item for items in planned.items.values() for item in items), key=needed, default=None)
-    if largest is not None:
-        require_memory(needed(largest), f"{checkpoint.path}: {largest.name}")
+def one_after_the_other(conversion: Conversion, destination: Destination, advance: Advance) -> dict[str, str]:
+    """Convert the shards in this process."""
+    checksums: dict[str, str] = {}
+    with ReadAhead(conversion.checkpoint) as ahead:
+        for file, name in conversion.planned.names.items():
+            if destination.has(name):
+                checksums |= destination.checksums(name)
+                advance(conversion.source_bytes(file))
+                continue
+            checksums |= conversion.convert(ahead, file, destination.directory, advance)
+            for made in conversion.names(file):
+                destination.put(made)
+    return checksums
 
 
 def quantize_checkpoint(
@@ -118,6 +147,8 @@ def quantize_checkpoint(
     calibration: Calibration | None = None,
     exact: bool = False,
     show_progress: bool | None = None,
+    shards: Shards = one_after_the_other,
+    rounding: Rounding | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint, file by file; the model is never built, and only a few tensors are in memory at a time.
 
@@ -126,13 +157,16 @@ def quantize_checkpoint(
     An interrupted conversion resumes where it stopped: complete files are kept.
 
     Args:
-        source: directory or hub name of a checkpoint in safetensors or torch files, or a GGUF file.
-        out: output directory; it must not exist, or must be empty or hold this conversion, interrupted.
+        source: directory or hub name of a checkpoint in safetensors or torch files, or a GGUF file; or the URL of a
+            folder with safetensors files, such as `s3://bucket/model`, that fsspec can open.
+        out: output directory, or such a URL; it must not exist, or must be empty or hold this conversion, interrupted.
         config: how to quantize; None for the defaults.
         calibration: text on which codes are calibrated, and target bits; None rounds to the nearest codes.
         exact: also write `exact-*.safetensors`, from which `qins.files.restore_checkpoint` restores the source bit for
             bit.
         show_progress: None shows a progress bar on a terminal.
+        shards: what converts the shards; `qins.cluster` has one for several machines.
+        rounding: what chooses calibrated codes, likewise; None: this process.
 
     Returns:
         dict: layers, bytes_before, bytes_after, files, skipped, notes (on layers whose codec is not the one asked for)
@@ -146,32 +180,73 @@ def quantize_checkpoint(
         MemoryError: there is no memory for the largest tensor; nothing is written.
 
     """
-    config = config or QinsConfig()
-    checkpoint, out = open_checkpoint(find_source(source)), Path(out)
-    if checkpoint.format == "gguf":
-        if calibration is not None:
-            raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
-        checkpoint = open_gguf(checkpoint)
-    checkpoint = open_scaled(checkpoint)
+    if calibration is not None and (is_remote(source) or is_remote(out)):
+        raise ValueError(
+            f"{source}, {out}: calibration expects directories, got a URL: it reads the model several times"
+        )
+    destination = destination_of(out)
+    with _opened(source) as checkpoint:
+        if checkpoint.format == "gguf":
+            if calibration is not None:
+                raise ValueError(f"{source}: calibration needs a model in safetensors or torch files, got GGUF")
+            checkpoint = open_gguf(checkpoint)
+        checkpoint = open_scaled(checkpoint)
+        base = hub_name(str(source).removeprefix("hf://")) or hub_name(checkpoint.config.get("_name_or_path"))
+        result = _quantize(
+            checkpoint, destination, config or QinsConfig(), base, calibration, exact, show_progress, shards, rounding
+        )
+    destination.end()
+    return result
+
+
+@contextmanager
+def _opened(source: str | Path) -> Iterator[Checkpoint]:
+    """Yield a source; errors name its URL, not the temporary directory with its headers."""
+    if not is_remote(source):
+        yield open_checkpoint(find_source(source))
+        return
+    with TemporaryDirectory(prefix="qins-") as directory:
+        try:
+            yield open_remote(RemoteFolder(str(source)), Path(directory))
+        except (OSError, ValueError) as e:
+            if directory not in str(e):
+                raise
+            kind = next(k for k in (FileNotFoundError, OSError, ValueError) if isinstance(e, k))
+            raise kind(str(e).replace(directory, str(source).rstrip("/"))) from e
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    destination: Destination,
+    config: QinsConfig,
+    base: str | None,
+    calibration: Calibration | None,
+    exact: bool,
+    show_progress: bool | None,
+    shards: Shards,
+    rounding: Rounding | None,
+) -> dict[str, Any]:
     with naming_file(directory_of(checkpoint)):  # transformers reads files there, too
         planned, quantizer = plan(checkpoint, config)
     if exact:
         check_restorable(checkpoint, planned.encoded_keys)
-    _require_memory(checkpoint, planned)
+    if shards is one_after_the_other:
+        require_memory(*Conversion(checkpoint, planned).memory())
     data = None
     if calibration is not None:
         with naming_file(directory_of(checkpoint)):
             data = tokenized(directory_of(checkpoint), calibration.text, calibration.tokens)
         config.calibration = calibration.record(data)
     fingerprint = _fingerprint(checkpoint, config, exact)
-    with _reserve(out):
+    with destination.reserved():
+        out = destination.directory
         total = sum(t.bytes for t in checkpoint.tensors.values())
         needed = planned.nbytes * (1 if data is None else 2)
         needed += 3 * total // 4 if exact else 0  # residuals are written twice
-        _prepare(out, fingerprint, needed)
+        destination.prepare(fingerprint, needed)
         store, spending = None, None
         if calibration is not None and data is not None:
-            store = Store(out / _CALIBRATION, fingerprint)
+            store = Store(out / CALIBRATION, fingerprint)
             with naming_file(directory_of(checkpoint)):
                 work = CheckpointCalibration(
                     directory_of(checkpoint), architecture(checkpoint), data, store, show_progress
@@ -179,24 +254,17 @@ def quantize_checkpoint(
             if calibration.has_target:
                 spending = work.plan(planned.modules, calibration, config)
                 planned, quantizer = plan(checkpoint, config)
-            work.encode(planned.modules)
-        checksums: dict[str, str] = {}
-        bar = progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True)
-        with bar as advance, ReadAhead(checkpoint) as ahead:
-            for file, name in planned.names.items():
-                if (out / name).exists():
-                    made = open_checkpoint(out / name)
-                    checksums |= {k: checksum(made.load(k)) for k in made.tensors}
-                    advance(sum(checkpoint.tensors[k].bytes for i in planned.items[file] for k in i.all_keys))
-                else:
-                    with _recorder(checkpoint, planned, file, out, exact) as recorder:
-                        checksums |= _convert_shard(ahead, planned, store, file, out / name, recorder, advance)
+            work.encode(planned.modules, rounding)
+        others = others_of(directory_of(checkpoint), copied_names(checkpoint)) if exact else {}
+        conversion = Conversion(checkpoint, planned, exact, store, others)
+        with progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True) as advance:
+            checksums = shards(conversion, destination, advance)
         for file in checkpoint.files if exact else ():
-            if file not in planned.names and not (out / exact_name(file.name)).exists():  # part of other files' tensors
-                with ItemRecorder(checkpoint, planned, file, out / exact_name(file.name)) as rest:
+            if file not in planned.names and not destination.has(exact_name(file.name)):  # part of other files' tensors
+                with conversion.recorder(file, out) as rest:
                     rest.write()
+                destination.put(exact_name(file.name))
         config.checksums = dict(sorted(checksums.items()))
-        base = hub_name(source) or hub_name(checkpoint.config.get("_name_or_path"))
         result = (
             {
                 "layers": len(planned.encoded),
@@ -208,21 +276,12 @@ def quantize_checkpoint(
                 "source": config.source_format,
             }
             | ({} if spending is None else {"plan": spending})
-            | ({"exact_bytes": exact_bytes(out), "not_restored": _not_restored(checkpoint)} if exact else {})
+            | ({"exact_bytes": destination.exact_bytes(), "not_restored": _not_restored(checkpoint)} if exact else {})
         )
+        destination.show(planned.names.values())
         _finish(checkpoint, planned, config, out, base, spending)
-    # after the lock is gone: until then a second run resumes, and finds everything complete
-    (out / _PROGRESS).unlink(missing_ok=True)
+        destination.finish()
     return result
-
-
-def _recorder(checkpoint: Checkpoint, planned: Plan, file: Path, out: Path, exact: bool) -> Any:
-    """Return a context of what records how a file is restored, or of None."""
-    if not exact:
-        return nullcontext()
-    first = file == next(iter(planned.names))
-    others = others_of(directory_of(checkpoint), copied_names(checkpoint)) if first else {}
-    return ItemRecorder(checkpoint, planned, file, out / exact_name(file.name), others)
 
 
 def _not_restored(checkpoint: Checkpoint) -> list[str]:
@@ -248,7 +307,7 @@ def _convert_shard(
     file: Path,
     target: Path,
     recorder: ItemRecorder | None,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> dict[str, str]:
     """Write one shard; return its tensors' checksums."""
     with atomically(target) as temporary:
@@ -374,5 +433,5 @@ def _finish(
     estimate = None if spending is None else f"Estimated by the plan:\n\n```\n{spending}\n```"
     write_card(out, base, beside, estimate)
     remove_parts(out)
-    if (out / _CALIBRATION).exists():
-        shutil.rmtree(out / _CALIBRATION)
+    if (out / CALIBRATION).exists():
+        shutil.rmtree(out / CALIBRATION)

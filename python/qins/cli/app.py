@@ -18,6 +18,7 @@ except ImportError:  # pragma: no cover - depends on the environment
 from .converting import inspect, quantize, restore
 from .measuring import bench, demo, evaluate
 from .noise import noise, split_arguments
+from .options import with_addresses
 from .serving import serve
 from .talking import chat, generate
 
@@ -88,7 +89,7 @@ def main() -> None:
     quiet, verbose, arguments = split_arguments(sys.argv[1:])
     try:
         with naming_extras(), noise(quiet, verbose):
-            app(arguments)
+            app(with_addresses(arguments))
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as e:
         if _received:  # torch replaces what a signal's handler raises within its calls by errors of its own
             sys.exit(128 + _received[-1])

@@ -12,8 +12,10 @@ from .options import group_size_of
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Directory or hub name of a float checkpoint, or a GGUF file.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; an interrupted conversion is resumed.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory, hub name or URL (s3://...) of a float checkpoint, or a GGUF file.")
+    ],
+    out: Annotated[str, typer.Argument(help="Directory or URL to write; an interrupted conversion is resumed.")],
     codec: Annotated[
         str, typer.Option(help="log8; log6, log5 or log4 for fewer bits; log9, golden or rational.")
     ] = "log8",
@@ -42,6 +44,15 @@ def quantize(
             "--exact", help="Also write what restores the model bit for bit: 3 bits per bfloat16 weight, 6 per float16."
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Convert on the machines of a Ray cluster: host:port or ray://host:port; without an address, the "
+            "cluster of RAY_ADDRESS or of this machine, or a new one on it.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[float, typer.Option(min=0.01, help="Processors that each shard takes on the cluster.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Quantize a checkpoint on disk, one tensor at a time: checkpoints of any size, without building the model."""
@@ -60,7 +71,14 @@ def quantize(
         calibration = Calibration(read_text(calibrate), calibration_tokens, target_bits, target_kld)
     elif target_bits is not None or target_kld is not None:
         raise ValueError("target-bits, target-kld: expected --calibrate TEXT with them, got none")
-    result = quantize_checkpoint(model, out, config, calibration=calibration, exact=exact)
+    if ray is None:
+        result = quantize_checkpoint(model, out, config, calibration=calibration, exact=exact)
+    else:
+        from ..cluster import quantize_on_ray
+
+        result = quantize_on_ray(
+            model, out, config, address=ray or None, cpus=ray_cpus, calibration=calibration, exact=exact
+        )
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -77,6 +95,11 @@ def quantize(
         typer.echo(f"{result['exact_bytes']:,} bytes more restore the original: {share:.1%} of its bytes in all")
         if result["not_restored"]:
             typer.echo(f"not restored, and not copied: {', '.join(result['not_restored'])}")
+    if "cost" in result:
+        typer.echo(
+            "{workers} workers, {seconds:,.1f} s, {cpu_seconds:,.1f} CPU seconds, {bytes_read:,} bytes read and "
+            "{bytes_written:,} written in {attempts} tasks".format(**result["cost"])
+        )
 
 
 def restore(

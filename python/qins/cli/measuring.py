@@ -101,6 +101,15 @@ def evaluate(
         Path | None, typer.Option(help="Directory for the original's outputs, to resume from and to reuse.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Task of lm-eval; may be repeated.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="With --against, answer windows of text on the machines of a Ray cluster, as in `qins quantize`; "
+            "--work, MODEL and the original must be on a shared folder.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[float, typer.Option(min=0.01, help="Processors of each worker on the cluster.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure how far a model's outputs are from those of its float original.
@@ -128,13 +137,15 @@ def evaluate(
         raise ValueError("against: expected a MODEL to measure, and no --codec")
     if restored and against is None:
         raise ValueError("restored: expected --against with the original, got none")
+    if ray is not None and (against is None or work is None):
+        raise ValueError("ray: expected --against with the original, and --work with a directory on a shared folder")
     kind = fidelity.kind_of(against or model)
     if max_kld is not None and kind == fidelity.ENCODER:
         raise ValueError("max-kld: expected a model that predicts tokens, got an encoder, which is measured by cosines")
     if tasks and kind != fidelity.DECODER:
         raise ValueError(f"task: expected a decoder, got an {kind}")
     if against is not None and model is not None:
-        found = fidelity.evaluate_one(model, against, settings, restored)
+        found = _evaluated(model, against, settings, restored, ray, ray_cpus)
     else:
         names = (
             [*codec, *([*fidelity.PEERS, fidelity.WHOLE_BF16] if peers else [])]
@@ -159,6 +170,17 @@ def evaluate(
     if max_kld is not None and not worst <= max_kld:
         typer.echo(f"mean KL divergence {worst:.3e} is above {max_kld:g}", err=True)
         raise typer.Exit(1)
+
+
+def _evaluated(model: str, against: str, settings: Any, restored: bool, ray: str | None, cpus: float) -> Any:
+    from ..fidelity import evaluate_one
+
+    if ray is None:
+        return evaluate_one(model, against, settings, restored)
+    from ..cluster import RayWindows, connected
+
+    with connected(ray or None):
+        return evaluate_one(model, against, settings, restored, RayWindows(cpus))
 
 
 def _print_evaluation(found: Any) -> None:

@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING
 from ..system import lazily
 
 if TYPE_CHECKING:
-    from .evaluation import WHOLE_BF16, Settings, default_names, evaluate_all, evaluate_one, harness_results, kind_of
+    from .evaluation import (
+        WHOLE_BF16,
+        Compared,
+        Settings,
+        compare_window,
+        default_names,
+        evaluate_all,
+        evaluate_one,
+        harness_results,
+        kind_of,
+    )
     from .metrics import bytes_by_component, compare_predictions, fidelity, greedy, sample_text, windows
     from .peers import PEERS
+    from .recording import Recording
     from .report import report_rows, report_tables, write_report
     from .subjects import DECODER, ENCODER
 
@@ -18,9 +29,12 @@ __all__ = [
     "ENCODER",
     "PEERS",
     "WHOLE_BF16",
+    "Compared",
+    "Recording",
     "Settings",
     "bytes_by_component",
     "compare_predictions",
+    "compare_window",
     "default_names",
     "evaluate_all",
     "evaluate_one",
@@ -51,7 +65,10 @@ __getattr__ = lazily(
         "DECODER": "subjects",
         "ENCODER": "subjects",
         "WHOLE_BF16": "evaluation",
+        "Compared": "evaluation",
+        "Recording": "recording",
         "Settings": "evaluation",
+        "compare_window": "evaluation",
         "default_names": "evaluation",
         "evaluate_all": "evaluation",
         "evaluate_one": "evaluation",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from . import metrics
 from .metrics import Comparison, Similarity
 from .peers import PEERS
 from .recording import Recording, fingerprint, left_out, vocabulary
-from .subjects import ENCODER, Item, subject
+from .subjects import ENCODER, Item, Subject, subject
 
 Tensor = torch.Tensor
 
@@ -186,11 +186,46 @@ def as_peer(model: nn.Module, name: str) -> Made:
     return Made(model, bits / weights, snr, as_floats=True)
 
 
+Compared = tuple[Comparison | None, Similarity | None]
+
+
+class Windows(Protocol):
+    """Answers windows of text elsewhere, on several machines; results are in the windows' order."""
+
+    def record(self, recording: Recording, reference: str) -> None:
+        """Record the reference's answers that are missing."""
+
+    def compare(self, recording: Recording, path: str, name: str) -> list[Compared]:
+        """Compare a saved model's answers with the reference's."""
+
+
+def compare_window(subject: Subject, model: nn.Module, recording: Recording, i: int, name: str) -> Compared:
+    """Compare a model's answer on window i with the reference's: predictions, hidden states, or both.
+
+    Raises:
+        ValueError: the hidden states differ in size.
+
+    """
+    item = recording.items[i]
+    expected, got = recording.answer(i), subject.answer(model, item)
+    predictions = states = None
+    if expected.log_probabilities is not None and got.log_probabilities is not None:
+        predictions = metrics.compare_predictions(expected.log_probabilities, got.log_probabilities, item.targets)
+    if expected.states is not None and got.states is not None:
+        if expected.states.shape != got.states.shape:
+            raise ValueError(
+                f"{name}: expected hidden states of {expected.states.shape[1]} values, as {recording.subject.name} "
+                f"has, got {got.states.shape[1]}"
+            )
+        states = Similarity.of(expected.states, got.states)
+    return predictions, states
+
+
 class Bench:
     """Measures models one after another against a recording, with only one of them in memory at a time."""
 
-    def __init__(self, reference: str, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, reference: str, settings: Settings, windows: Windows | None = None) -> None:
+        self.settings, self.windows = settings, windows
         self.reference = find_model(reference)
         self.subject = subject(self.reference)
         self.tokenizer = self.subject.tokenizer()
@@ -227,6 +262,8 @@ class Bench:
             key = fingerprint(self.reference, self.items, prompts, s.new_tokens)
             r = Recording(directory, key, self.subject, self.items, prompts, s.new_tokens)
             if not r.complete:
+                if self.windows is not None:
+                    self.windows.record(r, self.reference)
                 model = self._float()
                 with progress("the float model", self._total, s.show_progress) as advance:
                     r.record(model, advance)
@@ -310,32 +347,29 @@ class Bench:
         if got != expected:
             raise ValueError(f"{name}: expected a vocabulary of {expected}, as {self.reference} has, got {got}")
 
-    def measure(self, name: str, make: Callable[[], Made], recording: Recording) -> Measured:
-        """Make a model, measure it, and free it."""
+    def _compared(self, name: str, model: Any, recording: Recording) -> Iterator[Compared]:
+        with progress(name, self._total, self.settings.show_progress) as advance:
+            for i, item in enumerate(self.items):
+                yield compare_window(self.subject, model, recording, i, name)
+                advance(item.text.numel())
+
+    def measure(self, name: str, make: Callable[[], Made], recording: Recording, path: str | None = None) -> Measured:
+        """Make a model, measure it, and free it; `path`: where it is saved, if other machines can load it."""
         begin = time.perf_counter()
         made = make()
         seconds = time.perf_counter() - begin
         gc.collect()
         give_back_freed_memory()
         reset_peak_resident_bytes()
-        predictions: list[Comparison] = []
-        states: list[Similarity] = []
         model = made.model
         self._check_vocabulary(name, model, recording)
-        with progress(name, self._total, self.settings.show_progress) as advance:
-            for i, item in enumerate(self.items):
-                expected, got = recording.answer(i), self.subject.answer(model, item)
-                if expected.log_probabilities is not None and got.log_probabilities is not None:
-                    pair = expected.log_probabilities, got.log_probabilities
-                    predictions.append(metrics.compare_predictions(*pair, item.targets))
-                if expected.states is not None and got.states is not None:
-                    if expected.states.shape != got.states.shape:
-                        raise ValueError(
-                            f"{name}: expected hidden states of {expected.states.shape[1]} values, as "
-                            f"{self.reference} has, got {got.states.shape[1]}"
-                        )
-                    states.append(Similarity.of(expected.states, got.states))
-                advance(item.text.numel())
+        compared = (
+            list(self._compared(name, model, recording))
+            if self.windows is None or path is None
+            else self.windows.compare(recording, path, name)
+        )
+        predictions = [p for p, _ in compared if p is not None]
+        states = [s for _, s in compared if s is not None]
         same, forced, speed = _greedy(model, recording)
         outputs = recording.output_snr(model)
         layers = {
@@ -406,7 +440,9 @@ def default_names(reference: str | None, peers: bool = True) -> list[str]:
     return codecs + ([*PEERS, WHOLE_BF16] if peers else [])
 
 
-def evaluate_one(model: str, against: str, settings: Settings, restored: bool = False) -> Evaluation:
+def evaluate_one(
+    model: str, against: str, settings: Settings, restored: bool = False, windows: Windows | None = None
+) -> Evaluation:
     """Measure a model, directory or hub name, against its float original.
 
     Args:
@@ -414,13 +450,14 @@ def evaluate_one(model: str, against: str, settings: Settings, restored: bool = 
         against: that of its original.
         settings: what to measure on.
         restored: also measure the original that the model's `exact-*.safetensors` restore; its distances are 0.
+        windows: what answers the windows of text; None: this process.
 
     """
-    bench = Bench(against, settings)
+    bench = Bench(against, settings, windows)
     bench.evaluation.about["model"] = model
     with bench.recording() as recording:
         name = Path(model).name or model
-        bench.measure(name, lambda: bench.load(model), recording)
+        bench.measure(name, lambda: bench.load(model), recording, model)
         if restored:
             bench.measure(f"{name}, restored", lambda: bench.restored(model), recording)
     return bench.evaluation

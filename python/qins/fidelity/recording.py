@@ -104,16 +104,9 @@ class Recording:
 
     def record(self, model: nn.Module, advance: Callable[[int], None] = lambda _: None) -> None:
         """Record the reference's answers; resume where an earlier recording was interrupted."""
-        check_vocabulary(self.subject.name, model, 1 + max(int(i.text.max()) for i in self.items))
-        done = _STATES if self.subject.kind == ENCODER else _PREDICTIONS
+        self.check(model)
         for i, item in enumerate(self.items):
-            if not self._file(done, i).exists():
-                answer = self.ask(model, item)
-                # the file that marks a window as done is written last
-                for what, values in ((_STATES, answer.states), (_PREDICTIONS, answer.log_probabilities)):
-                    if values is not None:
-                        with atomically(self._file(what, i)) as temporary, temporary.open("wb") as f:
-                            np.save(f, values.numpy())
+            self.record_window(model, i)
             advance(item.text.numel())
         layers = self.directory / "layers.safetensors"
         if not layers.exists():
@@ -130,6 +123,22 @@ class Recording:
             speed = max(speed, per_second)
         about = {"answers": answers, "tokens_per_second": speed, "vocabulary": vocabulary(model)}
         write_json(self.directory / "reference.json", about)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a ValueError if the reference's vocabulary is smaller than its tokenizer's."""
+        check_vocabulary(self.subject.name, model, 1 + max(int(i.text.max()) for i in self.items))
+
+    def record_window(self, model: nn.Module, i: int) -> None:
+        """Record the reference's answer on window i, unless that was done."""
+        done = _STATES if self.subject.kind == ENCODER else _PREDICTIONS
+        if self._file(done, i).exists():
+            return
+        answer = self.ask(model, self.items[i])
+        # the file that marks a window as done is written last
+        for what, values in ((_STATES, answer.states), (_PREDICTIONS, answer.log_probabilities)):
+            if values is not None:
+                with atomically(self._file(what, i)) as temporary, temporary.open("wb") as f:
+                    np.save(f, values.numpy())
 
     def ask(self, model: nn.Module, item: Item) -> Answer:
         """Return the reference's answer to an item."""

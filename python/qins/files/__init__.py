@@ -8,6 +8,7 @@ from .inspecting import inspect
 from .inspection_report import InspectionReport
 from .layers import EncodedLayer, encoded_layers, load_layer
 from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_checkpoint, open_files, verify
+from .remote import RemoteFolder, is_remote, open_remote, sketch
 from .restoring import RestoredCheckpoint, restore_checkpoint
 from .scaled import ScaledCheckpoint
 from .shards import DTYPE_CODES, ShardWriter, Target
@@ -21,6 +22,7 @@ __all__ = [
     "GgufCheckpoint",
     "InspectionReport",
     "ReadAhead",
+    "RemoteFolder",
     "RestoredCheckpoint",
     "ScaledCheckpoint",
     "ShardWriter",
@@ -34,10 +36,12 @@ __all__ = [
     "fingerprint",
     "inspect",
     "is_kept",
+    "is_remote",
     "load_layer",
     "open_checkpoint",
     "open_files",
     "open_gguf",
+    "open_remote",
     "open_scaled",
     "others_of",
     "read_json",
@@ -45,6 +49,7 @@ __all__ = [
     "remove_parts",
     "require_decodable",
     "restore_checkpoint",
+    "sketch",
     "source_quantization",
     "verify",
 ]

@@ -53,6 +53,8 @@ class ReadAhead:
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.load(name)
+        if not self.checkpoint.mapped:
+            return tensor
         suits = self.checkpoint.format == "safetensors" and _LEAST <= tensor.nbytes <= _MOST
         if KNOWN and suits and not is_resident(tensor):
             with suppress(OSError):  # then map the tensor, which works on every file system

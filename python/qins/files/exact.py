@@ -8,7 +8,6 @@ none of it.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import torch
 
 from ..codec import RESTORABLE, EncodedArray, residual
 from ..system import atomically, naming_file
-from .reading import Checkpoint, checksum
+from .reading import Checkpoint, checksum, sha256
 from .shards import ShardWriter, Target
 
 PREFIX = "exact-"
@@ -31,21 +30,11 @@ _PARTS = ".parts"  # follows the name of a file while its residuals are collecte
 RAW = "#raw"  # follows the name of a tensor that is stored whole
 _REWRITTEN = ("config.json", "README.md", "model.safetensors.index.json")
 _MOST = 100 << 20  # bytes of a stored header or file: as many as a header of safetensors may have
-_CHUNK = 1 << 24  # bytes of a file that are hashed or copied at a time
 
 
 def exact_name(file: str) -> str:
     """Return the name of the file that restores this file of the original."""
     return f"{PREFIX}{file}" if file.endswith(".safetensors") else f"{PREFIX}{file}.safetensors"
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    h = hashlib.sha256()
-    with naming_file(path), path.open("rb") as f:
-        while chunk := f.read(_CHUNK):
-            h.update(chunk)
-    return h.hexdigest()
 
 
 def packed_text(data: bytes) -> str:
@@ -145,12 +134,10 @@ class ExactRecorder:
 
     def write(self, others: Mapping[str, Any]) -> None:
         """Write the file; `others`: what to store about the original's files that hold no weights."""
-        with naming_file(self.file), self.file.open("rb") as f:
-            header = f.read(8)
-            header += f.read(int.from_bytes(header, "little"))
         about = {
             "version": VERSION, "file": self.file.name, "size": self.checkpoint.files[self.file],
-            "sha256": sha256(self.file), "header": packed_text(header), "tensors": self._where, "others": others,
+            "sha256": self.checkpoint.sha256(self.file), "header": packed_text(self.checkpoint.header(self.file)),
+            "tensors": self._where, "others": others,
         }  # fmt: skip
         raw = {k: self.checkpoint.tensors[k] for k in self._raw}
         targets = [Target(name, "uint8", (size,)) for name, size in self._sizes.items()]

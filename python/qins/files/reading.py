@@ -41,6 +41,7 @@ _PICKLED = {
 
 
 _CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
+_HASHED = 1 << 24  # bytes of a file that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,12 @@ class Checkpoint:
         config: config.json beside the files, if there is one; else empty.
         metadata: the files' own metadata.
         decodes: whether `load` dequantizes what the files hold, so that read-ahead of their bytes does not help.
+        mapped: whether `load` maps files, so that read-ahead has to read them.
 
     """
 
     decodes: ClassVar[bool] = False
+    mapped: ClassVar[bool] = True
 
     path: Path
     format: str
@@ -106,6 +109,24 @@ class Checkpoint:
         """Return the file that contains a tensor."""
         return self._where[name]
 
+    def version(self, file: Path) -> str:
+        """Return what changes when a file does."""
+        return str(file.stat().st_mtime_ns)
+
+    def header(self, file: Path) -> bytes:
+        """Return the header of a safetensors file, its length included."""
+        with naming_file(file), file.open("rb") as f:
+            length = f.read(8)
+            return length + f.read(int.from_bytes(length, "little"))
+
+    def sha256(self, file: Path) -> str:
+        """Return the SHA-256 of a file in hexadecimal."""
+        return sha256(file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out tensors: another process opens torch's files itself."""
+        return self.__dict__ | {"_loaded": {}}
+
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, memory-mapped where possible.
 
@@ -118,6 +139,9 @@ class Checkpoint:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         if self.format == "gguf":
             raise ValueError(f"{self.path}: tensors of GGUF files are listed, not loaded")
+        if self.format == "torch" and name not in self._loaded:  # in another process
+            for _ in _read_torch(self, self._where[name]):
+                pass
         if name in self._loaded:
             return self._loaded[name]
         with naming_file(self._where[name]), open_safetensors(self._where[name]) as f:
@@ -151,6 +175,15 @@ def open_safetensors(path: Path) -> Any:
         except RuntimeError as e:
             if os.strerror(errno.EINTR) not in str(e):
                 raise
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    h = hashlib.sha256()
+    with naming_file(path), path.open("rb") as f:
+        while chunk := f.read(_HASHED):
+            h.update(chunk)
+    return h.hexdigest()
 
 
 def checksum(tensor: torch.Tensor, before: str | None = None) -> str:

@@ -16,9 +16,9 @@ import torch
 
 from ..codec import EncodedArray, restore
 from ..system import atomically, locked, progress
-from .exact import METADATA, PREFIX, RAW, VERSION, bits_of, exact_bytes, exact_name, sha256, stream_name, unpacked_text
+from .exact import METADATA, PREFIX, RAW, VERSION, bits_of, exact_bytes, exact_name, stream_name, unpacked_text
 from .layers import EncodedLayer, encoded_layers, load_layer
-from .reading import Checkpoint, StoredTensor, checksum, open_checkpoint
+from .reading import Checkpoint, StoredTensor, checksum, open_checkpoint, sha256
 from .shards import DTYPE_CODES
 
 

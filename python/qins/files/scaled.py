@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ class ScaledCheckpoint(Checkpoint):
     source: Checkpoint = field(kw_only=True)
     weights: dict[str, ScaledWeight] = field(default_factory=dict)
     source_format: str = ""
+
+    def version(self, file: Path) -> str:
+        """Return what changes when a file does."""
+        return self.source.version(file)
 
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, dequantized.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..calibration import Choice, Layer, Store, Text, choose_codes, cut, plan_layers, split
+from ..calibration import Choice, Layer, Rounding, Store, Text, choose_codes, cut, plan_layers, split
 from ..codec import LOG_BITS
 from ..nn import ConversionReport, QINSExperts, QINSLinear, projections
 from ..system import progress, read_json, read_text, write_json
@@ -158,10 +158,12 @@ class CheckpointCalibration:
         words: str = about["words"]
         return words
 
-    def encode(self, modules: Mapping[str, tuple[str, int | None, bool]]) -> None:
+    def encode(self, modules: Mapping[str, tuple[str, int | None, bool]], rounding: Rounding | None = None) -> None:
         """Choose the codes of these modules, given as name to (codec, group_size, transposed)."""
         layers = self._layers(modules)
         total = sum(layer.weight.numel() for layer in layers.values())
         with progress("calibrating", total, self.show_progress) as advance:
-            for _ in choose_codes(self.model, layers, self.text, mapped=True, store=self.store, advance=advance):
+            for _ in choose_codes(
+                self.model, layers, self.text, mapped=True, store=self.store, advance=advance, rounding=rounding
+            ):
                 pass

@@ -4,7 +4,7 @@ The lowest room: it imports no other room.
 """
 
 from . import threads
-from .atomic import atomically, locked, write_json
+from .atomic import atomically, locked, sync_directory, write_json
 from .environment import switch
 from .extras import naming_extras, require
 from .lazy import lazily
@@ -18,7 +18,7 @@ from .machine import (
 )
 from .naming import naming_file
 from .pages import give_back_freed_memory, is_resident, let_go, page_in, page_out
-from .progress_bar import allow_bars, progress
+from .progress_bar import Advance, allow_bars, progress
 from .text import read_json, read_text
 from .threads import get_num_threads, set_num_threads
 from .upward import upward
@@ -26,6 +26,7 @@ from .version import VERSION
 
 __all__ = [
     "VERSION",
+    "Advance",
     "allow_bars",
     "atomically",
     "available_bytes",
@@ -50,6 +51,7 @@ __all__ = [
     "reset_peak_resident_bytes",
     "set_num_threads",
     "switch",
+    "sync_directory",
     "threads",
     "upward",
     "write_json",

@@ -24,6 +24,10 @@ EXTRAS = {
     "uvicorn": "serve",
     "openai": "serve",
     "pydantic": "serve",
+    "ray": "ray",
+    "fsspec": "ray",
+    "s3fs": "ray",
+    "gcsfs": "ray",
 }
 
 
