@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # torch first and alone: the version of the constraints file has a build for CPUs only
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-OTHER_TRANSFORMERS := 4.57.6 5.0.0
+OTHER_TRANSFORMERS := 4.57.6 5.0.0 5.19.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_experts checkpoint/test_embeddings \
     checkpoint/test_quantizing hf/test_cache hf/test_decoding hf/test_decoder hf/test_released cli/test_chat)
 ROOMS := codec nn files decoder calibration hf
