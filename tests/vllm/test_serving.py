@@ -37,6 +37,11 @@ MODELS = {
     "qwen3_moe": (
         transformers.Qwen3MoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+         "shared_expert_intermediate_size": 96},
+    ),
 }  # fmt: skip
 
 
@@ -107,8 +112,20 @@ MIXED = {"*.q_proj": {"codec": "log6"}, "*.gate_proj": {"codec": "golden"}}
         ("qwen2", {"codec": "log5", "overrides": MIXED, "exclude": ["*.1.self_attn.v_proj", "*.up_proj"]}),
         ("qwen3", {"codec": "log4", "lm_head": True, "embeddings": True}),
         ("phi3", {"codec": "log6"}),
+        ("qwen3_moe", {}),
+        ("qwen2_moe", {"codec": "log6"}),
     ],
-    ids=["log8", "embeddings", "shared", "a head of its own", "mixed", "log4", "joined in the file"],
+    ids=[
+        "log8",
+        "embeddings",
+        "shared",
+        "own head",
+        "mixed",
+        "log4",
+        "joined in the file",
+        "experts",
+        "shared experts",
+    ],
 )
 def test_tokens_are_those_of_transformers(name, settings, tmp_path):
     directory = codes(name, tmp_path, **settings)
@@ -150,7 +167,8 @@ def llama(tmp_path_factory):
     return codes("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_tensor_parallel(llama, capfd):
+def test_tensor_parallel(llama, capfd, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # vLLM alone would refuse two ranks on a few cores
     assert "tensor_parallel_size: expected 1, got 2: under vLLM, codes are not split between ranks" in refusal(
         capfd, llama, tensor_parallel_size=2
     )

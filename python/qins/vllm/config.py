@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ..hf import QinsConfig
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # Some of vLLM's models give their input embedding no name; these are the last parts of its names in transformers.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
@@ -36,7 +33,7 @@ class CodesConfig(QuantizationConfig):  # type: ignore[misc] # vLLM may be missi
     def __init__(self, modules: dict[str, Stored]) -> None:
         super().__init__()
         self.modules = modules
-        self.created: dict[str, nn.Module] = {}
+        self.created: dict[str, Any] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CodesConfig:
@@ -46,7 +43,7 @@ class CodesConfig(QuantizationConfig):  # type: ignore[misc] # vLLM may be missi
             ValueError, TypeError: it is not one of saved codes, or of another version of qins.
 
         """
-        modules = QinsConfig.from_dict(config).modules
+        modules = QinsConfig(**config).modules
         if modules is None:
             raise ValueError(
                 "quantization_config: expected the list of quantized modules of a saved checkpoint; vLLM loads codes "
@@ -71,6 +68,10 @@ class CodesConfig(QuantizationConfig):  # type: ignore[misc] # vLLM may be missi
         joined = [] if prefix in self.modules else self.packed_modules_mapping.get(last, [])
         names = [f"{parent}{dot}{n}" for n in joined] or [prefix]
         return {n: self.modules.get(n) for n in names}
+
+    def stacks(self, prefix: str) -> dict[str, Stored]:
+        """Return the stacks of matrices of a module of experts."""
+        return {n.removeprefix(prefix + "."): a for n, a in self.modules.items() if n.startswith(prefix + ".")}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return what computes a layer: a method of ours if it has codes."""

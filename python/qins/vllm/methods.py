@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
@@ -15,6 +16,7 @@ from vllm.platforms import current_platform
 from ..hf import check_layer
 from ..nn import QINSEmbedding, QINSLinear, field_layout
 from .config import CodesConfig, Stored
+from .experts import CodedExpertsMethod
 
 Tensor = torch.Tensor
 
@@ -28,19 +30,19 @@ def method_of(config: CodesConfig, layer: nn.Module, prefix: str) -> Any:
         ValueError: the layer has codes, and vLLM is set up in a way that codes do not support.
 
     """
-    coded = any(n == prefix or n.startswith(prefix + ".") for n in config.modules)
+    method: Any = None
     if isinstance(layer, LinearBase):
         parts = config.parts(prefix)
         if not any(parts.values()):
             return UnquantizedLinearMethod()
+        method = CodedLinearMethod(parts)
+    elif isinstance(layer, VocabParallelEmbedding) and (stored := config.modules.get(prefix)):
+        method = CodedEmbeddingMethod(config, prefix, stored)
+    elif isinstance(layer, RoutedExperts) and (stacks := config.stacks(prefix)):
+        method = CodedExpertsMethod(layer, prefix, stacks)
+    if method is not None:
         check_setup()
-        return CodedLinearMethod(parts)
-    if isinstance(layer, VocabParallelEmbedding) and (stored := config.modules.get(prefix)):
-        check_setup()
-        return CodedEmbeddingMethod(config, prefix, stored)
-    if coded and prefix and type(layer).__name__ == "RoutedExperts":
-        raise ValueError(f"{prefix}: experts of codes do not run under vLLM; use transformers (`qins serve`)")
-    return None
+    return method
 
 
 def check_setup() -> None:
@@ -153,7 +155,8 @@ class CodedEmbeddingMethod(CodedLinearMethod):
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Return the rows of these words, (...) to (..., columns)."""
-        return layer.lookup(input_)
+        rows: Tensor = layer.lookup(input_)
+        return rows
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the logits; words of vLLM's padding have none, and get minus infinity."""
