@@ -19,6 +19,7 @@ pytest.importorskip("vllm.config", reason="NOT RUN: vLLM is not installed; `make
 
 from safetensors.torch import load_file, save_file
 
+from qins.checkpoint import quantize_checkpoint
 from qins.hf import QinsConfig, find_model
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("default")]
@@ -45,7 +46,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def floats(name, directory):
+def floats(name, directory, dtype=torch.float32):
     """Save a tiny random model."""
     kind, more = MODELS[name]
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def floats(name, directory):
     for key, p in model.named_parameters():  # some biases start at zero, which would hide a lost one
         if key.endswith("bias"):
             nn.init.normal_(p, std=0.5)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     return directory
 
 
@@ -135,6 +136,13 @@ def test_tokens_are_those_of_transformers(name, settings, tmp_path):
 def test_compiled(tmp_path):
     directory = codes("llama", tmp_path, lm_head=True)
     check_greedy(directory, serve(directory, enforce_eager=False))
+
+
+def test_files_that_restore_the_original_are_not_read(tmp_path):
+    directory = floats("llama", tmp_path / "floats", torch.bfloat16)
+    quantize_checkpoint(directory, tmp_path / "codes", QinsConfig(embeddings=True, lm_head=True), exact=True)
+    assert len(list((tmp_path / "codes").glob("exact-*.safetensors"))) == 1
+    check_greedy(tmp_path / "codes", serve(tmp_path / "codes"))
 
 
 def test_smollm2(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
 
 from ..hf import QinsConfig
 
@@ -25,14 +27,15 @@ class CodesConfig(QuantizationConfig):  # type: ignore[misc] # vLLM may be missi
     """A checkpoint's list of matrices of codes.
 
     Attributes:
-        modules: name of each matrix to how it is stored.
+        modules: vLLM's name of each matrix to how it is stored.
+        names: their names in the checkpoint.
         created: name of each embedding and head that this process has created to vLLM's layer.
 
     """
 
     def __init__(self, modules: dict[str, Stored]) -> None:
         super().__init__()
-        self.modules = modules
+        self.modules, self.names = modules, frozenset(modules)
         self.created: dict[str, Any] = {}
 
     @classmethod
@@ -58,6 +61,11 @@ class CodesConfig(QuantizationConfig):  # type: ignore[misc] # vLLM may be missi
             for name, about in self.modules.items()
             if (new := hf_to_vllm_mapper.map_name(name)) is not None
         }
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Drop what restores the original (`qins quantize --exact`): vLLM reads all safetensors files of a directory."""
+        names = "|".join(re.escape(n) for n in {*self.modules, *self.names})
+        return WeightsMapper(orig_to_new_regex={re.compile(f"^(?:{names})$"): None})
 
     def parts(self, prefix: str) -> dict[str, Stored | None]:
         """Return the matrices of one of vLLM's layers, in the order of its outputs; None for those of floats.
