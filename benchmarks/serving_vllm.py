@@ -87,12 +87,11 @@ def start(directory: Path, dtype: str, arguments: argparse.Namespace) -> dict[st
     own += ["--eager"] if arguments.eager else []
     command = [sys.executable, __file__, *own, f"--serve={directory}", "--sequences", *map(str, arguments.sequences)]
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: arguments.threads]))
+    # the scheduler in the process that reads the clock, so that a step ends when its tokens are there
     environment = os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)

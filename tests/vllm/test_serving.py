@@ -100,7 +100,8 @@ def check_greedy(directory, served, prompts=PROMPTS, tie=1e-3):
     return model
 
 
-MIXED = {"*.q_proj": {"codec": "log6"}, "*.gate_proj": {"codec": "golden"}}
+CODECS = {"q_proj": "log6", "o_proj": "log9", "gate_proj": "golden", "down_proj": "rational"}
+MIXED = {f"*.{name}": {"codec": codec} for name, codec in CODECS.items()}
 
 
 @pytest.mark.parametrize(

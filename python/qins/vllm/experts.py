@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from ..hf import check_layer
 from ..nn import QINSExperts
-from .config import Stored
+from .stored import Stored
 
 Tensor = torch.Tensor
 

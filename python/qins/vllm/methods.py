@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,16 +16,22 @@ from vllm.platforms import current_platform
 
 from ..hf import check_layer
 from ..nn import QINSEmbedding, QINSLinear, field_layout
-from .config import CodesConfig, Stored
 from .experts import CodedExpertsMethod
+from .stored import Stored, StoredMatrices
 
 Tensor = torch.Tensor
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
-def method_of(config: CodesConfig, layer: nn.Module, prefix: str) -> Any:
+def method_of(layer: nn.Module, prefix: str, matrices: StoredMatrices, joined: Mapping[str, list[str]]) -> Any:
     """Return what computes a layer, or None to leave that to vLLM.
+
+    Args:
+        layer: of vLLM.
+        prefix: its name.
+        matrices: of the checkpoint.
+        joined: see `StoredMatrices.parts`.
 
     Raises:
         ValueError: the layer has codes, and vLLM is set up in a way that codes do not support.
@@ -32,13 +39,13 @@ def method_of(config: CodesConfig, layer: nn.Module, prefix: str) -> Any:
     """
     method: Any = None
     if isinstance(layer, LinearBase):
-        parts = config.parts(prefix)
+        parts = matrices.parts(prefix, joined)
         if not any(parts.values()):
             return UnquantizedLinearMethod()
         method = CodedLinearMethod(parts)
-    elif isinstance(layer, VocabParallelEmbedding) and (stored := config.modules.get(prefix)):
-        method = CodedEmbeddingMethod(config, prefix, stored)
-    elif isinstance(layer, RoutedExperts) and (stacks := config.stacks(prefix)):
+    elif isinstance(layer, VocabParallelEmbedding) and prefix in matrices.known:
+        method = CodedEmbeddingMethod(prefix, matrices)
+    elif isinstance(layer, RoutedExperts) and (stacks := matrices.stacks(prefix)):
         method = CodedExpertsMethod(layer, prefix, stacks)
     if method is not None:
         check_setup()
@@ -113,9 +120,9 @@ class CodedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 class CodedEmbeddingMethod(CodedLinearMethod):
     """Looks rows up in the codes of an embedding, or multiplies by those of a head, which may be the same."""
 
-    def __init__(self, config: CodesConfig, name: str, stored: Stored) -> None:
-        super().__init__({name: stored})
-        self.config, self.name, self.shared = config, name, stored.shared
+    def __init__(self, name: str, matrices: StoredMatrices) -> None:
+        super().__init__({name: matrices.known[name]})
+        self.name, self.shared, self.created = name, matrices.known[name].shared, matrices.created
 
     def create_weights(
         self,
@@ -128,7 +135,7 @@ class CodedEmbeddingMethod(CodedLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Add a module that waits for its codes, which have no rows for vLLM's padding; arguments are vLLM's."""
-        self.config.created[self.name] = layer
+        self.created[self.name] = layer
         expect(layer, self.parts, [layer.org_vocab_size], input_size_per_partition, params_dtype)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
@@ -138,7 +145,7 @@ class CodedEmbeddingMethod(CodedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Take the shared codes, if there are such, and check what was loaded."""
         if self.shared:
-            source = self.config.created.get(self.shared)
+            source = self.created.get(self.shared)
             if source is None:
                 raise ValueError(
                     f"{self.name}: shares codes of {self.shared}, which vLLM's model has under another name"
