@@ -38,6 +38,7 @@ MODELS = {
     "qwen3_moe": (
         transformers.Qwen3MoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     ),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": (
         transformers.Qwen2MoeConfig,
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
@@ -185,6 +186,12 @@ def test_tensor_parallel(llama, capfd, monkeypatch):
 
 def test_lora(llama, capfd):
     assert "enable_lora: LoRA adapters are not added to codes under vLLM" in refusal(capfd, llama, enable_lora=True)
+
+
+def test_layers_under_other_names(tmp_path, capfd):
+    """vLLM calls Mixtral's experts otherwise, and would ignore their codes."""
+    words = "vLLM's model has no layer for the codes of model.layers.0."
+    assert words in refusal(capfd, codes("mixtral", tmp_path))
 
 
 @pytest.mark.parametrize(

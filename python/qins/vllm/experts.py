@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from ..hf import check_layer
 from ..nn import QINSExperts
-from .stored import Stored
+from .stored import Stored, StoredMatrices
 
 Tensor = torch.Tensor
 
@@ -41,9 +41,9 @@ class CodedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     own loading of experts does not know, so it is replaced.
     """
 
-    def __init__(self, layer: Any, name: str, stored: dict[str, Stored]) -> None:
+    def __init__(self, layer: Any, name: str, stacks: dict[str, Stored], matrices: StoredMatrices) -> None:
         super().__init__(layer.moe_config)
-        self.name, self.stored = name, stored
+        self.name, self.stacks, self.stored = name, stacks, matrices
 
     def create_weights(
         self,
@@ -65,12 +65,12 @@ class CodedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             or layer.moe_config.has_bias
             or layer.swiglu_limit is not None
             or layer.apply_router_weight_on_input
-            or set(self.stored) != set(STACKS)
+            or set(self.stacks) != set(STACKS)
         ):
             raise ValueError(f"{self.name}: expected experts with gates, SiLU and no biases, as Qwen3's")
-        codec = self.stored["down_proj"].codec
+        codec = self.stacks["down_proj"].codec
         original = Experts(num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
-        layer.codes = QINSExperts(original, codec, {s: a.group_size for s, a in self.stored.items()})
+        layer.codes = QINSExperts(original, codec, {s: a.group_size for s, a in self.stacks.items()})
         layer.load_weights = lambda weights: self._load(layer.codes, weights)
 
     def _load(self, codes: QINSExperts, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -89,6 +89,7 @@ class CodedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             ValueError: something is missing, or does not fit.
 
         """
+        self.stored.check_claimed()
         if any(t.is_meta for t in layer.codes.buffers()):
             raise ValueError(f"the checkpoint has no codes for {self.name}")
         check_layer(self.name, layer.codes)

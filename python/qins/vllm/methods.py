@@ -42,11 +42,11 @@ def method_of(layer: nn.Module, prefix: str, matrices: StoredMatrices, joined: M
         parts = matrices.parts(prefix, joined)
         if not any(parts.values()):
             return UnquantizedLinearMethod()
-        method = CodedLinearMethod(parts)
+        method = CodedLinearMethod(parts, matrices)
     elif isinstance(layer, VocabParallelEmbedding) and prefix in matrices.known:
         method = CodedEmbeddingMethod(prefix, matrices)
     elif isinstance(layer, RoutedExperts) and (stacks := matrices.stacks(prefix)):
-        method = CodedExpertsMethod(layer, prefix, stacks)
+        method = CodedExpertsMethod(layer, prefix, stacks, matrices)
     if method is not None:
         check_setup()
     return method
@@ -76,8 +76,8 @@ class CodedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     of codes, only receive what is loaded.
     """
 
-    def __init__(self, parts: dict[str, Stored | None]) -> None:
-        self.parts = parts
+    def __init__(self, parts: dict[str, Stored | None], matrices: StoredMatrices) -> None:
+        self.parts, self.stored = parts, matrices
 
     def create_weights(
         self,
@@ -107,6 +107,7 @@ class CodedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             ValueError: something is missing, or does not fit.
 
         """
+        self.stored.check_claimed()
         for name, matrix in zip(self.parts, layer.matrices, strict=True):
             check(name, matrix)
 
@@ -121,8 +122,9 @@ class CodedEmbeddingMethod(CodedLinearMethod):
     """Looks rows up in the codes of an embedding, or multiplies by those of a head, which may be the same."""
 
     def __init__(self, name: str, matrices: StoredMatrices) -> None:
-        super().__init__({name: matrices.known[name]})
-        self.name, self.shared, self.created = name, matrices.known[name].shared, matrices.created
+        super().__init__({name: matrices.known[name]}, matrices)
+        self.name, self.shared = name, matrices.known[name].shared
+        matrices.claimed.add(name)
 
     def create_weights(
         self,
@@ -135,7 +137,7 @@ class CodedEmbeddingMethod(CodedLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Add a module that waits for its codes, which have no rows for vLLM's padding; arguments are vLLM's."""
-        self.created[self.name] = layer
+        self.stored.created[self.name] = layer
         expect(layer, self.parts, [layer.org_vocab_size], input_size_per_partition, params_dtype)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
@@ -145,7 +147,7 @@ class CodedEmbeddingMethod(CodedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Take the shared codes, if there are such, and check what was loaded."""
         if self.shared:
-            source = self.created.get(self.shared)
+            source = self.stored.created.get(self.shared)
             if source is None:
                 raise ValueError(
                     f"{self.name}: shares codes of {self.shared}, which vLLM's model has under another name"

@@ -22,6 +22,7 @@ class StoredMatrices:
     Attributes:
         known: vLLM's name of each matrix to how it is stored.
         names: all their names, those in the checkpoint and vLLM's.
+        claimed: vLLM's names of those for which it has created a layer.
         created: name of each embedding and head that this process has created to vLLM's layer.
 
     """
@@ -41,6 +42,7 @@ class StoredMatrices:
             )
         self.known = {name: Stored(*about) for name, about in modules.items()}
         self.names = set(self.known)
+        self.claimed: set[str] = set()
         self.created: dict[str, Any] = {}
 
     def rename(self, mapper: Any) -> None:
@@ -63,8 +65,20 @@ class StoredMatrices:
         """
         parent, dot, last = prefix.rpartition(".")
         names = [prefix] if prefix in self.known else [f"{parent}{dot}{n}" for n in joined.get(last, [last])]
+        self.claimed.update(names)
         return {n: self.known.get(n) for n in names}
 
     def stacks(self, prefix: str) -> dict[str, Stored]:
         """Return the stacks of matrices of a module of experts."""
-        return {n.removeprefix(prefix + "."): a for n, a in self.known.items() if n.startswith(prefix + ".")}
+        found = {n: a for n, a in self.known.items() if n.startswith(prefix + ".")}
+        self.claimed.update(found)
+        return {n.removeprefix(prefix + "."): a for n, a in found.items()}
+
+    def check_claimed(self) -> None:
+        """Raise a ValueError unless all matrices have a layer: vLLM may ignore codes under names it does not know."""
+        left = sorted(n for n, a in self.known.items() if a.shared is None and n not in self.claimed)
+        if left:
+            raise ValueError(
+                f"vLLM's model has no layer for the codes of {left[0]}, and of {len(left) - 1} others: its layers have "
+                "other names, or are no linear layers"
+            )
