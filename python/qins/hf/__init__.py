@@ -20,7 +20,7 @@ from .models import (
     require_causal_lm,
     require_transformers,
 )
-from .modules import pending_experts, pending_layers
+from .modules import check_layer, pending_experts, pending_layers
 from .names import Names, guard
 from .packaged import cache_directory, find_model
 from .quantizer import QinsHfQuantizer
@@ -43,6 +43,7 @@ __all__ = [
     "UploadWithCard",
     "attach",
     "cache_directory",
+    "check_layer",
     "find_model",
     "find_source",
     "guard",

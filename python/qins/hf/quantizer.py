@@ -185,14 +185,17 @@ class QinsHfQuantizer(HfQuantizer):
 
         return QinsQuantize()
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Make transformers 5 encode experts one by one, instead of stacking their floats first."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Make transformers 5 encode experts one by one, instead of stacking their floats first.
+
+        Versions before 5.23 do not pass the model.
+        """
         from transformers.core_model_loading import MergeModulelist, WeightConverter
 
         from .experts import EncodeExperts
 
         super_ = getattr(super(), "update_weight_conversions", None)
-        conversions: list[Any] = super_(weight_conversions, model) if super_ else weight_conversions
+        conversions: list[Any] = super_(weight_conversions, *args) if super_ else weight_conversions
         if not self.pre_quantized and not isinstance(self.quantization_config.calibration, str):
             for c in conversions:
                 if isinstance(c, WeightConverter) and type(c.operations[0]) is MergeModulelist:
