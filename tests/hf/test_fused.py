@@ -22,7 +22,8 @@ pytestmark = pytest.mark.once
 IDS = torch.arange(3, 103).reshape(2, 50)  # more than a decode step takes
 ROUNDING = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}  # of logits, over all layers
 FAMILIES = {
-    "Llama": {"mlp_bias": True}, "Qwen3": {"head_dim": 24, "num_key_value_heads": 2}, "Gemma2": {"head_dim": 16}, "Phi3": {}, "Olmo2": {},
+    "Llama": {"mlp_bias": True}, "Qwen3": {"head_dim": 24, "num_key_value_heads": 2}, "Gemma2": {"head_dim": 16},
+    "Phi3": {}, "Olmo2": {},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
 }  # fmt: skip
 
