@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #if FLT_EVAL_METHOD != 0
-#error "qins needs float arithmetic in float precision (on 32-bit x86: -msse2 -mfpmath=sse)"
+#error "qins needs float arithmetic in float precision (32-bit x86: -msse2 -mfpmath=sse; s390x: -fexcess-precision=fast)"
 #endif
 
 /* 64-bit x86 only: 32-bit x86 uses the scalar core, like every processor without an isa_*.c. */
