@@ -214,7 +214,7 @@ def compiled_core(target: str) -> Callable[[Path], str]:
 
 
 def headers(system: str, work: Path) -> list[str]:
-    """Return flags for Python's and NumPy's headers. For Windows, Python's are this system's with another pyconfig.h."""
+    """Return flags for Python's and NumPy's headers; for Windows, Python's are these with another pyconfig.h."""
     if system != "windows":
         import numpy
 
@@ -306,15 +306,18 @@ def torch_suite(version: str) -> Callable[[Path], str]:
         ).stdout.strip()
         python = Path(sys.executable)
         if here.split("+")[0] != version:
-            output_of(sys.executable, "-m", "venv", work / "venv")
-            python = work / "venv/bin/python"
-            try:
+            place = PLACE / f"torch-{version}-{sys.version_info[0]}.{sys.version_info[1]}"
+            python = place / "bin/python"
+            if not place.exists():
+                output_of(sys.executable, "-m", "venv", place)
                 packages = [f"torch=={version}", "numpy", "pytest", "hypothesis", "ml_dtypes", "safetensors"]
-                output_of(python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *packages)
-            except FailedError as e:
-                raise NotRunError(f"cannot be installed: {e}") from None
+                try:
+                    output_of(python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *packages)
+                except FailedError as e:
+                    shutil.rmtree(place)
+                    raise NotRunError(f"cannot be installed: {e}") from None
         tests = ["--room", "nn", "--first", "-m", "not slow and not long", "tests/nn"]
-        pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]  # warnings are torch's own
         return counts(output_of(*pytest, *tests, PYTHONPATH=str(ROOT / "python")))
 
     return run
