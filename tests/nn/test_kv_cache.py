@@ -8,6 +8,7 @@ import reference
 import torch
 
 import qins
+from qins.nn import GrowingTokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -168,3 +169,12 @@ def test_errors_change_nothing():
     cache.reset()
     cache.update(k[:1], v[:1])
     assert "seq_len=5" in repr(cache)
+
+
+def test_a_cache_cropped_to_nothing_has_no_shapes():
+    tokens = GrowingTokens("log8", "golden")
+    assert tokens.shapes == ()
+    tokens.append(states(2, 3, 5, 16), states(2, 3, 5, 8))
+    assert tokens.shapes == ((2, 3, 16), (2, 3, 8))
+    tokens.crop(0)
+    assert tokens.shapes == ()
