@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
-# The core's tests pass on both, but the package reads numbers from files as they lie there, and maps whole checkpoints.
+# The package reads numbers from files as they lie there, and maps whole checkpoints.
 if sys.byteorder != "little" or sys.maxsize < 2**32:
     sys.exit("qins needs a 64-bit little-endian Python: this one has another byte order or smaller addresses")
 

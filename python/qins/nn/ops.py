@@ -172,7 +172,9 @@ def _linear_shape(x: Tensor, fields: list[Tensor], codec: str, group_size: int) 
 
 
 @torch.library.custom_op(
-    "qins::linear_backward", mutates_args=(), schema="(Tensor g, Tensor[] fields, str codec, SymInt group_size) -> Tensor"
+    "qins::linear_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor[] fields, str codec, SymInt group_size) -> Tensor",
 )
 def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """G @ W; g (..., out_features), the result in g's dtype."""
