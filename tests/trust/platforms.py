@@ -365,7 +365,7 @@ def write(rows: dict[str, str]) -> None:
     for check in CHECKS:
         row = rows.get(check.row(""))
         row = row or old.get(" | ".join(check.row("").split("|")[1:4]))
-        lines += [row] if row else []
+        lines.append(row or check.row("not run yet"))
     PAGE.write_text(before + "\n".join(["", *lines, "", ""]) + after)
 
 
