@@ -196,15 +196,19 @@ def mingw(work: Path) -> str:
     return core("x86_64-w64-mingw32-gcc-posix", ["-static", "-Wno-float-conversion"], ["wine"], work)
 
 
+# isfinite, as above; and a warning of later versions of clang than others have
+ZIG_FLAGS = ["-Wno-float-conversion", "-Wno-enum-float-conversion"]
+
+
 def zig_windows(work: Path) -> str:
     compiler = zig("x86_64-windows-gnu", work)
     need("wine")
-    return core(compiler, ["-Wno-float-conversion"], ["wine"], work)
+    return core(compiler, ZIG_FLAGS, ["wine"], work)
 
 
 def compiled_core(target: str) -> Callable[[Path], str]:
     def run(work: Path) -> str:
-        output_of(ROOT / "tests/core/build.sh", work / "test_core", zig(target, work), "-Wno-float-conversion")
+        output_of(ROOT / "tests/core/build.sh", work / "test_core", zig(target, work), *ZIG_FLAGS)
         return "compiled and linked; NOT RUN: no such system here"
 
     return run
@@ -213,20 +217,23 @@ def compiled_core(target: str) -> Callable[[Path], str]:
 # -- the extension -----------------------------------------------------------------------------------
 
 
-def headers(system: str, work: Path) -> list[str]:
-    """Return flags for Python's and NumPy's headers; for Windows, Python's are these with another pyconfig.h."""
-    if system != "windows":
-        import numpy
+NUMPY_WHEELS = {"windows": "win_amd64", "macos": "macosx_14_0_x86_64"}
 
-        return [f"-I{sysconfig.get_path('include')}", f"-I{numpy.get_include()}"]
+
+def headers(system: str, work: Path) -> list[str]:
+    """Return flags for headers: NumPy's are those of its wheel for the system, Python's are this Python's.
+
+    For Windows, they get another pyconfig.h.
+    """
     own = work / "include"
     shutil.copytree(sysconfig.get_path("include"), own)
-    shutil.copy(ROOT / "tests/trust/windows/pyconfig.h", own)
+    if system == "windows":
+        shutil.copy(ROOT / "tests/trust/windows/pyconfig.h", own)
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    there = PLACE / f"numpy-win_amd64-{version}"
+    there = PLACE / f"numpy-{NUMPY_WHEELS[system]}-{version}"
     if not there.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
-        where = ["--platform", "win_amd64", "--python-version", version, "--target", str(there)]
+        where = ["--platform", NUMPY_WHEELS[system], "--python-version", version, "--target", str(there)]
         output_of(*pip, *where, "-c", ROOT / "constraints.txt", "numpy")
     return [f"-I{own}", f"-I{there / 'numpy/_core/include'}"]
 
