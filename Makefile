@@ -19,6 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist workste
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-ray test-vllm test-core test-core-others \
     test-sdist test-wheel test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
+    trust-platforms trust-mutants \
     lint docs bench measurements clean
 
 demo: $(VENV)/installed
@@ -142,6 +143,17 @@ trust-races: $(VENV)/installed-dev
 	tests/core/run.sh races
 	$(BIN)/python tests/trust/races.py
 	PIP=$(abspath $(BIN))/pip tests/trust/free_threaded.sh
+
+# other compilers, systems and processors, and other versions of Python, NumPy and torch, each of which is downloaded;
+# gigabytes, so that `trust` does not run it
+trust-platforms: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/platforms.py --write $(PLATFORMS)
+
+# changes at random places that some test should notice: hours
+MUTANTS ?= 100
+trust-mutants: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/mutate.py core $(MUTANTS) --out build/mutants-core.jsonl
+	$(BIN)/python tests/trust/mutate.py package $(MUTANTS) --out build/mutants-package.jsonl
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

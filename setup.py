@@ -13,6 +13,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
+# The package reads numbers from files as they lie there, and maps whole checkpoints.
+if sys.byteorder != "little" or sys.maxsize < 2**32:
+    sys.exit("qins needs a 64-bit little-endian Python: this one has another byte order or smaller addresses")
+
 # One list for every processor: each instruction set's file names its own target (see words.h).
 # Fused multiply-adds that the compiler contracts on its own would change codes between platforms.
 if sys.platform == "win32":

@@ -45,7 +45,7 @@ uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col)
         q |= (plane[at % bytes] >> (at / bytes * (size_t)width) & ((1u << width) - 1)) << low;
         plane += bytes;
     }
-    return log8_form(q, bits) ^ (group_row(e, row)[col / e->group_size] & 0x80);
+    return (uint8_t)(log8_form(q, bits) ^ (group_row(e, row)[col / e->group_size] & 0x80));
 }
 
 void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed)
@@ -55,8 +55,8 @@ void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed)
         const size_t count = least(cols - begin, QINS_BLOCK);
         uint8_t q[QINS_BLOCK];
         for (size_t i = 0; i < count; i++) {
-            const uint8_t level = codes[begin + i] & 127, negative = codes[begin + i] >> 7 & (level > 0);
-            const uint8_t index = (uint8_t)(level - negative);
+            const unsigned level = codes[begin + i] & 127u, negative = codes[begin + i] >> 7 & (unsigned)(level > 0);
+            const unsigned index = level - negative;
             q[i] = (uint8_t)((index < top ? index : top) | negative << (bits - 1));
         }
         pack_planes(q, count, bits, packed);

@@ -24,6 +24,14 @@ static int try_lock(mutex *m) { return TryAcquireSRWLockExclusive(m) != 0; }
 static void unlock(mutex *m) { ReleaseSRWLockExclusive(m); }
 static void wait_for(condition *c, mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
 static void wake_all(condition *c) { WakeAllConditionVariable(c); }
+/* not timespec_get: the older one of Windows' C libraries lacks it */
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
 #define THREAD_RETURN DWORD WINAPI
 static int start_thread(LPTHREAD_START_ROUTINE run)
 {
@@ -44,6 +52,12 @@ static int try_lock(mutex *m) { return pthread_mutex_trylock(m) == 0; }
 static void unlock(mutex *m) { pthread_mutex_unlock(m); }
 static void wait_for(condition *c, mutex *m) { pthread_cond_wait(c, m); }
 static void wake_all(condition *c) { pthread_cond_broadcast(c); }
+static double seconds(void)
+{
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
 #define THREAD_RETURN void *
 static int start_thread(void *(*run)(void *))
 {
@@ -91,13 +105,6 @@ static atomic_int helping;     /* workers inside `current`; changes under `state
 static int workers;            /* threads that exist */
 static atomic_uint generation; /* changes with every posted job, for spinning */
 static _Atomic(qins_fork_join) fork_join;
-
-static double seconds(void)
-{
-    struct timespec now;
-    timespec_get(&now, TIME_UTC);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
 
 static void ask(job *j, double now)
 {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that need only NumPy with every CPython from 3.10 to 3.14 found in PATH or by pyenv, each in its own
-# environment; prints the versions that were not found.
+# environment; prints the versions that were not found. pythons.sh VERSION...: only these. NUMPY: the version of NumPy
+# to run with, instead of the newest; the extension is built with the newest in any case, as wheels are.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -17,7 +18,9 @@ find_python() { # find_python VERSION: print the path of one that works
         fi
     done
 }
-for version in 3.10 3.11 3.12 3.13 3.14; do
+versions=("$@")
+[ $# -gt 0 ] || versions=(3.10 3.11 3.12 3.13 3.14)
+for version in "${versions[@]}"; do
     python=$(find_python "$version")
     if [ -z "$python" ]; then
         echo "NOT RUN: CPython $version (not found)"
@@ -27,7 +30,7 @@ for version in 3.10 3.11 3.12 3.13 3.14; do
     "$python" -m venv "$work/$version"
     # no constraints: for an old Python, the last releases of packages are older
     pip=("$work/$version/bin/pip" install --quiet --disable-pip-version-check)
-    "${pip[@]}" numpy pytest hypothesis ml_dtypes
+    "${pip[@]}" "numpy${NUMPY:+==$NUMPY}" pytest hypothesis ml_dtypes
     "${pip[@]}" "$work"
     (cd "$work" && "$work/$version/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" test_array.py test_feedback.py test_ways.py)
 done

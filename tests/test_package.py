@@ -6,17 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import qins
 
+ROOT = Path(__file__).parent.parent
+
 
 def python(program, **environment):
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}
     )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("other", ["sys.byteorder = 'big'", "sys.maxsize = 2**31 - 1"])
+def test_other_machines_are_refused_at_build_time(other):
+    setup = ROOT / "setup.py"
+    run = "sys.argv = [setup, 'build_ext', '--dry-run']; runpy.run_path(setup, run_name='__main__')"
+    done = python(f"import runpy, sys, numpy, setuptools; setup = {str(setup)!r}; {other}; {run}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("qins needs a 64-bit little-endian Python")
 
 
 def test_import_is_light():

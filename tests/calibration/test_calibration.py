@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,11 @@ def test_deterministic():
 def test_sequential_sees_codes():
     """Layers of later rounds are fitted to activations of the quantized earlier layers."""
     parallel, sequential = Net(), Net()
+    begin = time.perf_counter()
     report = qins.calibrate(sequential, batches(), sequential=True, room=1)
+    took = time.perf_counter() - begin
+    assert 0 < report.seconds_statistics + report.seconds_rounding <= took
+    assert min(report.seconds_statistics, report.seconds_rounding) > 0
     assert [m.name for m in report.converted] == ["a", "b", "c", "unused"]
     qins.calibrate(parallel, batches(), room=1)
     assert torch.equal(sequential.a.codes, parallel.a.codes)

@@ -87,6 +87,13 @@ def test_allocation_is_the_best_that_fits(rng):
         assert enough.bits <= plan.bits + 0.05  # the last step may overshoot
 
 
+def test_a_step_that_just_fits_is_taken():
+    found = {name: [Option(None, 8.0, 1.0), Option(64, 8.25, 0.5)] for name in ("a", "b")}
+    plan = allocate(found, {"a": 100, "b": 100}, target_bits=8.125)
+    assert plan.bits == 8.125  # all of these numbers are exact
+    assert plan.kld == 1.5
+
+
 def test_plan_and_calibrate():
     model, batches = model_and_batches()
     with torch.no_grad():  # an insensitive layer, and a sensitive one

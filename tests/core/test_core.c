@@ -10,12 +10,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
 #include <time.h>
+#if !defined(_WIN32)
+#include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include "packed.h"
+#include "pages.h"
 #include "poll.h"
 #include "test_decoder.h"
 #include "test_exact.h"
@@ -81,14 +83,9 @@ typedef struct {
 
 static guarded guard(size_t bytes)
 {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), room = (bytes + page - 1) / page * page;
-    char *p = mmap(NULL, room + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0 || mprotect(p + page + room, page, PROT_NONE) != 0) {
-        perror("mmap");
-        exit(2);
-    }
-    guarded g = {p + page, p + page + room, room};
-    return g;
+    size_t room;
+    char *low = between_pages(bytes, &room);
+    return (guarded){low, low + room, room};
 }
 
 #ifndef SANITIZED /* build.sh */
@@ -1357,6 +1354,21 @@ static void polling(int threads)
     check(!qins_stopped() && covers(1000, 1, threads), "after polling", "core", (size_t)threads, 0);
 }
 
+static void after_fork(void)
+{
+#if defined(_WIN32)
+    printf("NOT RUN fork: Windows has none\n");
+#else
+    pid_t child = fork(); /* the pool's threads are gone in the child */
+    if (child == 0) {
+        _exit(covers(1000, 1, 4) && covers(5000, 1, 4) ? 0 : 1);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "after fork", "core", 0, 0);
+#endif
+}
+
 static void parallel(int with_fork)
 {
     static const size_t ITEMS[] = {0, 1, 2, 3, 7, 100, 9999};
@@ -1366,13 +1378,7 @@ static void parallel(int with_fork)
         }
     }
     if (with_fork) {
-        pid_t child = fork(); /* the pool's threads are gone in the child */
-        if (child == 0) {
-            _exit(covers(1000, 1, 4) && covers(5000, 1, 4) ? 0 : 1);
-        }
-        int status = 1;
-        waitpid(child, &status, 0);
-        check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "after fork", "core", 0, 0);
+        after_fork();
     } else {
         printf("NOT RUN fork: --no-fork\n");
     }

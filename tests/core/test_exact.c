@@ -1,11 +1,10 @@
 /* Tests of exact restoring on every instruction set: streams between unmapped pages, whole and damaged. */
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "exact.h"
 #include "packed.h"
+#include "pages.h"
 #include "test_exact.h"
 
 static uint32_t seed;
@@ -76,16 +75,11 @@ static void release(matrix *m)
     free(m->e.group_scale);
 }
 
-/* A copy that ends before an unmapped page, and the mapping's size */
-static uint8_t *before_a_page(const uint8_t *data, size_t bytes, char **mapping, size_t *size)
+/* A copy that ends before a forbidden page, and the memory to give back */
+static uint8_t *before_a_page(const uint8_t *data, size_t bytes, char **memory, size_t *room)
 {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), room = ceil_div(bytes, page) * page;
-    *size = room + page;
-    *mapping = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (*mapping == MAP_FAILED || mprotect(*mapping + room, page, PROT_NONE) != 0) {
-        exit(2);
-    }
-    uint8_t *p = (uint8_t *)*mapping + room - bytes;
+    *memory = between_pages(bytes, room);
+    uint8_t *p = (uint8_t *)*memory + *room - bytes;
     memcpy(p, data, bytes);
     return p;
 }
@@ -107,9 +101,9 @@ static int damage_is_harmless(const qins_kernels *k, const matrix *m, const uint
     uint16_t *one = bytes_of(2 * n), *other = bytes_of(2 * n);
     int same = 1;
     for (int i = 0; i < damages && same; i++) {
-        char *mapping;
-        size_t size, part = next() % 4 == 0 ? next() % bytes : bytes;
-        uint8_t *p = before_a_page(stream, part, &mapping, &size);
+        char *memory;
+        size_t room, part = next() % 4 == 0 ? next() % bytes : bytes;
+        uint8_t *p = before_a_page(stream, part, &memory, &room);
         for (uint32_t j = next() % 4; j > 0 && part > 32; j--) {
             p[32 + next() % (part - 32)] = (uint8_t)next();
         }
@@ -117,7 +111,7 @@ static int damage_is_harmless(const qins_kernels *k, const matrix *m, const uint
         same = result == qins_exact_decode(&qins_kernels_scalar, &m->e, p, part, dtype, 1, other) &&
                (result != QINS_EXACT_OK || memcmp(one, other, 2 * n) == 0) &&
                (part == bytes || result == QINS_EXACT_DAMAGED);
-        munmap(mapping, size);
+        give_back_pages(memory, room);
     }
     free(one);
     free(other);
@@ -138,13 +132,13 @@ static uint32_t check_matrix(const qins_kernels *k, qins_codec codec, size_t row
         qins_exact_encode(&qins_kernels_scalar, &m.e, m.w, dtype, 3, &again, &bytes_again) == QINS_EXACT_OK;
     check(made && bytes == bytes_again && memcmp(stream, again, bytes) == 0, "exact_encode", k->name, cols, codec);
     if (made) {
-        char *mapping;
-        size_t size;
-        const uint8_t *p = before_a_page(stream, bytes, &mapping, &size);
+        char *memory;
+        size_t room;
+        const uint8_t *p = before_a_page(stream, bytes, &memory, &room);
         uint16_t *w = bytes_of(2 * n);
         const int whole = qins_exact_decode(k, &m.e, p, bytes, dtype, 2, w) == QINS_EXACT_OK;
         check(whole && memcmp(w, m.w, 2 * n) == 0, "exact_decode", k->name, cols, codec);
-        munmap(mapping, size);
+        give_back_pages(memory, room);
         free(w);
         check(n == 0 || damage_is_harmless(k, &m, stream, bytes, dtype, damages), "damaged stream", k->name, cols,
               codec);

@@ -9,6 +9,7 @@ import pytest
 
 import qins
 from qins.decoder import Decoder
+from qins.decoder.tensors import Tensors
 
 numpy_files = pytest.importorskip("safetensors.numpy")
 
@@ -305,3 +306,13 @@ def test_nan_gives_nan(saved, tmp_path):
     decoder._table = decoder._table.copy()
     decoder._table[IDS[0]] = np.nan
     assert np.isnan(decoder.logits(IDS)).all()
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    numpy_files.save_file({"a": np.ones((2, 3), np.float32)}, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "qins", "modules": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = Tensors(tmp_path)
+    assert tensors.floats("a").shape == tensors.floats("a", (2, 3)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"a: expected shape \(3, 2\), got \(2, 3\)"):
+        tensors.floats("a", (3, 2))

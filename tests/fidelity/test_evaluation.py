@@ -405,7 +405,7 @@ def test_what_is_not_evaluated(tmp_path, make_model):
 @pytest.fixture(scope="module")
 def report(source, text_file):
     pytest.importorskip("matplotlib")
-    page = source.parent / "report" / "out.html"
+    page = source.parent / "report" / "new" / "out.html"  # directories that do not exist yet
     command(source, "--codec", "log8", "--codec", "calibrated", "--text", text_file, "--tokens", 600, "--window", 64,
             "--report", page)  # fmt: skip
     return page

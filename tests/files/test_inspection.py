@@ -22,6 +22,7 @@ from torch import nn
 import qins
 from qins.codec import LOG_BITS
 from qins.files import open_checkpoint
+from qins.files.inspection_report import _bars
 
 pytestmark = pytest.mark.once
 
@@ -340,3 +341,9 @@ def test_group_sizes_are_those_of_the_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": told}))
     report = qins.inspect(tmp_path)
     assert [layer.group_size for layer in report.layers] == [192]
+
+
+def test_bars():
+    assert _bars([0, 1, 2, 4, 8]) == " ▁▂▄█"
+    assert _bars([0, 1, 1000]) == " ▁█"  # what is there is seen
+    assert _bars([]) == _bars([0]) == ""

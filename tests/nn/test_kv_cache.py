@@ -8,6 +8,7 @@ import reference
 import torch
 
 import qins
+from qins.nn import GrowingTokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -168,3 +169,24 @@ def test_errors_change_nothing():
     cache.reset()
     cache.update(k[:1], v[:1])
     assert "seq_len=5" in repr(cache)
+
+
+def test_a_cache_cropped_to_nothing_has_no_shapes():
+    tokens = GrowingTokens("log8", "golden")
+    assert tokens.shapes == ()
+    tokens.append(states(2, 3, 5, 16), states(2, 3, 5, 8))
+    assert tokens.shapes == ((2, 3, 16), (2, 3, 8))
+    tokens.crop(0)
+    assert tokens.shapes == ()
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.97, 0.94, 0.91])
+def test_log8_scales_are_the_best_of_four(fraction):
+    """A row of exact levels at a fraction of its largest magnitude, which alone is clipped, gets that fraction."""
+    dim, scale = 4000, torch.tensor(fraction).bfloat16()
+    levels = torch.from_numpy(reference.log8_levels(3.0)).float()
+    v = scale.float() * levels[torch.randint(60, 126, (1, 1, 4, dim), generator=torch.Generator().manual_seed(0))]
+    v[..., 5] = 1.0
+    cache = qins.QINSKVCache(1, 4, 1, dim, v_codec="log8")
+    cache.update(v, v)
+    assert (cache._values.fields["scale"].flatten() == scale).all()

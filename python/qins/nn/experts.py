@@ -100,7 +100,11 @@ def _by_expert(
     return out
 
 
-@torch.library.custom_op("qins::grouped_linear", mutates_args=())
+@torch.library.custom_op(
+    "qins::grouped_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor experts, Tensor[] fields, str codec, SymInt group_size) -> Tensor",
+)
 def grouped_linear(x: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """Multiply each row of x, (S, K), by the transposed matrix of its expert; (S, N).
 
@@ -115,7 +119,11 @@ def _grouped_linear_shape(x: Tensor, experts: Tensor, fields: list[Tensor], code
     return x.new_empty(x.shape[0], fields[0].shape[1])
 
 
-@torch.library.custom_op("qins::grouped_linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "qins::grouped_linear_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor experts, Tensor[] fields, str codec, SymInt group_size) -> Tensor",
+)
 def grouped_linear_backward(g: Tensor, experts: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """Multiply each row of g, (S, N), by the matrix of its expert; (S, K)."""
     return _by_expert(

@@ -157,7 +157,10 @@ def multiply_codes_transposed(g: Tensor, fields: Sequence[Tensor], codec: str, g
     return out.to(g.dtype).reshape(*g.shape[:-1], blocks.cols)
 
 
-@torch.library.custom_op("qins::linear", mutates_args=())
+# Operators state their schemas because torch 2.4 cannot infer them from annotations that are strings.
+@torch.library.custom_op(
+    "qins::linear", mutates_args=(), schema="(Tensor x, Tensor[] fields, str codec, SymInt group_size) -> Tensor"
+)
 def linear(x: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """X @ W.T; x (..., in_features) in float32, bfloat16, float16 or float64, the result in x's dtype."""
     return multiply_codes(x, fields, codec, group_size or None)
@@ -168,7 +171,11 @@ def _linear_shape(x: Tensor, fields: list[Tensor], codec: str, group_size: int) 
     return x.new_empty(*x.shape[:-1], fields[0].shape[0])
 
 
-@torch.library.custom_op("qins::linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "qins::linear_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor[] fields, str codec, SymInt group_size) -> Tensor",
+)
 def linear_backward(g: Tensor, fields: list[Tensor], codec: str, group_size: int) -> Tensor:
     """G @ W; g (..., out_features), the result in g's dtype."""
     return multiply_codes_transposed(g, fields, codec, group_size or None)
@@ -198,7 +205,11 @@ linear.register_autograd(_backward, setup_context=_save_for_backward)
 linear_backward.register_autograd(_double_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("qins::embedding", mutates_args=())
+@torch.library.custom_op(
+    "qins::embedding",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor[] fields, str codec, SymInt group_size, ScalarType dtype) -> Tensor",
+)
 def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
     """Dequantize rows of a matrix: ids (...) to (..., columns)."""
     names = field_names(codec, group_size or None)

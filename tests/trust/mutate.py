@@ -1,0 +1,570 @@
+"""Mutation testing: one small change at a random place, then the tests that should notice it.
+
+    mutate.py core 100 --seed 1      mutants of the C core
+    mutate.py package 100 --seed 1   mutants of the Python package
+
+Mutants live in a copy of the sources. The core's tests kill a mutant of the core, else those of the room `codec`; a
+mutant of the package is killed by the tests of its module, else of its room, else of a room that uses it. Mutants that
+do not compile, or to the same code, are drawn again, and counted. Prints a line per mutant. `--out` keeps them as JSON
+lines, from which a later call with the same seed goes on. Exits with 1 if a mutant survived that survivors.json does
+not explain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy
+
+ROOT = Path(__file__).resolve().parents[2]
+# Seconds of one run of tests; a mutant that takes longer is killed. Of each process's processor, and by the clock, for
+# those that only wait.
+TIME_LIMIT, WAITING = 600, 2400
+EXPLAINED = ROOT / "tests/trust/survivors.json"
+
+# The room whose tests use another one most, where they are not too many.
+USERS = {"codec": ["nn"], "files": ["checkpoint"], "system": ["files"]}
+
+# What an operator becomes.
+COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
+ARITHMETIC = {"+": "-", "-": "+", "*": "+", "/": "*", "%": "/", "<<": ">>", ">>": "<<", "&": "|", "|": "&"}
+LOGIC = {"&&": "||", "||": "&&", "+=": "-=", "-=": "+=", "|=": "&="}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str  # relative to the project
+    line: int
+    column: int
+    kind: str
+    before: str  # the line or the statement
+    after: str
+    source: str  # the whole mutated file; not recorded
+    outcome: str = ""  # killed by ..., survived, same code, does not compile
+
+    def record(self) -> dict[str, object]:
+        return {k: v for k, v in asdict(self).items() if k != "source"}
+
+
+# -- C -----------------------------------------------------------------------------------------------
+
+TOKEN = re.compile(
+    r"""(?P<skip>/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\])+')
+    |(?P<number>0[xX][0-9a-fA-F.]+(?:[pP][+-]?\d+)?[uUlLfF]*|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[uUlLfF]*)
+    |(?P<name>[A-Za-z_]\w*)
+    |(?P<op><<=|>>=|->|\+\+|--|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|.)
+    |\s+""",
+    re.VERBOSE | re.DOTALL,
+)
+DIRECTIVE = re.compile(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
+STATEMENT = re.compile(
+    r"^[ ]{4,}(?!return\b|case\b|default\b|goto\b|break\b|else\b|const\b)[\w*(][^;{}\n]*;$", re.MULTILINE
+)
+DECLARATION = re.compile(r"^\s*(?:static\s+)?(?:struct\s+)?[A-Za-z_]\w*\s+\**\w+\s*(?:\[.*\])?\s*(?:=|;|,)")
+TYPES = {"char", "int", "unsigned", "float", "double", "void", "long", "short", "const", "size_t", "sizeof", "return"}
+
+
+def blank(match: re.Match[str]) -> str:
+    return re.sub(r"[^\n]", " ", match.group())
+
+
+def other_number(text: str, step: int) -> str | None:
+    body = text.rstrip("uUlL")
+    if re.fullmatch(r"\d+", body):
+        return str(int(body) + step if int(body) + step >= 0 else int(body) + 1) + text[len(body) :]
+    if re.fullmatch(r"0[xX][0-9a-fA-F]+", body):
+        return hex(max(int(body, 16) + step, 0)) + text[len(body) :]
+    if re.fullmatch(r"\d+\.\d*(?:[eE][+-]?\d+)?[fF]?", text):
+        return f"({text} + {step}.0f)" if text[-1] in "fF" else f"({text} + {step}.0)"
+    return None
+
+
+def is_binary(before: str) -> bool:
+    """Return whether an operator after this token has a left operand."""
+    return bool(before) and before not in TYPES and (before[-1].isalnum() or before[-1] in "_)]")
+
+
+def closing(text: str, opening: int) -> int:
+    depth = 0
+    for i in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError("unbalanced parentheses")
+
+
+def c_places(text: str) -> list[tuple[str, int, int, str]]:
+    """Return all changes of a C file: kind, begin, end, and what comes there."""
+    plain = DIRECTIVE.sub(blank, re.sub(r"/\*.*?\*/", blank, text, flags=re.DOTALL))
+    places = []
+    before = ""
+    for t in TOKEN.finditer(plain):
+        begin, end, token = t.start(), t.end(), t.group()
+        if t.lastgroup == "op":
+            if token in COMPARISONS:
+                places.append(("comparison", begin, end, COMPARISONS[token]))
+            elif token in LOGIC:
+                places.append(("logic", begin, end, LOGIC[token]))
+            # a declared pointer, and a cast, has a type before it
+            elif (
+                token in ARITHMETIC
+                and is_binary(before)
+                and not re.search(r"(_t|_\w+|vf|vi)$", before * (token == "*"))
+            ):
+                places.append(("arithmetic", begin, end, ARITHMETIC[token]))
+        elif t.lastgroup == "number":
+            for step in (1, -1):
+                number = other_number(token, step)
+                if number is not None:
+                    places.append(("constant", begin, end, number))
+        elif token == "if":
+            opening = plain.index("(", end)
+            last = closing(plain, opening)
+            places.append(("branches", opening, last + 1, f"(!{text[opening : last + 1]})"))
+        if t.lastgroup in ("op", "number", "name"):
+            before = token
+    for s in STATEMENT.finditer(plain):
+        if not DECLARATION.match(s.group()):
+            begin = s.start() + len(s.group()) - len(s.group().lstrip())
+            places.append(("deleted", begin, s.end(), ";"))
+    return places
+
+
+def line_at(text: str, at: int) -> str:
+    return text[text.rfind("\n", 0, at) + 1 : (text + "\n").index("\n", at)].strip()
+
+
+class Core:
+    """The core and its tests, built from a copy. Objects of files without a mutant are kept."""
+
+    def __init__(self, place: Path):
+        self.place = place
+        for folder in ("qins_ext", "tests", "python"):
+            shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", place)
+        self.source = place / "qins_ext"
+        self.list_of_sets = (self.source / "isas.def").read_text()
+        self.all_sets = re.findall(r"^X\((\w+)", self.list_of_sets, re.MULTILINE)
+        here = subprocess.run(
+            [sys.executable, "-c", "import qins; print(*qins.isas())"],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "python")},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        self.sets = [name for name in self.all_sets if name in here]
+        self.objects = place / "objects"
+        self.objects.mkdir()
+        self.includes = {p.name: self._included(p) for p in self.source.iterdir()}
+
+    def _included(self, path: Path) -> set[str]:
+        return set(re.findall(r'#\s*include "([^"]+)"', path.read_text()))
+
+    def needs(self, unit: str, file: str) -> bool:
+        """Return whether a file is part of a translation unit."""
+        todo, seen = [unit], set()
+        while todo:
+            name = todo.pop()
+            if name == file:
+                return True
+            if name not in seen:
+                seen.add(name)
+                todo += self.includes.get(name, ())
+        return False
+
+    def files(self) -> list[str]:
+        """Files of the core that are compiled here."""
+        foreign = {f"isa_{n}.c" for n in self.all_sets if n not in self.sets}
+        ours = [
+            n for n in self.includes if n.endswith(".c") and not n.startswith(("module", "args")) and n not in foreign
+        ]
+        return sorted(n for n in self.includes if not n.endswith(".def") and any(self.needs(u, n) for u in ours))
+
+    def sets_for(self, file: str) -> list[str]:
+        """Return the sets to build: of those whose units have the file the best and the scalar one, else all."""
+        with_file = [n for n in self.sets if self.needs(f"isa_{n}.c", file)]
+        return sorted({with_file[0], "scalar"}) if with_file else self.sets
+
+    def build(self, file: str, source: str) -> str:
+        """Build with one file changed. Return what makes testing needless, if anything."""
+        sets = self.sets_for(file)
+        mode = "-".join(sets)
+        self.write_list(sets)
+        left_out = {f"isa_{n}.c" for n in self.all_sets if n not in sets}
+        units = [p for p in sorted(self.source.glob("*.c")) if p.name not in left_out]
+        units += sorted((self.place / "tests/core").glob("*.c"))
+        if not (self.objects / mode).exists():
+            for unit in units:
+                if not self._compile(unit, mode, "original"):
+                    raise RuntimeError(f"{unit.name} does not compile")
+            self._link(units, [], mode)
+            if self.test():
+                raise RuntimeError(f"the tests fail without a mutant: {self.test()}")
+        changed = [u for u in units if self._is_part(file, u)]
+        (self.source / file).write_text(source)
+        try:
+            compiled = all(self._compile(u, mode, "mutant") for u in changed)
+        finally:
+            shutil.copy(ROOT / "qins_ext" / file, self.source / file)
+        if not compiled:
+            return "does not compile"
+        pairs = [(self._object(u, mode, "mutant"), self._object(u, mode, "original")) for u in changed]
+        if all(a.read_bytes() == b.read_bytes() for a, b in pairs):
+            return "same code"
+        self._link(units, changed, mode)
+        return ""
+
+    def write_list(self, sets: list[str]) -> None:
+        """Leave only some instruction sets in the list."""
+        text = re.sub(
+            r"^X\((\w+), \w+",
+            lambda m: m.group() if m.group(1) in sets else f"X({m.group(1)}, 0",
+            self.list_of_sets,
+            flags=re.M,
+        )
+        (self.source / "isas.def").write_text(text)
+
+    def _link(self, units: list[Path], changed: list[Path], mode: str) -> None:
+        objects = [self._object(u, mode, "mutant" if u in changed else "original") for u in units]
+        glue = [o for o in objects if o.name.startswith(("module", "args"))]
+        tests = [o for o in objects if o.name.startswith("test_")]
+        core = [o for o in objects if o not in glue and o not in tests]
+        link = ["gcc", "-pthread", "-o"]
+        subprocess.run([*link, self.place / "test_core", *core, *tests, "-lm"], check=True)
+        subprocess.run([*link, self.place / "python/qins/_core.so", "-shared", *core, *glue, "-lm"], check=True)
+
+    def _is_part(self, file: str, unit: Path) -> bool:
+        included = [unit.name] if unit.parent == self.source else self._included(unit)
+        return any(self.needs(n, file) for n in included)
+
+    def _object(self, unit: Path, mode: str, which: str) -> Path:
+        return self.objects / mode / which / f"{unit.stem}.o"
+
+    def _compile(self, unit: Path, mode: str, which: str) -> bool:
+        out = self._object(unit, mode, which)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # the scalar set takes a fifth of the time at -O0, but then the tests take longer: only where mutants change it
+        level = "-O1" if unit.name != "isa_scalar.c" else "-O2" if mode == "-".join(self.sets) else "-O0"
+        how = [level, "-fPIC", "-ffp-contract=off", "-w"]
+        folders = ["qins_ext", "tests/core", sysconfig.get_path("include"), numpy.get_include()]
+        command = ["gcc", "-std=c11", "-D_GNU_SOURCE", *how, *(f"-I{f}" for f in folders)]
+        # relative paths, so that a compiler cache knows what another copy compiled
+        paths = ["-c", unit.relative_to(self.place), "-o", out.relative_to(self.place)]
+        return subprocess.run([*command, *paths], cwd=self.place, capture_output=True).returncode == 0
+
+    def test(self) -> str:
+        """Return what fails, or nothing."""
+        line_by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
+        tests = [str(self.place / "test_core"), str(ROOT / "tests/core/digests.txt"), "--brief"]
+        core = fails([*line_by_line, *tests], self.place)
+        if core:
+            return f"the core's tests ({core})"
+        cache = ["tests/nn/test_kv_cache.py"]  # the codec of KV caches has its tests there
+        return fails_pytest(self.place, ["tests/codec"]) or fails_pytest(self.place, cache, "-x")
+
+    def outcome(self, mutant: Mutant) -> str:
+        stopped = self.build(Path(mutant.file).name, mutant.source)
+        if stopped:
+            return stopped
+        failure = self.test()
+        return f"killed by {failure}" if failure else "survived"
+
+
+def c_mutant(file: str, text: str, place: tuple[str, int, int, str]) -> Mutant:
+    kind, begin, end, new = place
+    source = text[:begin] + new + text[end:]
+    line, column = text.count("\n", 0, begin) + 1, begin - text.rfind("\n", 0, begin)
+    return Mutant(file, line, column, kind, line_at(text, begin), line_at(source, begin), source)
+
+
+# -- Python ------------------------------------------------------------------------------------------
+
+PY_COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+PY_ARITHMETIC = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+
+
+def changes_of(node: ast.AST) -> list[tuple[str, Callable[[ast.AST], ast.AST]]]:
+    """Return the changes that a node allows: kind, and a function from a copy of the node to another node."""
+    found: list[tuple[str, Callable[[ast.AST], ast.AST]]] = []
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in PY_COMPARISONS:
+        found.append(("comparison", lambda n: set_field(n, "ops", [PY_COMPARISONS[type(n.ops[0])](), *n.ops[1:]])))
+    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in PY_ARITHMETIC:
+        found.append(("arithmetic", lambda n: set_field(n, "op", PY_ARITHMETIC[type(n.op)]())))
+    elif isinstance(node, ast.BoolOp):
+        found.append(("logic", lambda n: set_field(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())))
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        found.append(("constant", lambda n: set_field(n, "value", not n.value)))
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        found.append(("constant", lambda n: set_field(n, "value", n.value + 1)))
+        found.append(("constant", lambda n: set_field(n, "value", n.value - 1)))
+    elif isinstance(node, ast.If | ast.IfExp | ast.While):
+        found.append(("branches", lambda n: set_field(n, "test", ast.UnaryOp(ast.Not(), n.test))))
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.Raise) or (
+        isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant | ast.Yield | ast.YieldFrom)
+    ):
+        found.append(("deleted", lambda n: ast.copy_location(ast.Pass(), n)))
+    return found
+
+
+def set_field(node: ast.AST, field: str, value: object) -> ast.AST:
+    setattr(node, field, value)
+    return node
+
+
+def py_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the nodes of functions: not of annotations, and not of the module's own level, which defines names."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            skipped = [function.args, *function.decorator_list]
+            skipped += [function.returns] if function.returns else []
+            skipped += [n.annotation for n in ast.walk(function) if isinstance(n, ast.AnnAssign)]
+            skipped += [
+                n
+                for n in ast.walk(function)
+                if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n is not function
+            ]
+            hidden = {id(n) for s in skipped for n in ast.walk(s)}
+            yield from (n for n in ast.walk(function) if id(n) not in hidden and n is not function)
+
+
+class Replace(ast.NodeTransformer):
+    def __init__(self, target: ast.AST, new: ast.AST):
+        self.target, self.new = target, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.target else super().generic_visit(node)
+
+
+def py_mutant(file: str, tree: ast.Module, node: ast.AST, kind: str, change: Callable[[ast.AST], ast.AST]) -> Mutant:
+    line, column = getattr(node, "lineno", 0), getattr(node, "col_offset", -1) + 1
+    before = ast.unparse(node)
+    new = change(copy.deepcopy(node))
+    mutated = ast.fix_missing_locations(Replace(node, new).visit(tree))
+    after, source = ast.unparse(new), ast.unparse(mutated) + "\n"
+    return Mutant(file, line, column, kind, before.split("\n")[0], after.split("\n")[0], source)
+
+
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+
+
+class Package:
+    def __init__(self, place: Path):
+        self.place = place
+        for folder in ("qins_ext", "tests", "python", "benchmarks", "docs"):
+            shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy(path, place)
+
+    def files(self) -> list[str]:
+        return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "python/qins").glob("*/*.py"))
+
+    def tests_of(self, file: str) -> list[list[str]]:
+        """Return the tests of a module, then those of its room."""
+        room, module = Path(file).parent.name, Path(file).stem
+        defined = {n.name for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, DEFINITIONS)}
+        every = sorted((ROOT / "tests").glob("*/test_*.py"))
+        own = [
+            t for t in every
+            if t.stem == f"test_{module}" or self.imports(t, room, module, defined)
+        ]  # fmt: skip
+        mine = [t for t in every if t.parent.name == room]
+        users = [t for t in every if t.parent.name in USERS.get(room, ())]
+        groups: list[list[str]] = []
+        for tests in (own, mine, users):
+            done = {t for g in groups for t in g}
+            new = [n for n in (t.relative_to(ROOT).as_posix() for t in tests) if n not in done]
+            groups += [new] if new else []
+        return groups
+
+    def imports(self, test: Path, room: str, module: str, defined: set[str]) -> bool:
+        """Return whether a test imports a module, or one of the names it defines from its room."""
+        for node in ast.walk(ast.parse(test.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = {a.name for a in node.names}
+                if node.module == f"qins.{room}" and names & {module, *defined}:
+                    return True
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            if f"qins.{room}.{module}" in found:
+                return True
+        return False
+
+    def outcome(self, mutant: Mutant) -> str:
+        path = self.place / mutant.file
+        original, failure = (ROOT / mutant.file).read_text(), ""
+        if same_code(original, mutant.source):
+            return "same code"
+        path.write_text(mutant.source)
+        try:
+            for i, tests in enumerate(self.tests_of(mutant.file)):
+                failure = fails_pytest(self.place, tests, "--first" if i > 0 else "-x")  # all parameters of its own
+                if failure:
+                    break
+        finally:
+            path.write_text(original)
+        return self.confirm(failure) if failure else "survived"
+
+    def confirm(self, failure: str) -> str:
+        """Return the outcome of a mutant whose tests failed: a test that fails without it, too, kills nothing."""
+        test = re.match(r"(\S+::.*?)(?: - |$)", failure)
+        if test and fails_pytest(self.place, [test.group(1)], "-x"):
+            return f"inconclusive: {failure} fails without the mutant, too"
+        return f"killed by {failure}"
+
+
+def same_code(one: str, other: str) -> bool:
+    return ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
+
+
+# -- running -----------------------------------------------------------------------------------------
+
+
+def fails(command: list[str], place: Path) -> str:
+    """Run tests. Return how they failed, or nothing if they passed."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(place / "python"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    # what a mutant writes beside the tests' directories goes with it
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=place,
+            env={**environment, "TMPDIR": scratch},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT)),
+        )
+        begun, code = time.monotonic(), None
+        while code is None and time.monotonic() - begun < WAITING:
+            try:
+                code = process.wait(0.2)
+            except subprocess.TimeoutExpired:  # the core's tests print each failure, and go on
+                so_far = os.pread(output.fileno(), 1 << 20, 0)  # seeking would move the process, too
+                code = 1 if re.search(b"^FAILED ", so_far, re.MULTILINE) else None
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    if code is None:
+        return "time limit"
+    first = re.search(r"^(?:FAILED|ERROR) (\S.*)$", text, re.MULTILINE)
+    if code in (-signal.SIGXCPU, -signal.SIGKILL) and first is None:
+        return "time limit"
+    return "" if code == 0 else first.group(1)[:200] if first else f"exit status {code}"
+
+
+def fails_pytest(place: Path, tests: list[str], option: str = "--first") -> str:
+    options = ["-q", "-x", "-p", "no:cacheprovider", option, "-m", "not slow and not long", "-W", "ignore"]
+    return fails([sys.executable, "-m", "pytest", *options, *tests], place).replace("exit status 5", "")
+
+
+def draw_core(chance: random.Random, core: Core) -> Iterator[Mutant]:
+    texts = {f"qins_ext/{n}": (ROOT / "qins_ext" / n).read_text() for n in core.files()}
+    places = [(file, place) for file, text in texts.items() for place in c_places(text)]
+    # a kind first: constants would be half of all
+    kinds = sorted({place[0] for _, place in places})
+    while True:
+        kind = chance.choice(kinds)
+        file, place = chance.choice([p for p in places if p[1][0] == kind])
+        yield c_mutant(file, texts[file], place)
+
+
+def draw_package(chance: random.Random, package: Package) -> Iterator[Mutant]:
+    places = []
+    for file in package.files():
+        tree = ast.parse((ROOT / file).read_text())
+        for i, node in enumerate(py_nodes(tree)):
+            places += [(kind, file, i, j) for j, (kind, _) in enumerate(changes_of(node))]
+    kinds = sorted({p[0] for p in places})
+    while True:
+        kind = chance.choice(kinds)
+        _, file, i, j = chance.choice([p for p in places if p[0] == kind])
+        tree = ast.parse((ROOT / file).read_text())
+        node = list(py_nodes(tree))[i]
+        _, change = changes_of(node)[j]
+        yield py_mutant(file, tree, node, kind, change)
+
+
+def key(record: dict[str, object]) -> tuple[object, ...]:
+    return record["file"], record["line"], record["column"], record["kind"], record["before"], record["after"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["core", "package"])
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON lines, appended to; what is there is not run again")
+    parser.add_argument("--again", action="store_true", help="only what survived according to --out")
+    arguments = parser.parse_args()
+    known = {}
+    if arguments.out and arguments.out.exists():
+        known = {key(r): r for r in map(json.loads, arguments.out.read_text().splitlines())}
+    explained = {key(r): r["why"] for r in json.loads(EXPLAINED.read_text())} if EXPLAINED.exists() else {}
+    outcomes: Counter[str] = Counter()
+    unexplained = 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        subject: Core | Package = Core(place) if arguments.what == "core" else Package(place)
+        draw = (
+            draw_core(random.Random(arguments.seed), subject)
+            if isinstance(subject, Core)
+            else draw_package(random.Random(arguments.seed), subject)
+        )
+        seen = set()
+        while sum(outcomes[o] for o in ("killed", "survived", "equivalent")) < arguments.count:
+            mutant = next(draw)
+            identity = key(mutant.record())
+            if identity in seen:
+                continue
+            seen.add(identity)
+            record = known.get(identity)
+            if record is None or (arguments.again and record["outcome"] == "survived"):
+                record = replace(mutant, outcome=subject.outcome(mutant)).record()
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+            outcome = str(record["outcome"])
+            if outcome == "survived" and identity in explained:
+                outcome = f"equivalent: {explained[identity]}"
+            unexplained += outcome == "survived"
+            outcomes[outcome.split(" by ")[0].split(":")[0]] += 1
+            print(
+                f"{mutant.file}:{mutant.line}: {mutant.kind}: {mutant.before}  ->  {mutant.after}\n    {outcome}",
+                flush=True,
+            )
+    print(f"{arguments.what}: " + ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items())))
+    return int(unexplained > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
