@@ -61,6 +61,24 @@ def test_same_codes_while_loading(tmp_path, name):
     assert tiny.same_state(converted, loaded)
 
 
+@pytest.mark.skipif(not tiny_experts.V5, reason="transformers 4 has each expert as modules")
+@pytest.mark.parametrize("name", ["fp8 block", "ct int8 row", "ct int4 groups"])
+def test_experts_with_tensors_of_their_own(tmp_path, name):
+    """The model has stacks of experts; each of the checkpoint's matrices has its own scales."""
+    source, floats = released(tmp_path, tiny_experts.make("qwen2_moe"), name)
+    keys = open_checkpoint(source).tensors
+    assert any(".experts.3.down_proj.weight_" in k for k in keys)
+    quantize_checkpoint(source, tmp_path / "one")
+    quantize_checkpoint(floats, tmp_path / "other")
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "other" / "model.safetensors"
+    ).read_bytes()
+    converted = qins.load(tmp_path / "one", dtype=torch.float32)
+    assert [type(m.mlp.experts) for m in converted.model.layers] == [qins.QINSExperts] * len(converted.model.layers)
+    loaded = type(converted).from_pretrained(source, quantization_config=qins.QinsConfig(), dtype=torch.float32)
+    assert tiny.same_state(converted, loaded)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_part_at_a_time(tmp_path, name, monkeypatch):
     source, floats = save(tmp_path, name)
@@ -94,7 +112,7 @@ def without(key):
 
 
 def put(key, value):
-    return lambda state, about: state.update({key: value(state[key])})
+    return lambda state, about: state.update({key: value(state.get(key))})
 
 
 def told(**values):
@@ -137,6 +155,10 @@ def targets(*names):
         ("ct int4 groups", put(f"{LAYER}_packed", lambda t: t[:, :-1].contiguous()), f"{LAYER}_packed: expected int32"),
         ("ct int4 groups", told_weights(group_size=0), "group_size: expected a positive number, got 0"),
         ("ct int4 groups", told_weights(group_size=64), "_scale: expected shape"),
+        ("ct int4 groups", put(f"{LAYER}_g_idx", lambda _: torch.arange(64)), f"{LAYER}_g_idx: expected groups in the"),
+        ("ct fp8 row", told(format="mxfp8-quantized"), "got 8 of type float in format 'mxfp8-quantized'"),
+        ("ct fp8 row", told(format="nvfp4-pack-quantized"), "got 8 of type float in format 'nvfp4-pack-quantized'"),
+        ("ct fp8 row", told(quant_method="modelopt"), "got 'modelopt'; quantize the float model that"),
         ("ct int4 asymmetric", put(f"{LAYER}_zero_point", lambda t: t[:-1]), f"{LAYER}_zero_point: expected shape"),
         ("ct int4 groups", targets("re:("), "targets: expected a reg"),
         ("ct int4 groups", targets("re:(.|.)+[!?]"), "targets: expected a pattern that needs less than 1 s"),
