@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -131,6 +132,15 @@ def test_stop(model, tmp_path):
         )
     )
     assert said["text"].split() == words[: words.index(words[1]) + 1]
+
+
+def test_a_damaged_tokenizer_is_named(model, tmp_path):
+    damaged = tmp_path / "model"
+    shutil.copytree(model, damaged)
+    whole = (damaged / "tokenizer.json").read_text()
+    (damaged / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=re.escape(f"{damaged / 'tokenizer.json'}: not readable as JSON")):
+        Speaker(str(damaged), 4, 0.0)
 
 
 def test_stop_with_a_tokenizer_that_cannot(model):

@@ -253,6 +253,12 @@ def test_long_prompts(served):
             400,
             "logit_bias: expected an object of numbers, got 'w9'",
         ),
+        (
+            "/responses",
+            b'{"input": "w9", "parallel_tool_calls": "yes"}',
+            400,
+            "parallel_tool_calls: expected a boolean, got 'yes'",
+        ),
         ("/embeddings", b'{"input": "w9"}', 404, "Not Found"),
         ("/completions", b'{"prompt": "w9", "model": "other"}', 400, "pinned to 'model'; requested 'other'"),
     ],

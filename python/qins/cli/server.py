@@ -85,6 +85,8 @@ class _Checked:
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if type(body.get(name)) not in (int, type(None)):
                 raise HTTPException(400, f"{name}: expected a positive integer, got {body[name]!r}")
+        if type(body.get("parallel_tool_calls")) not in (bool, type(None)):
+            raise HTTPException(400, f"parallel_tool_calls: expected a boolean, got {body['parallel_tool_calls']!r}")
         try:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except KeyError as e:

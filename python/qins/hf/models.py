@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..system import naming_file
+from ..system import naming_file, read_json
 
 
 def require_transformers() -> Any:
@@ -58,8 +59,6 @@ def read_config(name: str) -> dict[str, Any]:
     """
     from huggingface_hub import hf_hub_download
 
-    from ..system import read_json
-
     path = Path(name) / "config.json"
     if not Path(name).exists():
         try:
@@ -98,9 +97,19 @@ def require_causal_lm(name: str) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a directory or hub name."""
+    """Return the tokenizer of a directory or hub name.
+
+    Raises:
+        ValueError: a file of a directory is no JSON object; the error names it.
+
+    """
     with loading("the files of a tokenizer", name):
-        return require_transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        try:
+            return require_transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except json.JSONDecodeError:
+            for path in sorted(Path(name).glob("*.json")):
+                read_json(path)
+            raise
 
 
 def load_causal_lm(name: str) -> tuple[Any, Any]:
