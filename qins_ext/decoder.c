@@ -277,22 +277,47 @@ static float largest(const float *x, size_t n)
     return most[0];
 }
 
-static void attend_some(const run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores,
-                        float *window)
+/* Scores of all keys, straight from log8's codes: keys are the rows of a matrix. Returns -1 if out of memory. */
+static int score_codes(const run *r, size_t begin, size_t total, const queries *some, int batch, float *dense,
+                       float *scale, float *scores)
+{
+    const size_t dim = r->layer->head_dim;
+    const qins_cache c = codes_of(r, &r->call->keys);
+    const qins_codes keys = {
+        .codec = QINS_log8,
+        .rows = total,
+        .cols = dim,
+        .codes = c.codes + begin * dim,
+        .scale = scale,
+        .mu = c.tables->mu,
+    };
+    r->kernels->widen[QINS_BF16](c.scale + begin, total, scale);
+    for (int j = 0; j < batch; j++) {
+        memcpy(dense + (size_t)j * dim, some->q[j], dim * sizeof *dense);
+    }
+    return qins_linear(r->kernels, &keys, dense, (size_t)batch, QINS_F32, scores, 1);
+}
+
+static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores, float *window,
+                        float *scales)
 {
     const qins_decoder_call *call = r->call;
     const qins_decoder_layer *layer = r->layer;
     const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = row_at(r, sequence, kv_head, 0);
     float scale[TOKENS_AT_ONCE], scaled[QINS_BATCH * TOKENS_AT_ONCE];
+    const int at_once = call->keys.kind == QINS_STORE_LOG8;
+    if (at_once && score_codes(r, begin, total, some, batch, window, scales, scores) != 0) {
+        atomic_store(&r->failed, 1);
+        return;
+    }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *keys = kept(r, &call->keys, begin + t, n, window, scale);
-        r->kernels->score_rows(keys, n, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, dim, scores + t, total);
+        if (!at_once) {
+            const float *keys = kept(r, &call->keys, begin + t, n, window, scale);
+            r->kernels->score_rows(keys, n, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, dim, scores + t, total);
+        }
         for (int j = 0; j < batch; j++) {
             float *row = scores + (size_t)j * total + t;
-            for (size_t i = 0; holds_codes(&call->keys) && i < n; i++) {
-                row[i] *= scale[i];
-            }
             for (size_t i = 0; layer->softcap > 0.0f && i < n; i++) {
                 row[i] = layer->softcap * tanhf(row[i] / layer->softcap);
             }
@@ -340,13 +365,13 @@ static void attend(void *context, size_t begin, size_t end)
     const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads;
     const size_t total = r->call->past + r->call->tokens;
     const size_t scores = ceil_div(QINS_BATCH * total, 16) * 16, window = TOKENS_AT_ONCE * dim;
-    char *room = qins_scratch_take(sizeof(queries) + (scores + window) * sizeof(float));
+    char *room = qins_scratch_take(sizeof(queries) + (scores + window + total) * sizeof(float));
     if (room == NULL) {
         atomic_store(&r->failed, 1);
         return;
     }
     queries *some = (queries *)(void *)room;
-    float *of_scores = (float *)(void *)(room + sizeof *some);
+    float *of_scores = (float *)(void *)(room + sizeof *some), *of_window = of_scores + scores;
     for (size_t unit = begin; unit < end; unit++) {
         const size_t sequence = unit / layer->kv_heads, kv_head = unit % layer->kv_heads;
         int batch = 0;
@@ -358,7 +383,7 @@ static void attend(void *context, size_t begin, size_t end)
                 some->q[batch][k] = q[k] * layer->scaling;
             }
             if (++batch == QINS_BATCH || i + 1 == group * r->call->tokens) {
-                attend_some(r, sequence, kv_head, some, batch, of_scores, of_scores + scores);
+                attend_some(r, sequence, kv_head, some, batch, of_scores, of_window, of_window + window);
                 batch = 0;
             }
         }
