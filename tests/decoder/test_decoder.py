@@ -119,6 +119,19 @@ def saved(tmp_path_factory):
     return path
 
 
+def test_rope_of_llama_3_without_its_original_length(tmp_path):
+    """Which is 8,192 tokens then, as transformers has it."""
+    found = []
+    for length in ({}, {"original_max_position_embeddings": 8192}, {"original_max_position_embeddings": 64}):
+        write(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+        config["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0} | length
+        (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+        found.append(Decoder.open(tmp_path).logits(IDS))
+    assert np.array_equal(found[0], found[1])
+    assert not np.allclose(found[0], found[2])
+
+
 @pytest.mark.parametrize(
     ("ids", "said"),
     [

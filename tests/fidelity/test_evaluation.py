@@ -214,12 +214,16 @@ def test_errors(source, text_file, tmp_path):
         evaluation.evaluate_all(str(source), ["log8"], evaluation.Settings(text="w1 w2 w3"))
     with pytest.raises(ValueError, match="calibration: expected at least 256 tokens"):
         evaluation.evaluate_all(str(source), ["calibrated"], settings(text_file, tokens=2040))
-    assert "expected a MODEL to measure" in command("--against", source, code=1).stderr
+    for arguments in (["--against", source], [source, "--against", source, "--codec", "log8"]):
+        assert "against: expected a MODEL to measure, and no --codec" in command(*arguments, code=1).stderr
     other = make("llama")
     other.resize_token_embeddings(150)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other: expected a vocabulary of 160"):
         evaluation.evaluate_one(str(tmp_path / "other"), str(source), settings(text_file))
+    save_tokenizer(tmp_path / "other")
+    with pytest.raises(ValueError, match="other: expected a vocabulary of at least 1[56].* got 150"):
+        evaluation.evaluate_one(str(source), str(tmp_path / "other"), settings(text_file))
     if "lm_eval" not in sys.modules:
         with pytest.raises(ImportError, match="pip install lm-eval"):
             evaluation.harness_results(str(source), ["x"])

@@ -79,7 +79,9 @@ class Block(nn.Module):
 def test_convert(capsys):
     model = nn.ModuleList([Block(), Block()])
     assert rational.convert_linear_to_qins(model, alpha=3.0) is model
-    assert "4 layers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 layers" in said
+    assert "  1.up_proj: (8, 8)" in said
     for block in model:
         assert type(block.q_proj) is nn.Linear
         assert isinstance(block.v_proj, rational.QINSWeightLinear)
