@@ -9,7 +9,7 @@ PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraint
 OTHER_TRANSFORMERS := 4.57.6 5.0.0 5.19.0
 RAY := 2.60.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_experts checkpoint/test_embeddings \
-    checkpoint/test_quantizing hf/test_cache hf/test_decoding hf/test_decoder hf/test_released cli/test_chat)
+    checkpoint/test_quantizing hf/test_cache hf/test_decoding hf/test_fused hf/test_decoder hf/test_released cli/test_chat)
 ROOMS := codec nn files decoder calibration hf
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qins
 
@@ -179,3 +180,16 @@ def test_compiled(dynamic):
     with torch.no_grad():
         layer = plain(model.model)
         assert torch.allclose(compiled(x), layer.layers[0].mlp(layer.norm(x)), atol=1e-5)
+
+
+def test_traced_and_transformed():
+    """Whoever watches torch's dispatcher sees the modules' own operations, and the operators of codes."""
+    model = tiny()
+    norm, mlp, x = model.model.norm, model.model.layers[0].mlp, torch.randn(3, 5, COMMON["hidden_size"])
+    with torch.no_grad():
+        norm(x), mlp(x)
+        graphs = [str(make_fx(module)(x).graph) for module in (norm, mlp)]
+        mapped = torch.func.vmap(norm)(x)
+        assert torch.allclose(mapped, norm(x), atol=1e-5)
+    assert "rsqrt" in graphs[0]
+    assert graphs[1].count("qins.linear") == 3

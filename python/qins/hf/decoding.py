@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .. import _core
 from ..codec import DTYPE_NUMBER
+from ..nn import is_watched
 from ..system import get_num_threads, switch
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
@@ -69,6 +70,7 @@ class LayerStep:
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
             or torch.is_autocast_enabled("cpu")
+            or is_watched()
         ):
             return None
         for name, value in given.items():

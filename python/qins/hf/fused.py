@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import _core
 from ..codec import DTYPE_NUMBER
+from ..nn import is_watched
 from ..system import get_num_threads
 from .layer_description import UnfitError, activation_of, is_reviewed, norm_of
 
@@ -36,6 +37,7 @@ def _may_fuse(x: Any) -> bool:
         and not torch.is_grad_enabled()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
+        and not is_watched()
     )
 
 

@@ -19,7 +19,7 @@ from .experts import QINSExperts, format_of_experts, projections, stack_sizes
 from .kv_cache import GrowingTokens, QINSKVCache, check_cache_codec, savings
 from .linear import QINSLinear
 from .memory import MemoryReport, memory_report
-from .ops import linear, multiply, multiply_codes, numbers_of, set_fused_rows
+from .ops import is_watched, linear, multiply, multiply_codes, numbers_of, set_fused_rows
 from .rational import QINSWeightLinear, convert_linear_to_qins, verify_qins_layer
 from .report import ConversionReport, ConvertedModule, SkippedModule
 
@@ -50,6 +50,7 @@ __all__ = [
     "field_layout",
     "floats_as_bits",
     "format_of_experts",
+    "is_watched",
     "keep_hooks",
     "linear",
     "memory_report",
