@@ -60,7 +60,8 @@ test-isas: $(VENV)/installed-dev
 	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" $$first tests; \
 	done
 
-# other versions of transformers than constraints.txt has, each in a directory that comes first on the path
+# other versions of transformers than constraints.txt has, each in a directory that comes first on the path; of the
+# last one, which differs least, one case of each test
 test-transformers: $(VENV)/installed-dev
 	set -e; for version in $(OTHER_TRANSFORMERS); do \
 	    echo "== transformers $$version"; \
@@ -70,7 +71,8 @@ test-transformers: $(VENV)/installed-dev
 	        $(BIN)/pip install --quiet --disable-pip-version-check --target $$there transformers==$$version numpy==$$numpy; \
 	        touch $$there/installed; \
 	    }; \
-	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[" $(OTHER_TRANSFORMERS_TESTS); \
+	    first=$$(test $$version != $(lastword $(OTHER_TRANSFORMERS)) || echo --first); \
+	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[" $$first $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
 # a cluster of several raylets, and an object store, in an environment that adds them to the other one
