@@ -120,7 +120,7 @@ test-fuzz:
 # vLLM's plug-in, in an environment of its own: vLLM pins other versions than constraints.txt. No other command runs
 # this, since it downloads 0.7 GB.
 test-vllm: $(VENV)/installed-vllm
-	$(VENV)/vllm/bin/python -m pytest -q tests/vllm
+	$(VENV)/vllm/bin/python -m pytest -q -W ignore tests/vllm
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests

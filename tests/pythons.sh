@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that need only NumPy with every CPython from 3.10 to 3.14 found in PATH or by pyenv, each in its own
 # environment; prints the versions that were not found. pythons.sh VERSION...: only these. NUMPY: the version of NumPy
-# to run with, instead of the newest; the extension is built with the newest in any case, as wheels are. The first version
-# found runs all cases, the others one case of each test.
+# to run with, instead of the newest; the extension is built with the newest in any case, as wheels are.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -20,7 +19,6 @@ find_python() { # find_python VERSION: print the path of one that works
     done
 }
 versions=("$@")
-cases=()
 [ $# -gt 0 ] || versions=(3.10 3.11 3.12 3.13 3.14)
 for version in "${versions[@]}"; do
     python=$(find_python "$version")
@@ -34,6 +32,5 @@ for version in "${versions[@]}"; do
     pip=("$work/$version/bin/pip" install --quiet --disable-pip-version-check)
     "${pip[@]}" "numpy${NUMPY:+==$NUMPY}" pytest hypothesis ml_dtypes
     "${pip[@]}" "$work"
-    (cd "$work" && "$work/$version/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" "${cases[@]}" test_array.py test_feedback.py test_ways.py)
-    cases=(--first)
+    (cd "$work" && "$work/$version/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" test_array.py test_feedback.py test_ways.py)
 done
