@@ -420,6 +420,22 @@ def test_a_full_static_cache(model):
     assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, cache.layers, strict=True))
 
 
+@pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
+@torch.no_grad()
+def test_a_static_cache_without_a_mask(model):
+    """The modules then attend to what is not written yet; that is no reason to drop the step."""
+    ids, mask = texts(tokens=13)
+    cache = StaticCache(model.config, max_cache_len=20)
+    logits(model, ids, mask, cache=cache)
+    layer, x = model.model.layers[0], torch.randn(1, 1, SIZES["hidden_size"])
+    rotation, other = model.model.rotary_emb(x, torch.tensor([[13]])), copy.deepcopy(cache)
+    got = layer(x, attention_mask=None, past_key_values=cache, position_embeddings=rotation)
+    assert all(proved(model))
+    without_steps(model)
+    want = layer(x, attention_mask=None, past_key_values=other, position_embeddings=rotation)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_other_caches_run_the_modules(model):
     class Other(DynamicCache):
         pass

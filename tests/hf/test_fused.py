@@ -123,6 +123,7 @@ def test_inputs_of_other_kinds():
             assert torch.allclose(norm(x), plain(norm)(x), rtol=1e-2)
             assert norm(x).shape == x.shape
         assert norm(wide[..., : COMMON["hidden_size"]].float()).dtype == torch.float32
+        assert torch.equal(norm(hidden_states=wide[..., ::2]), plain(norm)(wide[..., ::2]))
         with pytest.raises(RuntimeError):
             norm(wide)
 

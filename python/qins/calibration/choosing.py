@@ -160,12 +160,16 @@ def _arguments(layer: Layer, feedback: Any, held: Tensor | None) -> tuple[Any, .
     return layer.weight, layer.codec, layer.group_size, feedback, held
 
 
+def _named(name: str, result: Callable[[], Choice]) -> tuple[str, Choice]:
+    try:
+        return name, result()
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
 def _chosen_here(layers: Mapping[str, Layer], found: Iterator[Found]) -> Iterator[tuple[str, Choice]]:
     for name, feedback, held in found:
-        try:
-            yield name, choose_layer(*_arguments(layers[name], feedback, held))
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
+        yield _named(name, partial(choose_layer, *_arguments(layers[name], feedback, held)))
 
 
 def _chosen_elsewhere(
@@ -175,7 +179,6 @@ def _chosen_elsewhere(
     for name, feedback, held in found:
         waiting.append((name, rounding.submit(name, _arguments(layers[name], feedback, held))))
         while len(waiting) > _WAITING:
-            first, result = waiting.popleft()
-            yield first, result()
-    for first, result in waiting:
-        yield first, result()
+            yield _named(*waiting.popleft())
+    for first in waiting:
+        yield _named(*first)

@@ -43,12 +43,4 @@ class RayRounding:
         self._function = self._function or ray.remote(choose)
         function = self._function.options(name=f"qins round {name}", **options)
         task = function.remote(VERSION, weight.detach(), *arguments[1:])
-        return lambda: _named(task, name)
-
-
-def _named(task: Any, name: str) -> Choice:
-    try:
-        choice: Choice = result_of(task, name)
-    except ValueError as e:
-        raise ValueError(f"{name}: {e}") from None
-    return choice
+        return lambda: result_of(task, name)

@@ -9,8 +9,6 @@ once for each kind of call, and is dropped if the two differ.
 from __future__ import annotations
 
 import copy
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,21 +19,17 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .. import _core
 from ..codec import DTYPE_NUMBER
-from ..nn import is_watched
 from ..system import get_num_threads, switch
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
 from .growing_cache import CodedRoom, Room, room_for
-from .layer_description import LayerDescription, UnfitError, describe, mlp_of
-
-logger = logging.getLogger("qins")
+from .layer_description import LayerDescription, describe, mlp_of
+from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
 
 Tensor = torch.Tensor
 
 # Maximum number of tokens of a step, over all sequences; larger calls run the modules.
 MOST_ROWS = _core.DECODER_ROWS
-# Relative error allowed between a step and the modules, which round to the dtype after each operation.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _CACHES = (DynamicCache, QINSCache, StaticCache)
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer, StaticLayer)
 _OF_STATIC = ("keys", "values", "cumulative_length")  # tensors that a StaticLayer writes to
@@ -43,8 +37,10 @@ _OF_STATIC = ("keys", "values", "cumulative_length")  # tensors that a StaticLay
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"}
 
 
-class LayerStep:
-    """Runs a decoder layer in one call of the core; describes the layer on first use. Copies and pickles are empty."""
+class LayerStep(Replacement):
+    """Runs a decoder layer in one call of the core."""
+
+    key = "_qins_step"
 
     def __init__(self) -> None:
         self._layer: Any = None
@@ -52,8 +48,9 @@ class LayerStep:
         self._proved: set[tuple[Any, ...]] = set()
         self._in_tuple = False
 
-    def __reduce__(self) -> Any:
-        return type(self), ()
+    def without(self, module: Any) -> str:
+        """Return what happens without this, for the log."""
+        return f"layer {module.self_attn.layer_idx} decodes with its own modules"
 
     def run(self, layer: Any, own: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         """Return what the layer returns, or None if the caller must run the layer's own forward.
@@ -63,15 +60,7 @@ class LayerStep:
 
         """
         cache, mask, rotation = (given.get(n) for n in ("past_key_values", "attention_mask", "position_embeddings"))
-        if (
-            type(cache) not in _CACHES
-            or layer.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            or torch.is_autocast_enabled("cpu")
-            or is_watched()
-        ):
+        if type(cache) not in _CACHES or layer.training or not may_replace():
             return None
         for name, value in given.items():
             if name not in _KNOWN and value:
@@ -132,11 +121,10 @@ class LayerStep:
             _restore(kept, other)
             return result
         got = self._finish(about, called)
-        tolerance = _TOLERANCE[x.dtype]
         for a, b in ((got - x, want - x), *zip(_states(kept), _states(other), strict=True)):
-            if a.shape != b.shape or not (a - b).float().norm() <= tolerance * b.float().norm():
+            if not agree(a, b, x.dtype):
                 _restore(kept, other)
-                _give_up(self._layer, "its results differ")
+                self.give_up(self._layer, "its results differ")
                 return result
         self._proved.add(kind)
         return result
@@ -206,7 +194,7 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
     """Return the kind of call, each of which is verified once, or None if the layer's own forward must run."""
     if type(kept) not in _LAYERS or getattr(kept, "record_past", False):
         return None
-    if x.dim() != 3 or x.dtype not in _TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
+    if x.dim() != 3 or x.dtype not in TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
         return None
     keys = _attended(kept, x, (x.shape[0], about.kv_heads, about.head_dim))
     if keys == 0 or x.shape[2] != about.hidden or not _mask_fits(mask, x, keys):
@@ -281,31 +269,6 @@ def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:
     return mask.shape[1:] == (1, x.shape[1], total) and mask.shape[0] in (1, len(x)) and mask.stride(3) == 1
 
 
-def _give_up(layer: Any, why: object) -> None:
-    layer.__dict__["_qins_step"] = None
-    logger.info("qins: layer %s decodes with its own modules: %s", layer.self_attn.layer_idx, why)
-
-
-def _with_step(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a decoder layer's forward, so that it uses the step where possible."""
-
-    @functools.wraps(forward)
-    def wrapped(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        step: LayerStep | None = self.__dict__.get("_qins_step")
-        if step is not None and not args and type(hidden_states) is Tensor:
-            try:
-                result = step.run(self, forward, hidden_states, kwargs)
-            except UnfitError as e:
-                _give_up(self, e)
-                result = None
-            if result is not None:
-                return result
-        return forward(self, hidden_states, *args, **kwargs)
-
-    wrapped.__dict__["_qins_wrapped"] = True
-    return wrapped
-
-
 def decode_in_steps(model: nn.Module) -> None:
     """Enable decode steps in a model's decoder layers, and fused norms and gates where they run their own forward.
 
@@ -319,9 +282,5 @@ def decode_in_steps(model: nn.Module) -> None:
         return
     for module in model.modules():
         fuse(module)
-        kind: Any = type(module)
-        if "self_attn" not in module._modules or mlp_of(module) not in module._modules:
-            continue
-        if not kind.forward.__dict__.get("_qins_wrapped"):
-            kind.forward = _with_step(kind.forward)
-        module.__dict__["_qins_step"] = LayerStep()
+        if "self_attn" in module._modules and mlp_of(module) in module._modules:
+            replace(module, LayerStep())

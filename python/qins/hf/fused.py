@@ -6,8 +6,6 @@ operations of torch and a gate two, which in bfloat16 take as long as the produc
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,52 +14,39 @@ from torch import nn
 
 from .. import _core
 from ..codec import DTYPE_NUMBER
-from ..nn import is_watched
 from ..system import get_num_threads
-from .layer_description import UnfitError, activation_of, is_reviewed, norm_of
-
-logger = logging.getLogger("qins")
+from .layer_description import activation_of, is_reviewed, norm_of
+from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
 
 Tensor = torch.Tensor
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-def _may_fuse(x: Any) -> bool:
-    """Return whether the core may compute something on a tensor in place of torch."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        and not torch.is_autocast_enabled("cpu")
-        and not is_watched()
-    )
-
-
-class _Fused:
-    """What the core needs to know of a module, read on first use. Copies and pickles are empty."""
+class _Fused(Replacement):
+    key = "_qins_fused"
 
     def __init__(self) -> None:
         self.known: tuple[Any, ...] | None = None
 
-    def __reduce__(self) -> Any:
-        return type(self), ()
+    def without(self, module: Any) -> str:
+        """Return what happens without this, for the log."""
+        return f"a {type(module).__name__} computes with its own operations"
+
+
+def _may_fuse(x: Tensor, given: dict[str, Any]) -> bool:
+    return x.is_cpu and x.dtype in TOLERANCE and x.numel() > 0 and not given and may_replace()
 
 
 class FusedNorm(_Fused):
     """Computes an RMS norm."""
 
-    def run(self, norm: nn.Module, own: Callable[..., Any], x: Tensor) -> Any:
+    def run(self, norm: nn.Module, own: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         """Return what the norm returns for x, (..., features), or None if its own forward must run.
 
         Raises:
             UnfitError: it is no RMS norm, or its weight cannot be watched.
 
         """
-        if not _may_fuse(x) or not x.is_contiguous():
+        if not _may_fuse(x, given) or not x.is_contiguous():
             return None
         weight: Any = norm._parameters.get("weight")
         if self.known is None or self.known[0] is not weight or self.known[1] != weight._version:
@@ -84,7 +69,7 @@ class FusedNorm(_Fused):
 class FusedGate(_Fused):
     """Computes the gate of a gated MLP; its projections remain modules."""
 
-    def run(self, mlp: nn.Module, own: Callable[..., Any], x: Tensor) -> Any:
+    def run(self, mlp: nn.Module, own: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
         """Return what the MLP returns for x, (..., features), or None if its own forward must run.
 
         Raises:
@@ -93,7 +78,7 @@ class FusedGate(_Fused):
         """
         modules: dict[str, Any] = mlp._modules
         act: Any = modules.get("act_fn") or modules.get("activation_fn")
-        if not _may_fuse(x) or act is None or act._forward_hooks or act._forward_pre_hooks:
+        if not _may_fuse(x, given) or act is None or act._forward_hooks or act._forward_pre_hooks:
             return None
         if self.known is None or self.known[0] is not act:
             self.known = act, activation_of(mlp), set()
@@ -103,7 +88,7 @@ class FusedGate(_Fused):
             want = own(mlp, x)
             if not bool(torch.isfinite(want).all()):  # NaN or infinity cannot be compared
                 return want
-            if not _agree(got, want):
+            if got.dtype is not want.dtype or not agree(got, want, want.dtype):
                 raise UnfitError("its results differ")
             proved.add(x.dtype)
         return got
@@ -121,7 +106,7 @@ def _gated(modules: Any, activation: int, x: Tensor) -> Any:
         gate_at, up_at = gate.data_ptr(), up.data_ptr()
         if up.dtype is not gate.dtype or up.shape != gate.shape:
             raise UnfitError("its projections differ in kind")
-    if gate.dtype not in _DTYPES:
+    if gate.dtype not in TOLERANCE:
         raise UnfitError(f"its projections are {gate.dtype}")
     y = gate.new_empty(*gate.shape[:-1], n)
     _core.gate_at(
@@ -131,45 +116,10 @@ def _gated(modules: Any, activation: int, x: Tensor) -> Any:
     return y
 
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-def _agree(got: Tensor, want: Tensor) -> bool:
-    if got.shape != want.shape or got.dtype is not want.dtype:
-        return False
-    return bool((got - want).float().norm() <= _TOLERANCE[want.dtype] * want.float().norm())
-
-
-def _with_core(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a module's forward, so that the core computes it where possible."""
-
-    @functools.wraps(forward)
-    def wrapped(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        fused = None if torch.compiler.is_compiling() else self.__dict__.get("_qins_fused")
-        if fused is not None and not args and not kwargs:
-            try:
-                result = fused.run(self, forward, x)
-            except UnfitError as e:
-                self.__dict__["_qins_fused"] = result = None
-                logger.info("qins: a %s computes with its own operations: %s", type(self).__name__, e)
-            if result is not None:
-                return result
-        return forward(self, x, *args, **kwargs)
-
-    wrapped.__dict__["_qins_wrapped"] = True
-    return wrapped
-
-
 def fuse(module: nn.Module) -> None:
     """Let the core compute a module if it is an RMS norm or a gated MLP of a supported family."""
-    kind: Any = type(module)
     children = {*module._modules}
-    if is_reviewed(kind, "RMSNorm"):
-        fused: _Fused = FusedNorm()
-    elif is_reviewed(kind, "MLP") and ({"gate_proj", "up_proj"} <= children or "gate_up_proj" in children):
-        fused = FusedGate()
-    else:
-        return
-    if not kind.forward.__dict__.get("_qins_wrapped"):
-        kind.forward = _with_core(kind.forward)
-    module.__dict__["_qins_fused"] = fused
+    if is_reviewed(type(module), "RMSNorm"):
+        replace(module, FusedNorm())
+    elif is_reviewed(type(module), "MLP") and ({"gate_proj", "up_proj"} <= children or "gate_up_proj" in children):
+        replace(module, FusedGate())

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import _core
 from ..nn import QINSLinear, numbers_of
+from .replacing import UnfitError
 
 Tensor = torch.Tensor
 
@@ -36,10 +37,6 @@ _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
 def is_reviewed(kind: type, role: str) -> bool:
     """Return whether a class is a reviewed family's module with this role: DecoderLayer, RMSNorm or MLP."""
     return kind.__name__.removesuffix(role) in _FAMILIES and kind.__module__.startswith("transformers.models.")
-
-
-class UnfitError(Exception):
-    """A layer computes something that the core does not support."""
 
 
 @dataclass

@@ -226,18 +226,17 @@ def _embedding_shape(ids: Tensor, fields: list[Tensor], codec: str, group_size: 
 
 def is_watched() -> bool:
     """Return whether operations are traced or transformed, so that a call around torch's dispatcher would be missed."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None) -> Tensor:
     """Compute `linear`, bypassing torch's dispatcher when neither a gradient nor a graph is needed."""
-    if (
-        type(x) is Tensor
-        and x.is_cpu
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-        and not is_watched()
-    ):
+    if type(x) is Tensor and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled()) and not is_watched():
         return multiply_codes(x, fields, codec, group_size)
     y: Tensor = linear(x, fields, codec, group_size or 0)
     return y

@@ -127,18 +127,11 @@ class CodedEmbeddingMethod(CodedLinearMethod):
         matrices.claimed.add(name)
 
     def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
     ) -> None:
         """Add a module that waits for its codes, which have no rows for vLLM's padding; arguments are vLLM's."""
         self.stored.created[self.name] = layer
-        expect(layer, self.parts, [layer.org_vocab_size], input_size_per_partition, params_dtype)
+        super().create_weights(layer, input_size_per_partition, [layer.org_vocab_size], *args, **kwargs)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Return the head as it is: the checkpoint, and not config.json, says whose codes it shares."""
