@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,9 +105,10 @@ def load_tokenizer(name: str) -> Any:
     with loading("the files of a tokenizer", name):
         try:
             return require_transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except json.JSONDecodeError:
-            for path in sorted(Path(name).glob("*.json")):
-                read_json(path)
+        except Exception:  # transformers may try other kinds of tokenizers, and name a package that they lack
+            for pattern in ("config.json", "tokenizer*.json", "vocab.json", "*_tokens*.json"):
+                for path in sorted(Path(name).glob(pattern)):
+                    read_json(path)
             raise
 
 
