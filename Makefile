@@ -13,8 +13,8 @@ OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_ex
 ROOMS := codec nn files decoder calibration hf
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
-# workers of the Python suite, one thread each
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# processes at once: workers of the Python suite (one thread each), builds and runs of the core's tests
+export JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-ray test-vllm test-core test-core-others \
@@ -29,7 +29,10 @@ demo: $(VENV)/installed
 test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
-test-all: test test-long test-rooms test-isas test-core-others test-fuzz test-transformers test-sdist test-wheel test-extras test-pythons
+# the longest first, each with one processor
+OTHER_TESTS := test-core-others test-long test-transformers test-pythons test-extras test-isas test-fuzz test-rooms test-wheel test-sdist
+test-all: test
+	$(MAKE) --jobs=$(JOBS) --output-sync=target JOBS=1 $(OTHER_TESTS)
 	@echo 'NOT RUN: tests/cluster, on a Ray cluster: make test-ray (minutes; 400 MB of packages)'
 
 # for the edit loop: style, types, and the tests of what is not committed yet

@@ -38,7 +38,7 @@ def layers(model):
 )
 def test_signal_to_noise(loaded, codec, group, least):
     signal = noise = 0.0
-    for module in layers(loaded[0]).values():
+    for module in layers(loaded[0].model.layers[::6]).values():
         w = module.weight.detach()
         q = torch.from_numpy(qins.encode(w, codec, group_size=group).decode())
         assert torch.equal(torch.signbit(q), torch.signbit(w))
@@ -102,7 +102,7 @@ def test_fused_and_decoded_paths_agree(loaded, ids):
     model = copy.deepcopy(loaded[0])
     qins.convert(model)
     before = dict(ops._fused_rows)
-    part = ids[:, :512]
+    part = ids[:, :128]
     results = []
     try:
         for rows in (8, 0):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the core's test program, with one file per processor in parallel: build.sh OUTPUT COMPILER [FLAGS...]
+# Builds the core's test program, with JOBS files (one per processor) in parallel: build.sh OUTPUT COMPILER [FLAGS...]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1 compiler=$2
@@ -21,5 +21,5 @@ compile() { # FILE FLAGS...
 export -f compile
 export compiler core here objects
 find "$core" "$here" -maxdepth 1 -name '*.c' ! -name 'module*.c' ! -name args.c -print0 | sort -z |
-    xargs -0 -P "$(nproc)" -I{} bash -c 'file=$1; shift; compile "$file" "$@"' compile {} "$@"
+    xargs -0 -P "${JOBS:-$(nproc)}" -I{} bash -c 'file=$1; shift; compile "$file" "$@"' compile {} "$@"
 "$compiler" "$@" "$objects"/*.o -o "$out" -pthread -lm

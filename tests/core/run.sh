@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Builds and runs the core's test program with several compilers, sanitizers and emulators, one per processor in parallel,
+# Builds and runs the core's test program with several compilers, sanitizers and emulators, JOBS (one per processor) in parallel,
 # and prints the ones that this machine lacks. run.sh native: gcc, every instruction set that runs here; run.sh others: all
 # other builds; run.sh: both. run.sh races: ThreadSanitizer, which takes minutes and is part of neither.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+export JOBS=${JOBS:-$(nproc)}
 digests=$here/digests.txt
 not_run=()
 jobs=() # process ids, in the order of their output
@@ -21,7 +22,7 @@ one() {
     echo "== core: $title"
     local how=() program
     case ${1:-} in # qemu-user 7.2 cannot start threads after a fork
-    qemu-x86_64) how=(--brief) ;; # whose instruction sets run here natively, too
+    qemu-x86_64) how=(--best) ;; # the instruction sets run here natively, too
     setarch) how=(--brief) ;; # kernels are the same without ThreadSanitizer, and ten times as fast
     ?*) how=(--no-fork) ;;
     esac
@@ -36,7 +37,7 @@ one() {
 
 # run ...: call `one` in the background, once a processor is free
 run() {
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
     one "$@" >"$work/${#jobs[@]}.log" 2>&1 &
     jobs+=($!)
 }

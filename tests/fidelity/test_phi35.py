@@ -60,35 +60,19 @@ def test_rearranged_weights_compute_the_same(pair):
 
 # Loads the model by its hub name in a process of its own, since transformers reads the cache directory at import.
 _GREEDY = """
-import json, sys, torch, qins
+import copy, json, sys, torch, qins
 from qins.fidelity import metrics
 from qins.hf import load_causal_lm
-codec, group, prompts = json.loads(sys.argv[1])
-results = {}
-model, tokenizer = load_causal_lm("microsoft/Phi-3.5-mini-instruct")
-if codec:
-    report = qins.convert(model, codec, group_size=group)
-    results["layers"] = report.compression
-    results["model"] = qins.memory_report(model).compression
-for p in prompts:
-    results[p] = metrics.greedy(model, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist()
-print(json.dumps(results))
+codecs, prompts = json.loads(sys.argv[1])
+original, tokenizer = load_causal_lm("microsoft/Phi-3.5-mini-instruct")
+def greedy(model):
+    return [metrics.greedy(model, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in prompts]
+print(json.dumps({"tokens": greedy(original)}))
+for codec, group in codecs:
+    model = copy.deepcopy(original)
+    layers = qins.convert(model, codec, group_size=group).compression
+    print(json.dumps({"layers": layers, "model": qins.memory_report(model).compression, "tokens": greedy(model)}))
 """
-
-
-def greedy(hub, codec, group):
-    done = subprocess.run(
-        [sys.executable, "-c", _GREEDY, json.dumps([codec, group, phi.PROMPTS])],
-        capture_output=True, text=True, env={**os.environ, **hub},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def reference(phi35_hub):
-    return greedy(phi35_hub, None, None)
-
 
 # Least compression of the encoded layers (the seed expected 4x with quantization enabled), and least number of the 165
 # tokens of all prompts that match the float model's. After a first difference all others may differ, and so small a
@@ -97,18 +81,24 @@ LEAST = {"golden": (1.99, 130), "log9": (3.5, 130), "log8": (3.9, 110), "rationa
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("codec", "group"), CODECS)
-def test_real_weights_by_the_hubs_name(phi35_hub, reference, codec, group):
-    results = greedy(phi35_hub, codec, group)
-    same = {p: sum(a == b for a, b in zip(results[p], reference[p], strict=True)) for p in phi.PROMPTS}
-    compression, tokens = LEAST[codec]
-    total = sum(same.values())
-    figures = f"layers {results['layers']:.3f}x, model {results['model']:.3f}x"
-    first = same[phi.PROMPTS[0]]
-    print(f"{codec}/{group}: {figures}, {total} of {15 * len(phi.PROMPTS)} tokens, {first} of 15 of the first")
-    assert results["layers"] >= compression
-    assert results["model"] < results["layers"]
-    assert total >= tokens
+def test_real_weights_by_the_hubs_name(phi35_hub):
+    done = subprocess.run(
+        [sys.executable, "-c", _GREEDY, json.dumps([CODECS, phi.PROMPTS])],
+        capture_output=True, text=True, env={**os.environ, **phi35_hub},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reference, *results = [json.loads(line) for line in done.stdout.splitlines()[-1 - len(CODECS) :]]
+    for (codec, group), result in zip(CODECS, results, strict=True):
+        same = [
+            sum(a == b for a, b in zip(got, expected, strict=True))
+            for got, expected in zip(result["tokens"], reference["tokens"], strict=True)
+        ]
+        compression, tokens = LEAST[codec]
+        figures = f"layers {result['layers']:.3f}x, model {result['model']:.3f}x"
+        print(f"{codec}/{group}: {figures}, {sum(same)} of {15 * len(same)} tokens, {same[0]} of 15 of the first")
+        assert result["layers"] >= compression, codec
+        assert result["model"] < result["layers"], codec
+        assert sum(same) >= tokens, codec
 
 
 _FULL_SHAPE = """

@@ -22,7 +22,7 @@ export core out
 # the largest first, so that no processor waits for one at the end
 ls -S "$core"/isa_*.c >"$out/files"
 find "$core" "$here" -maxdepth 1 -name '*.c' ! -name 'isa_*' ! -name 'module*.c' ! -name args.c | sort >>"$out/files"
-xargs -a "$out/files" -P "$(nproc)" -I{} bash -c 'compile "$1" "$out/$(basename "$(dirname "$1")")-$(basename "$1" .c).o"' \
+xargs -a "$out/files" -P "${JOBS:-$(nproc)}" -I{} bash -c 'compile "$1" "$out/$(basename "$(dirname "$1")")-$(basename "$1" .c).o"' \
     compile {}
 for target in "$here"/*.c; do
     name=$(basename "$target" .c)

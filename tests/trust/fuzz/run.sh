@@ -39,7 +39,7 @@ one() { # TARGET
 failed=0
 jobs=()
 for target in "${targets[@]}"; do
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n || true; done
     one "$target" &
     jobs+=($!)
 done
