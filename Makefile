@@ -30,8 +30,8 @@ test: test-core test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
 # the longest first, each with one processor
-OTHER_TESTS := test-core-others test-long test-transformers test-pythons test-extras test-isas test-fuzz test-rooms test-wheel test-sdist
-test-all: test
+OTHER_TESTS := test-core-others test-long test-transformers test-pythons test-extras test-isas test-fuzz test-rooms test-wheel
+test-all: test test-sdist
 	$(MAKE) --jobs=$(JOBS) --output-sync=target JOBS=1 $(OTHER_TESTS)
 	@echo 'NOT RUN: tests/cluster, on a Ray cluster: make test-ray (minutes; 400 MB of packages)'
 
