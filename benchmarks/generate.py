@@ -1,10 +1,11 @@
-"""Tokens per second end to end: transformers' `generate` with QINSLinear, in fp32 and bf16, and llama.cpp's Q8_0.
+"""Tokens per second end to end: transformers' `generate` with QINSLinear, `qins.Decoder`, llama.cpp and OpenVINO GenAI.
 
-    python benchmarks/generate.py [--model smollm2 | phi35 | DIRECTORY | HUB NAME] [--json FILE] [--plot PNG]
+    python benchmarks/generate.py [--model smollm2 | phi35 | gemma3 | DIRECTORY | HUB NAME] [--json FILE] [--plot PNG]
 
-`smollm2` is the demo's model. `phi35` has the shape of Phi-3.5-mini, 3.8 billion random weights; speed does not depend
-on their values. Each contestant runs in its own process, because most machines cannot hold two such models. They take
-turns `--rounds` times, and the best counts. llama.cpp runs if llama-cpp-python and gguf are installed.
+`smollm2` is the demo's model. `phi35` has the shape of Phi-3.5-mini, 3.8 billion random weights, `gemma3` that of
+Gemma 3 270M; speed does not depend on their values. Heads and embeddings are quantized, too. Each contestant runs in
+its own process, because most machines cannot hold two such models. They take turns `--rounds` times, and the best
+counts. llama.cpp and OpenVINO run if llama-cpp-python, or openvino-genai, and gguf are installed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import other_engines
 import torch
 from torch import nn
 
@@ -28,19 +30,22 @@ import qins
 from qins.cli.bench import machine
 
 # dtype of the activations and of the unquantized modules; codec, or None for float weights
-TORCH_CONTESTANTS = {
-    "fp32": (torch.float32, None),
-    "bf16": (torch.bfloat16, None),
-    "log8 fp32": (torch.float32, "log8"),
-    "log8 bf16": (torch.bfloat16, "log8"),
-    "log9 fp32": (torch.float32, "log9"),
-    "golden fp32": (torch.float32, "golden"),
+TORCH_CONTESTANTS: dict[str, tuple[torch.dtype, str | None]] = {
+    f"{codec or ''} {name}".strip(): (dtype, codec)
+    for codec in (None, "log8", "log6", "log5", "log4", "log9", "golden")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
 }
-LLAMA = "llama.cpp Q8_0"
-DEFAULT = ["fp32", "bf16", "log8 fp32", "log8 bf16", LLAMA]
+NUMPY_CONTESTANTS = {f"{codec} NumPy": codec for codec in ("log8", "log6", "log5", "log4")}
+CONTESTANTS = [*TORCH_CONTESTANTS, *NUMPY_CONTESTANTS, *other_engines.CONTESTANTS]
+DEFAULT = ["fp32", "bf16", "log8 fp32", "log8 bf16", "log8 NumPy", "llama.cpp Q8_0", "OpenVINO int8"]
 PHI35 = {
     "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "pad_token_id": 32000,
+}  # fmt: skip
+GEMMA3 = {
+    "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
 }  # fmt: skip
 
 
@@ -77,15 +82,26 @@ def random_phi35(dtype: torch.dtype, codec: str | None, layers: int) -> nn.Modul
     return model
 
 
+def random_gemma3() -> nn.Module:
+    """Build a model of the shape of Gemma 3 270M."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(18)]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3, layer_types=kinds)).eval()
+
+
 def torch_model(name: str, dtype: torch.dtype, codec: str | None, layers: int) -> nn.Module:
-    if name == "phi35":
-        return random_phi35(dtype, codec, layers)
     from qins.hf import find_model, load_causal_lm
 
-    model, _ = load_causal_lm(find_model(None if name == "smollm2" else name))
+    if name == "phi35":
+        model: Any = random_phi35(dtype, codec, layers)
+    elif name == "gemma3":
+        model = random_gemma3()
+    else:
+        model, _ = load_causal_lm(find_model(None if name == "smollm2" else name))
     if codec:
-        qins.convert(model, codec, exclude=(), show_progress=False)
-    return model.to(dtype)
+        qins.convert(model, codec, exclude=(), embeddings=True, show_progress=False)
+    return model.to(dtype)  # type: ignore[no-any-return]
 
 
 class Memory:
@@ -121,6 +137,15 @@ def best_of(run: Callable[[], object], repeats: int) -> float:
     return best
 
 
+def speeds_of(evaluate: Callable[[int, int], object], arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the speeds of an engine; `evaluate` takes the number of tokens of a prompt, and of those that follow."""
+    evaluate(16, 2)
+    prefill = best_of(lambda: evaluate(arguments.prompt, 0), arguments.repeats)
+    first = best_of(lambda: evaluate(16, 0), arguments.repeats)
+    all_of = best_of(lambda: evaluate(16, arguments.tokens), arguments.repeats)
+    return {"decode tokens/s": arguments.tokens / (all_of - first), "prefill tokens/s": arguments.prompt / prefill}
+
+
 def run_torch(contestant: str, arguments: argparse.Namespace) -> dict[str, float]:
     import transformers.generation.utils  # noqa: F401 - imported first, so that its memory does not count
 
@@ -128,117 +153,56 @@ def run_torch(contestant: str, arguments: argparse.Namespace) -> dict[str, float
     memory = Memory()
     model: Any = torch_model(arguments.model, dtype, codec, arguments.layers)
     generator = torch.Generator().manual_seed(0)
-    long, short = (torch.randint(3, 30000, (1, n), generator=generator) for n in (arguments.prompt, 16))
     options = {"do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
 
-    def generate(prompt: torch.Tensor, new: int) -> object:
-        mask = torch.ones_like(prompt)
-        return model.generate(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **options)
+    def evaluate(prompt: int, new: int) -> object:
+        ids = torch.randint(3, 30000, (1, prompt), generator=generator)
+        new += 1  # the first comes from the prompt
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **options)
 
     memory.watch()
     with torch.inference_mode():
-        generate(short, 2)
-        prefill = best_of(lambda: generate(long, 1), arguments.repeats)
-        first = best_of(lambda: generate(short, 1), arguments.repeats)
-        all_of = best_of(lambda: generate(short, 1 + arguments.tokens), arguments.repeats)
+        speeds = speeds_of(evaluate, arguments)
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return {
-        "decode tokens/s": arguments.tokens / (all_of - first),
-        "prefill tokens/s": arguments.prompt / prefill,
-        **memory.figures(sum(tensors.values()) / 1e6),
-    }
+    return speeds | memory.figures(sum(tensors.values()) / 1e6)
 
 
-def write_q8_0(path: Path, name: str, layers: int) -> None:
-    """Write a GGUF file of random Q8_0 weights: a Llama with the model's sizes and a made-up vocabulary."""
-    import gguf
-    import numpy as np
+def run_numpy(contestant: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Measure `qins.Decoder`. In a process without torch memory beside weights would be smaller, so it is left out."""
+    if arguments.model in ("phi35", "gemma3"):
+        raise ImportError("needs a checkpoint on disk")
+    from qins.checkpoint import quantize_checkpoint
+    from qins.hf import find_model
 
-    if name == "phi35":
-        hidden, inner, heads, kv_heads, vocab = 3072, 8192, 32, 32, 32064
-    elif name == "smollm2":
-        hidden, inner, heads, kv_heads, vocab, layers = 576, 1536, 9, 3, 49152, 30
-    else:
-        raise ImportError("shapes for smollm2 and phi35 only")
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(f"w{i}".encode() for i in range(vocab - 3))])
-    writer.add_token_scores([0.0] * vocab)
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (vocab - 3))
-    generator = np.random.default_rng(0)
-    made: dict[tuple[int, int], Any] = {}
-
-    def add(tensor: str, rows: int, cols: int) -> None:
-        if (rows, cols) not in made:
-            weight = generator.standard_normal((rows, cols), np.float32) * np.float32(0.02)
-            made[rows, cols] = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(tensor, made[rows, cols], raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-
-    add("token_embd.weight", vocab, hidden)
-    add("output.weight", vocab, hidden)
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    for i in range(layers):
-        head = hidden // heads
-        for tensor, rows, cols in (
-            ("attn_q", hidden, hidden), ("attn_k", kv_heads * head, hidden), ("attn_v", kv_heads * head, hidden),
-            ("attn_output", hidden, hidden), ("ffn_gate", inner, hidden), ("ffn_up", inner, hidden),
-            ("ffn_down", hidden, inner),
-        ):  # fmt: skip
-            add(f"blk.{i}.{tensor}.weight", rows, cols)
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(hidden, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def run_llama(arguments: argparse.Namespace) -> dict[str, float]:
-    from llama_cpp import Llama
-
+    source = find_model(None if arguments.model == "smollm2" else arguments.model)
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "model.gguf"
-        write_q8_0(path, arguments.model, arguments.layers)
-        size = path.stat().st_size
+        codec = NUMPY_CONTESTANTS[contestant]
+        quantize_checkpoint(source, directory, qins.QinsConfig(codec, lm_head=True, embeddings=True))
         memory = Memory()
         memory.watch()
-        threads = qins.get_num_threads()
-        model = Llama(
-            str(path), n_ctx=arguments.prompt + 64, n_batch=512, n_threads=threads, n_threads_batch=threads,
-            verbose=False,
-        )  # fmt: skip
+        decoder = qins.Decoder.open(directory)
 
         def evaluate(prompt: int, new: int) -> None:
-            model.reset()
-            model.eval(list(range(3, 3 + prompt)))
+            decoder.reset()
+            decoder.logits(list(range(3, 3 + prompt)))
             for i in range(new):
-                model.eval([100 + i])
+                decoder.logits([300 + i])
 
-        evaluate(16, 2)
-        prefill = best_of(lambda: evaluate(arguments.prompt, 0), arguments.repeats)
-        first = best_of(lambda: evaluate(16, 0), arguments.repeats)
-        all_of = best_of(lambda: evaluate(16, arguments.tokens), arguments.repeats)
-    return {
-        "decode tokens/s": arguments.tokens / (all_of - first),
-        "prefill tokens/s": arguments.prompt / prefill,
-        **memory.figures(size / 1e6),
-    }
+        speeds = speeds_of(evaluate, arguments)
+        weights = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors")) / 1e6
+    return speeds | memory.figures(weights)
 
 
 def one(contestant: str, arguments: argparse.Namespace) -> None:
     """Measure one contestant in its own process; print its figures as JSON on the last line."""
     try:
-        result = run_llama(arguments) if contestant == LLAMA else run_torch(contestant, arguments)
+        if contestant in TORCH_CONTESTANTS:
+            result = run_torch(contestant, arguments)
+        elif contestant in NUMPY_CONTESTANTS:
+            result = run_numpy(contestant, arguments)
+        else:
+            result = other_engines.run(contestant, arguments, Memory, speeds_of)
     except ImportError as e:
         result = {"not run": f"{e}"}  # type: ignore[dict-item]
     print(json.dumps(result))
@@ -267,7 +231,7 @@ def plot(results: dict[str, dict[str, float]], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--contestants", nargs="+", default=DEFAULT, choices=[*TORCH_CONTESTANTS, LLAMA])
+    parser.add_argument("--contestants", nargs="+", default=DEFAULT, choices=CONTESTANTS)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
     parser.add_argument("--layers", type=int, default=32, help="number of layers of phi35")

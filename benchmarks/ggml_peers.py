@@ -11,7 +11,7 @@ import argparse
 import ctypes
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import gguf
@@ -32,6 +32,7 @@ _NF4 = (
 )  # fmt: skip
 
 
+@cache
 def _ggml() -> ctypes.CDLL | None:
     found = importlib.util.find_spec("llama_cpp")
     where = [Path(p) / "lib" for p in found.submodule_search_locations or ()] if found else []
@@ -49,20 +50,33 @@ def _ggml() -> ctypes.CDLL | None:
     return library
 
 
+def quantized_by_ggml(name: str, weight: np.ndarray) -> np.ndarray:
+    """Return a float32 matrix, whose elements are a multiple of 256, in one of the formats that only ggml quantizes to.
+
+    Raises:
+        ImportError: llama-cpp-python is not installed.
+
+    """
+    library = _ggml()
+    if library is None:
+        raise ImportError("llama-cpp-python, whose library quantizes to this format, is not installed")
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    out = np.zeros((*weight.shape[:-1], weight.shape[-1] // block * size), np.uint8)
+    library.ggml_quantize_chunk(int(kind), weight.ctypes.data, out.ctypes.data, 0, weight.size // 256, 256, None)
+    return out
+
+
 def _by_gguf(name: str, w: torch.Tensor) -> torch.Tensor:
     kind = gguf.GGMLQuantizationType[name]
     padded = torch.nn.functional.pad(w, (0, -w.shape[1] % 32)).numpy()
     return torch.from_numpy(gguf.dequantize(gguf.quantize(padded, kind), kind))[:, : w.shape[1]].contiguous()
 
 
-def _by_ggml(library: ctypes.CDLL, name: str, w: torch.Tensor) -> torch.Tensor:
-    kind = gguf.GGMLQuantizationType[name]
+def _by_ggml(name: str, w: torch.Tensor) -> torch.Tensor:
     flat = torch.nn.functional.pad(w.reshape(-1), (0, -w.numel() % 256)).numpy()
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    out = np.zeros(flat.size // block * size, np.uint8)
-    library.ggml_quantize_chunk(int(kind), flat.ctypes.data, out.ctypes.data, 0, flat.size // 256, 256, None)
-    decoded = gguf.dequantize(out[None], kind).reshape(-1)[: w.numel()]
-    return torch.from_numpy(decoded.copy()).view(w.shape)
+    decoded = gguf.dequantize(quantized_by_ggml(name, flat[None]), gguf.GGMLQuantizationType[name])
+    return torch.from_numpy(decoded.reshape(-1)[: w.numel()].copy()).view(w.shape)
 
 
 def _nf4(w: torch.Tensor) -> torch.Tensor:
@@ -87,11 +101,10 @@ def add_peers() -> list[str]:
     for name in _BY_GGUF:
         add(name, partial(_by_gguf, name), bits_of(name))
     add("NF4", _nf4, 4.5)
-    library = _ggml()
-    if library is None:
+    if _ggml() is None:
         return list(_BY_GGML)
     for name in _BY_GGML:
-        add(name, partial(_by_ggml, library, name), bits_of(name))
+        add(name, partial(_by_ggml, name), bits_of(name))
     return []
 
 
