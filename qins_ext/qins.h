@@ -88,10 +88,12 @@ typedef struct {
     QINS_ALIGNED(32) int16_t b[16];
     int16_t c;
     float multiplier[256]; /* by the codec's group_scale; that of packed codes has a sign */
-    /* By packed code, repeated to 64 entries: log8's form without the group scale's sign; the two bytes of its word */
-    QINS_ALIGNED(64) uint8_t packed_form[64];
+    /* By packed code, repeated to 64 entries, without the group scale's sign: the two bytes of its word, and of its
+     * plane's negated one */
     QINS_ALIGNED(64) uint8_t packed_low[64];
     QINS_ALIGNED(64) uint8_t packed_high[64];
+    QINS_ALIGNED(64) uint8_t negated_low[64];
+    QINS_ALIGNED(64) uint8_t negated_high[64];
     float word_unit, factor_unit; /* the value of 1, in levels */
     void *room;                   /* for the allocator: the memory to free */
 } qins_log8_words;
@@ -306,8 +308,8 @@ typedef struct {
     /* out[row][m] = sum over a row of f(codes) * group scale * x[m], with batch values per row and room for an even
      * number of rows. group_scale: NULL, or that of all rows; group_size is then 32 or a multiple of 64. room:
      * QINS_WORD_ROOM bytes, aligned to 64, in which at most QINS_WORD_ROWS rows of codes are decoded once for many rows
-     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and with batch > 1 they need
-     * room */
+     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and with more than QINS_BATCH
+     * rows they need room */
     void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, void *room, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with

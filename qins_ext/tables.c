@@ -340,7 +340,6 @@ void qins_log8_words_build(qins_log8_words *t, float mu, int bits)
     }
     for (int q = 0; q < 64 && bits < 8; q++) {
         const uint8_t code = log8_form((unsigned)q, bits);
-        t->packed_form[q] = code;
         t->packed_low[q] = t->word_low[code];
         t->packed_high[q] = t->word_high[code];
     }
@@ -352,7 +351,13 @@ void qins_log8_words_build(qins_log8_words *t, float mu, int bits)
         t->plane_low[m] = (uint8_t)(word & 255);
         t->plane_high[m] = (uint8_t)(word >> 8);
     }
-
+    for (int q = 0; q < 64 && bits < 8; q++) {
+        const uint8_t code = log8_form((unsigned)q, bits);
+        const int magnitude = 256 * t->plane_high[code & 127] + t->plane_low[code & 127];
+        const uint16_t negated = (uint16_t)(code < 128 ? -magnitude : magnitude);
+        t->negated_low[q] = (uint8_t)(negated & 255);
+        t->negated_high[q] = (uint8_t)(negated >> 8);
+    }
     build_factors(t, level);
 }
 

@@ -17,9 +17,10 @@ enum {
     WORDED = 4,      /* log8 or packed, with per-row scales, or groups of 32 or of a multiple of 64 */
     WORD_BLOCKS = 8, /* likewise, in groups that need steps of 64 columns instead of the longest */
     PLANED = 16,     /* log8 or packed, with per-row scales, or groups of a multiple of 64 */
-    PLANED_128 = 32, /* likewise, of a multiple of 128 */
-    FOLDED = 64,     /* log8 or packed, in groups of 32 or 64 */
-    SINGLE = 128,    /* PLANED, but log8 only */
+    PLANED_128 = 32, /* log8, likewise, of a multiple of 128 */
+    FOLDED = 64,     /* log8, in groups of 32 or 64 */
+    FOLDED_PACKED = 128,
+    SINGLE = 256, /* PLANED, but log8 only */
     ANY_CODES = DECODED | FACTORED | WORDED
 };
 
@@ -30,8 +31,8 @@ static unsigned kinds_of(const qins_kernels *k, const qins_codes *e)
     }
     const size_t group = e->group_size;
     unsigned kinds = group % QINS_DEPTH == 0 ? PLANED : 0;
-    kinds |= scale_step(e) > QINS_DEPTH ? PLANED_128 : 0;
-    kinds |= folded(e) ? FOLDED : 0;
+    kinds |= scale_step(e) > QINS_DEPTH && !is_packed(e->codec) ? PLANED_128 : 0;
+    kinds |= !folded(e) ? 0 : is_packed(e->codec) ? FOLDED_PACKED : FOLDED;
     kinds |= group % QINS_DEPTH == 0 && !is_packed(e->codec) ? SINGLE : 0;
     if (e->mu < k->least_mu || (group % QINS_BLOCK != 0 && group != QINS_BLOCK / 2)) {
         return kinds | DECODED;
@@ -79,10 +80,11 @@ static const rule RULES[] = {
     {SINGLE,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
     {PLANED_128,   ANY,    ANY,           QINS_TILES,         2,        QINS_FEW},     /* Granite Rapids */
     {PLANED,       ANY,    ANY,           QINS_TILES,         4,        QINS_FEW},     /* Granite Rapids */
-    {PLANED | FOLDED, ANY, ANY,           QINS_PLANE_PANELS,  QINS_FEW + 1, ALL},      /* Granite Rapids */
+    {PLANED | FOLDED | FOLDED_PACKED, ANY, ANY, QINS_PLANE_PANELS, QINS_FEW + 1, ALL}, /* Granite Rapids */
     {PLANED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   49,       ALL},   /* Granite Rapids */
     {FOLDED,       ANY,    ANY,           QINS_TILES,         5,        QINS_FEW},     /* Granite Rapids */
-    {FOLDED,       BF16,   ISA(amx),      QINS_HALF_PANELS,   73,       ALL},   /* Granite Rapids */
+    {FOLDED_PACKED, ANY,   ANY,           QINS_TILES,         7,        QINS_FEW},     /* Granite Rapids */
+    {FOLDED | FOLDED_PACKED, BF16, ISA(amx), QINS_HALF_PANELS, 73,      ALL},   /* Granite Rapids */
 };
 /* clang-format on */
 

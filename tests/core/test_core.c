@@ -454,7 +454,7 @@ static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, in
     e.codes = place(in_u, codes + 512, rows * code_bytes(&e, n), at_end);
     e.group_scale = place(in_v, more, rows * groups, at_end);
     const qins_fixed fixed = fixed_rows(k, x, n, batch, QINS_BLOCK, at_end);
-    k->dot_log8(e.codes, rows, n, e.group_scale, group_size, &words, &fixed, batch > 1 ? room : NULL, out);
+    k->dot_log8(e.codes, rows, n, e.group_scale, group_size, &words, &fixed, batch > QINS_BATCH ? room : NULL, out);
     for (size_t row = 0; row < rows; row++) {
         for (size_t i = 0; i < n; i++) {
             const uint8_t code = qins_code_at(&e, row, i);
@@ -470,11 +470,11 @@ static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, in
 
 static void packed_dots(const qins_kernels *k)
 {
-    static const int BATCH[] = {1, 2, 8, QINS_BATCH + 1, MANY};
+    static const int BATCH[] = {1, 2, 3, 4, 5, 6, 7, 8, QINS_BATCH + 1, MANY};
     static const size_t GROUP[] = {32, 64, 128, 192, 8192};
     for (size_t c = 0; c < PACKED_COUNT; c++) {
         for (size_t n = 8; n < 1200; n += n < 264 ? 8 : 424) { /* 1 to 4 blocks, then two chunks of columns */
-            for (size_t i = 0; i < 5; i++) {
+            for (size_t i = n / 8 % 2; i < sizeof BATCH / sizeof *BATCH; i += 2) {
                 packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i) % 5], (int)(n / 8 + i) % 2);
                 packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i + 1) % 5], 1);
             }
