@@ -102,7 +102,8 @@ static void product_words(void *context, size_t begin, size_t end)
     float few[ROWS_AT_ONCE * QINS_BATCH], *results = few;
     size_t most = QINS_BATCH; /* rows of x at a time; this many if there is no memory for more */
     char *room = NULL;
-    if (p->batch > QINS_BATCH) {
+    /* packed codes are decoded fast enough to decode them twice instead of storing them */
+    if (p->batch > (is_packed(e->codec) ? 2 * QINS_BATCH : QINS_BATCH)) {
         room = qins_scratch_take(QINS_WORD_ROOM + p->batch * ROWS_AT_ONCE * sizeof *results);
         most = room != NULL ? p->batch : QINS_BATCH;
         results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;

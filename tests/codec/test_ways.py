@@ -71,7 +71,7 @@ def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_si
         ("avx2", "log5", 64, "float32", {1: "WORDS"}),
         ("avx512vnni", "log6", 128, "float32", {1: "WORDS"}),
         ("avx512bf16", "log4", 32, "bfloat16", {1: "WORDS", 16: "HALF_PANELS"}),
-        ("amx", "log6", 32, "float32", {1: "WORDS", 5: "TILES", 129: "PLANE_PANELS"}),
+        ("amx", "log6", 32, "float32", {1: "WORDS", 7: "TILES", 129: "PLANE_PANELS"}),
         ("amx", "log5", 64, "bfloat16", {1: "WORDS", 4: "TILES", 73: "HALF_PANELS"}),
     ],
 )
