@@ -2,11 +2,12 @@
 
     python benchmarks/fidelity.py [--models ...] [--formats ... | --ladder] [--unit FORMAT] [--json FILE] [--plot FILE]
 
-Models: SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file: each block of 32 weights has at most 16 values),
-all-MiniLM-L6-v2 (float32), Whisper tiny.en (float16; its decoder, on speech by espeak-ng), and random weights: with
-heavy tails and outlier channels, in rows that 64 does not divide. Distance: KL divergence of each prediction in nats;
-for the encoder, 1 - cosine of each text's embedding. Each format's difference from the unit is paired, prediction by
-prediction: mean and standard error, as fractions of the unit's mean distance.
+Models: SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file: each block of 32 weights has at most 16 values); the
+same with each weight anywhere in the step that it was rounded to ("dithered"); all-MiniLM-L6-v2 (float32); Whisper
+tiny.en (float16; its decoder, on speech by espeak-ng); and random weights: with heavy tails and outlier channels, in
+rows that 64 does not divide. Distance: KL divergence of each prediction in nats; for the encoder, 1 - cosine of each
+text's embedding. Each format's mean distance is also given as a fraction of the unit's, with the standard error of that
+ratio, paired by prediction.
 
 Formats: a codec; "calibrated" or "calibrated log4", with /group size if not the default; "plan 4.5", calibrated codes
 of the plan for at most 4.5 bits per weight; GPTQ, or GPTQ/64 with smaller groups, calibrated on the same batches; other
@@ -193,6 +194,17 @@ def smollm2() -> Subject:
     return Subject(model, predictions([{"input_ids": w[None]} for w in tested]), calibration)
 
 
+def dithered() -> Subject:
+    """SmolLM2's weights lie on Q4_1's grid, which Q4_K and Q5_K nearly contain; these lie anywhere between."""
+    subject = smollm2()
+    generator = torch.Generator().manual_seed(0)
+    for layer in subject.layers.values():
+        blocks = layer.weight.unflatten(1, (-1, 32))
+        step = (blocks.amax(2, keepdim=True) - blocks.amin(2, keepdim=True)) / 15
+        blocks += step * (torch.rand(blocks.shape, generator=generator) - 0.5)
+    return subject
+
+
 def encoder() -> Subject:
     model = transformers.AutoModel.from_pretrained(packaged_models.minilm()).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(packaged_models.minilm())
@@ -229,6 +241,7 @@ def random_weights() -> Subject:
 
 MODELS: dict[str, Callable[[], Subject]] = {
     "SmolLM2": smollm2,
+    "dithered": dithered,
     "MiniLM": encoder,
     "Whisper": speech,
     "random": random_weights,
@@ -297,8 +310,7 @@ def judge(name: str, formats: list[str], unit_name: str) -> list[dict[str, Any]]
         found[f] = distance = distances(expected, got, subject.are_states)
         unit = found[unit_name]
         mean, error = float(distance.mean()), metrics.standard_error(distance)
-        share, share_error = float(distance.mean() / unit.mean()), metrics.standard_error(distance - unit)
-        share_error /= float(unit.mean())
+        share, share_error = ratio(distance, unit)
         shown = "" if subject.are_states else f"{100 * same:.2f} %"
         took = time.perf_counter() - begin
         print(f"{f:18} {bits:6.2f} {mean:10.2e} {share:8.3f} {share_error:14.3f} {shown:>8} {took:5.0f}", flush=True)
