@@ -14,7 +14,7 @@ from qins.calibration import cut
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import fidelity
 import gptq
 import ladder_picture
@@ -142,5 +142,13 @@ def test_the_picture_has_every_format_and_model():
         for i, name in enumerate(["log4", "calibrated log4", "plan 4.5", "GPTQ", "Q4_K", "log5"])
     ]
     svg = ladder_picture.draw(rows)
-    for words in ("SmolLM2-135M-Instruct", "1 - cosine", "Q4_K", "GPTQ", "log5", "qins, calibrated, by a plan"):
+    legend = ("qins, calibrated, by a plan", "GPTQ int4, calibrated, groups of 128 and 64")
+    for words in ("SmolLM2-135M-Instruct", "1 - cosine", "Q4_K", "log5", *legend):
         assert f">{words}<" in svg
+
+
+def test_labels_that_would_overlap_are_joined():
+    points = {"Q4_K": (4.5, 0.03), "NF4": (4.5, 0.65), "Q5_K": (5.5, 0.029), "IQ4_NL": (4.5, 0.41), "Q4_0": (4.5, 0.62)}
+    assert ladder_picture._labels(points) == [
+        ((4.5, 0.65), ["NF4", "Q4_0", "IQ4_NL"]), ((4.5, 0.03), ["Q4_K"]), ((5.5, 0.029), ["Q5_K"]),
+    ]  # fmt: skip
