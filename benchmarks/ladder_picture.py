@@ -73,6 +73,7 @@ def _draw_panel(axes: Any, model: str, found: dict[str, dict[str, Any]]) -> None
     axes.set_ylabel("1 - cosine" if states else "KL divergence, nats")
     axes.set_xlabel("bits per weight")
     axes.set_yscale("log")
+    axes.minorticks_off()
     axes.margins(y=0.12)
     axes.set_xlim(3.8, 9.2)
     axes.grid(alpha=0.2, color=INK, linewidth=0.5)
