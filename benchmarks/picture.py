@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ PANELS = (
     ("KL divergence, nats", FIDELITY, "mean KLD", "less"),
 )
 
-_OURS, _OTHERS = "#3b8ed0", "#98a1ab"  # readable on light and on dark paper
-_INK, _PAPER = "#010203", "#fdfcfb"  # placeholders, replaced by the theme's colors in the SVG
+OURS, OTHERS = "#3b8ed0", "#98a1ab"  # readable on light and on dark paper
+INK, PAPER = "#010203", "#fdfcfb"  # placeholders, replaced by the theme's colors in the SVG
 _STYLE = (
     "<style>:root{color:#1d2126}.paper{fill:#ffffff}"
     "@media (prefers-color-scheme:dark){:root{color:#e4e7ea}.paper{fill:#14181d}}</style>"
@@ -87,27 +89,41 @@ def figures(page: str) -> list[list[str]]:
 
 def draw(page: str) -> str:
     """Return the picture as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    rc: Any = dict.fromkeys(colors, _INK) | {
-        "svg.fonttype": "none", "svg.hashsalt": "qins", "font.family": "sans-serif", "font.size": 9.0,
-        "axes.facecolor": "none",
-    }  # fmt: skip
-    with matplotlib.rc_context(rc):
-        figure, panels = plt.subplots(1, len(PANELS), figsize=(10.0, 2.125), sharey=True, facecolor=_PAPER)
+    with themed():
+        figure, panels = plt.subplots(1, len(PANELS), figsize=(10.0, 2.125), sharey=True, facecolor=PAPER)
         figure.subplots_adjust(left=0.15, right=0.985, top=0.80, bottom=0.05, wspace=0.12)
         for axes, cells, (title, _, _, better) in zip(panels, figures(page), PANELS, strict=True):
             _draw_panel(axes, cells, title, f"{better} is better")
         panels[0].set_yticks(range(len(ROWS)), [label for label, *_ in ROWS])
         panels[0].invert_yaxis()
-        out = io.StringIO()
-        figure.savefig(out, format="svg", facecolor=_PAPER, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-    svg = out.getvalue().replace(f'style="fill: {_PAPER}"', 'class="paper"').replace(_INK, "currentColor")
+        return as_svg(figure)
+
+
+@contextmanager
+def themed() -> Iterator[None]:
+    """Within the block, figures have the style of these pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    rc: Any = dict.fromkeys(colors, INK) | {
+        "svg.fonttype": "none", "svg.hashsalt": "qins", "font.family": "sans-serif", "font.size": 9.0,
+        "axes.facecolor": "none",
+    }  # fmt: skip
+    with matplotlib.rc_context(rc):
+        yield
+
+
+def as_svg(figure: Any) -> str:
+    """Return a figure as SVG with the colors of a light and a dark theme, and close it."""
+    from matplotlib import pyplot as plt
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = out.getvalue().replace(f'style="fill: {PAPER}"', 'class="paper"').replace(INK, "currentColor")
     at = svg.index(">", svg.index("<svg")) + 1
     lines = (line.rstrip() for line in (svg[:at] + _STYLE + svg[at:]).splitlines())
     return "\n".join(lines) + "\n"
@@ -118,7 +134,7 @@ def _draw_panel(axes: Any, cells: list[str], title: str, better: str) -> None:
     most = max(values)
     for y, (cell, value, (label, *_)) in enumerate(zip(cells, values, ROWS, strict=True)):
         ours = label.startswith("qins")
-        axes.barh(y, value, 0.66, color=_OURS if ours else _OTHERS)
+        axes.barh(y, value, 0.66, color=OURS if ours else OTHERS)
         axes.text(value + 0.03 * most, y, _said(cell), va="center", weight="bold" if ours and cell else "normal")
     axes.set_title(title, fontsize=9.5, weight="bold", loc="left", pad=14)
     axes.text(0, 1.03, better, transform=axes.transAxes, fontsize=8, alpha=0.75)

@@ -269,6 +269,16 @@ def test_bad_text():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_tokens_of_speech_are_those_of_the_decoder():
+    """Features, (batch, mel bins, frames), are no tokens."""
+    data = [
+        {"input_features": torch.zeros(2, 80, 300), "decoder_input_ids": ids}
+        for ids in token_ids(1024).reshape(8, 2, 64)
+    ]
+    assert split(data).tokens == (7 * 128, 128)
+    assert split([{"input_features": b["input_features"]} for b in data] * 2).tokens == (14 * 160, 2 * 160)
+
+
 def test_bad_weights():
     model = Net()
     model.c.weight.data[3, 4] = float("nan")

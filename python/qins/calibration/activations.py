@@ -60,7 +60,10 @@ def _ids(batch: Any) -> Iterator[Tensor]:
 
 
 def _count(batch: Any) -> int:
-    t = batch.get("input_ids", next(_ids(batch))) if isinstance(batch, Mapping) else batch
+    t = batch
+    if isinstance(batch, Mapping):
+        ids = (t for t in _ids(batch) if not t.is_floating_point())  # features of speech are none
+        t = batch["input_ids"] if "input_ids" in batch else next(ids, next(_ids(batch)))
     return int(t.shape[:2].numel()) if t.ndim > 1 else int(t.numel())
 
 
