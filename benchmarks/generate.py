@@ -11,19 +11,16 @@ counts. llama.cpp and OpenVINO run if llama-cpp-python, or openvino-genai, and g
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import other_engines
 import torch
+from speeds import Memory, speeds_of
 from torch import nn
 
 import qins
@@ -104,48 +101,6 @@ def torch_model(name: str, dtype: torch.dtype, codec: str | None, layers: int) -
     return model.to(dtype)  # type: ignore[no-any-return]
 
 
-class Memory:
-    """Resident memory: before the model, and its peak since `watch` (on Linux; elsewhere the peak of the process)."""
-
-    def __init__(self) -> None:
-        self.before = self._read("VmRSS")
-
-    @staticmethod
-    def _read(field: str) -> float:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
-        except (OSError, StopIteration):
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-    def watch(self) -> None:
-        """Reset the peak, so that it excludes making the model."""
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def figures(self, weights: float) -> dict[str, float]:
-        peak = self._read("VmHWM")
-        return {"weights MB": weights, "peak resident MB": peak, "beside weights MB": peak - self.before - weights}
-
-
-def best_of(run: Callable[[], object], repeats: int) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
-def speeds_of(evaluate: Callable[[int, int], object], arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the speeds of an engine; `evaluate` takes the number of tokens of a prompt, and of those that follow."""
-    evaluate(16, 2)
-    prefill = best_of(lambda: evaluate(arguments.prompt, 0), arguments.repeats)
-    first = best_of(lambda: evaluate(16, 0), arguments.repeats)
-    all_of = best_of(lambda: evaluate(16, arguments.tokens), arguments.repeats)
-    return {"decode tokens/s": arguments.tokens / (all_of - first), "prefill tokens/s": arguments.prompt / prefill}
-
-
 def run_torch(contestant: str, arguments: argparse.Namespace) -> dict[str, float]:
     import transformers.generation.utils  # noqa: F401 - imported first, so that its memory does not count
 
@@ -202,7 +157,7 @@ def one(contestant: str, arguments: argparse.Namespace) -> None:
         elif contestant in NUMPY_CONTESTANTS:
             result = run_numpy(contestant, arguments)
         else:
-            result = other_engines.run(contestant, arguments, Memory, speeds_of)
+            result = other_engines.run(contestant, arguments)
     except ImportError as e:
         result = {"not run": f"{e}"}  # type: ignore[dict-item]
     print(json.dumps(result))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from speeds import Memory, speeds_of
 
 import qins
 
@@ -152,21 +154,14 @@ def write_gguf(path: Path, shape: Shape, mixture: str) -> None:
 def _gguf(name: str, layers: int, mixture: str) -> Iterator[tuple[Path, int]]:
     if name not in SHAPES:
         raise ImportError(f"shapes for {', '.join(SHAPES)} only")
-    shape = SHAPES[name]
-    if name == "phi35":
-        shape.layers = layers
+    shape = replace(SHAPES[name], layers=layers) if name == "phi35" else SHAPES[name]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.gguf"
         write_gguf(path, shape, mixture)
         yield path, path.stat().st_size
 
 
-def run(
-    contestant: str,
-    arguments: Any,
-    memory: Callable[[], Any],
-    speeds_of: Callable[[Callable[[int, int], None], Any], dict[str, float]],
-) -> dict[str, float]:
+def run(contestant: str, arguments: Any) -> dict[str, float]:
     """Return a contestant's figures.
 
     Raises:
@@ -175,10 +170,10 @@ def run(
     """
     engine, mixture = contestant.rsplit(" ", 1)
     with _gguf(arguments.model, arguments.layers, "Q8_0" if mixture == "int8" else mixture) as (path, size):
-        watched = memory()
-        watched.watch()
+        memory = Memory()
+        memory.watch()
         evaluate = (_llama if engine == "llama.cpp" else _openvino)(path, arguments)
-        return speeds_of(evaluate, arguments) | watched.figures(size / 1e6)
+        return speeds_of(evaluate, arguments) | memory.figures(size / 1e6)
 
 
 def _llama(path: Path, arguments: Any) -> Callable[[int, int], None]:
