@@ -308,8 +308,8 @@ typedef struct {
     /* out[row][m] = sum over a row of f(codes) * group scale * x[m], with batch values per row and room for an even
      * number of rows. group_scale: NULL, or that of all rows; group_size is then 32 or a multiple of 64. room:
      * QINS_WORD_ROOM bytes, aligned to 64, in which at most QINS_WORD_ROWS rows of codes are decoded once for many rows
-     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and with more than QINS_BATCH
-     * rows they need room */
+     * of activations; or NULL. Packed codes (t->bits < 8) are grouped, their steps are 64, and with more than
+     * QINS_BATCH rows they need room */
     void (*dot_log8)(const uint8_t *codes, size_t rows, size_t cols, const uint8_t *group_scale, size_t group_size,
                      const qins_log8_words *t, const qins_fixed *x, void *room, float *out);
     /* out[m] = sum of decoded values * x[m]; sign or sign_bits is NULL. x: batch rows, `stride` apart, padded with
