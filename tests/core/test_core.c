@@ -950,6 +950,36 @@ static void outliers(const qins_kernels *k)
     }
 }
 
+/* Rows of a cache, into buffers that end after them: the values that decoding gives, log8's before their scale. */
+static void cache_rows(const qins_kernels *k, qins_codec codec)
+{
+    enum { TOKENS = 5, DIM = 24 };
+    static int8_t sign[TOKENS * DIM];
+    static uint8_t stored[TOKENS * DIM];
+    static float range[2 * TOKENS], whole[TOKENS * DIM];
+    static uint16_t scales[TOKENS];
+    const qins_cache c = {.codec = codec,
+                          .heads = 1,
+                          .room = TOKENS,
+                          .dim = DIM,
+                          .codes = stored,
+                          .sign = sign,
+                          .range = range,
+                          .scale = scales,
+                          .tables = &log8};
+    check(qins_cache_encode(k, &c, weights_small, QINS_F32, 0, TOKENS, 1) == 0, "cache rows, encode", k->name, 0, 0);
+    qins_cache_decode(k, &c, 0, TOKENS, QINS_F32, whole, 1);
+    for (size_t row = 0; row < TOKENS; row++) {
+        const size_t n = TOKENS - row;
+        float *out = room_for(out_a, n * DIM * sizeof *out, 1), *scale = room_for(out_b, n * sizeof *scale, 1);
+        qins_cache_rows(k, &c, row, n, out, scale);
+        for (size_t i = 0; i < n * DIM; i++) {
+            out[i] *= scale[i / DIM];
+        }
+        check(memcmp(out, whole + row * DIM, n * DIM * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
+    }
+}
+
 /* Buffers at every offset from an aligned address. */
 static void kernels_misaligned(const qins_kernels *k)
 {
@@ -1443,6 +1473,8 @@ int main(int argc, char **argv)
         check_exact(k, brief ? 1 : slow ? 6 : 60, check);
         products(k, slow, brief ? 7 : 1);
         outliers(k);
+        cache_rows(k, QINS_log8);
+        cache_rows(k, QINS_golden);
         printf("ran %s\n", k->name);
     }
 #define X(name, guard, features)                                        \

@@ -5,10 +5,10 @@
 
 Mutants live in a copy of the sources. The core's tests kill a mutant of the core, else those of the room `codec`; a
 mutant of the package is killed by the tests that enter its function, which one run of all tests in an instrumented copy
-finds, else by those that enter its module, with all parameters. `--entered` keeps what that run found; a later call
-runs only tests that are new there. Mutants that do not compile, or to the same code, are drawn again, and counted.
-Prints a line per mutant. `--out` keeps them as JSON lines, from which a later call with the same seed goes on. Exits
-with 1 if a mutant survived that survivors.json does not explain.
+finds, else by tests with several parameters in files whose tests enter its module. `--entered` keeps what that run
+found; a later call runs only tests that are new there. Mutants that do not compile, or to the same code, are drawn
+again, and counted. Prints a line per mutant. `--out` keeps them as JSON lines, from which a later call with the same
+seed goes on. Exits with 1 if a mutant survived that survivors.json does not explain.
 """
 
 from __future__ import annotations
@@ -386,7 +386,6 @@ class Package:
     def __init__(self, place: Path, record: Path):
         self.place = place
         copy_project(place)
-        preload()
         # a test's name without parameters: how many it has; and its name with the first ones
         tests = self.collect()
         self.variants = Counter(t.partition("[")[0] for t in tests)
@@ -422,11 +421,14 @@ class Package:
         return self._fastest(file, {r["test"]: r["seconds"] for r in self.tests if function in r["entered"]})
 
     def tests_of_module(self, file: str) -> tuple[list[str], float]:
-        """Return the tests with several parameters that enter a module, and about their seconds."""
+        """Return the tests with several parameters in files whose tests enter a module, and about their seconds."""
+        files = {
+            r["test"].partition("::")[0] for r in self.tests if any(f.startswith(f"{file}:") for f in r["entered"])
+        }
         found = {}
         for r in self.tests:
             name = r["test"].partition("[")[0]
-            if self.variants[name] > 1 and any(function.startswith(f"{file}:") for function in r["entered"]):
+            if self.variants[name] > 1 and name.partition("::")[0] in files:
                 found[name] = r["seconds"] * self.variants[name]
         return self._fastest(file, found)
 
@@ -621,6 +623,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "copy"
         place.mkdir()
+        preload()
         record = arguments.entered or Path(folder) / "entered.jsonl"
         subject: Core | Package = Core(place) if arguments.what == "core" else Package(place, record)
         draw = (
