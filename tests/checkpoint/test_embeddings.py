@@ -56,6 +56,8 @@ def test_module():
         assert torch.equal(other(torch.arange(9)), coded(torch.arange(9)))
     empty = qins.QINSEmbedding(40, 96, group_size=32)
     assert not empty(torch.arange(40)).any()
+    for name in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):  # that others may read
+        assert getattr(empty, name) == getattr(embedding, name)
     empty.load_state_dict(coded.state_dict())
     assert torch.equal(empty.weight, coded.weight)
     half = copy.deepcopy(coded).bfloat16()

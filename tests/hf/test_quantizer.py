@@ -25,6 +25,7 @@ from tiny import (  # noqa: E402
     COMMON,
     MODELS,
     close,
+    llama,
     make,
     outputs,
     same_state,
@@ -32,7 +33,17 @@ from tiny import (  # noqa: E402
     without_qins,
 )
 
+from qins.hf.expecting import bytes_to_load  # noqa: E402
+
 pytestmark = pytest.mark.once
+
+
+def test_bytes_to_load_has_tied_weights_once():
+    with torch.device("meta"):
+        tied = llama(tied=True)
+        tied.lm_head.weight = nn.Parameter(torch.empty(160, 64))  # as it is while a checkpoint loads
+    tensors = (*tied.named_parameters(), *tied.named_buffers())
+    assert bytes_to_load(tied) == sum(t.nbytes for name, t in tensors if name != "lm_head.weight")
 
 
 @pytest.fixture(params=MODELS)

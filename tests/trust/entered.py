@@ -65,7 +65,7 @@ try:
 except ModuleNotFoundError:  # in a process that a test started with another Python
     pass
 else:
-    of_fixtures: dict[object, set[str]] = {}
+    of_fixtures: dict[object, tuple[set[str], float]] = {}  # and how long they took
 
     def take() -> set[str]:
         """Return what was entered since the last call."""
@@ -80,21 +80,23 @@ else:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(fixturedef):
-        before = take()
+        before, begun = take(), time.monotonic()
         yield
-        of_fixtures[fixturedef] = taken = take()
+        taken = take()
+        of_fixtures[fixturedef] = taken, time.monotonic() - begun
         for function in before | taken:
-            seen.discard(function)
             add(function)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(item):
         take()
-        begun = time.monotonic()
+        begun, earlier = time.monotonic(), set(of_fixtures)
         yield
-        entered = take()
+        seconds, entered = time.monotonic() - begun, take()
         for definitions in item._fixtureinfo.name2fixturedefs.values():
-            entered |= of_fixtures.get(definitions[-1], set())
-        record = {"test": item.nodeid, "seconds": round(time.monotonic() - begun, 3), "entered": sorted(entered)}
+            functions, its_seconds = of_fixtures.get(definitions[-1], (set(), 0.0))
+            entered |= functions
+            seconds += its_seconds if definitions[-1] in earlier else 0.0  # a test that runs alone sets it up
+        record = {"test": item.nodeid, "seconds": round(seconds, 3), "entered": sorted(entered)}
         with open(os.environ["QINS_ENTERED"], "a") as file:
             file.write(json.dumps(record) + "\n")
