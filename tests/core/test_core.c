@@ -1076,6 +1076,18 @@ static void levels_at(float mu, int bits, int last)
     }
 }
 
+/* A processor's features are separate bits, or a set would run where its instructions are missing. */
+static void features(void)
+{
+    static const unsigned ALL[] = {QINS_CPU_AVX2, QINS_CPU_AVX512, QINS_CPU_VBMI, QINS_CPU_VNNI,
+                                   QINS_CPU_BF16, QINS_CPU_AMX,    QINS_CPU_NEON};
+    unsigned before = 0;
+    for (size_t i = 0; i < sizeof ALL / sizeof *ALL; i++) {
+        check(ALL[i] != 0 && (before & ALL[i]) == 0, "features", "core", i, ALL[i]);
+        before |= ALL[i];
+    }
+}
+
 static void tables(void)
 {
     for (int i = 0; i < 20000; i++) {
@@ -1433,6 +1445,7 @@ int main(int argc, char **argv)
     }
     /* brief: on emulated processors whose instruction sets run here natively, too */
     const int brief = argc > 2 && strcmp(argv[2], "--brief") == 0, slow = argc > 2 || SANITIZED;
+    features();
     tables();
     for (size_t i = 0; i < MOST; i++) {
         weights[i] = sample_weight(i);
