@@ -60,6 +60,10 @@ def test_reports_what_is_there(tmp_path, codec, group, kind):
     text = str(report)
     assert codec in text
     assert f"{held:,}" in text
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("layer  codec"))
+    assert set(lines[head + 1]) == {"-", " "}
+    assert [line.split("  ")[0] for line in lines[head + 2 : head + 5]] == ["0", "2", "3"]  # names are at the left
     assert json.loads(report.to_json())["tensor_bytes"] == held
 
 
