@@ -179,6 +179,7 @@ class Core:
         self.sets = [name for name in self.all_sets if name in here]
         self.objects = place / "objects"
         self.objects.mkdir()
+        self.tested = False  # without a mutant, by the package's tests
         self.includes = {p.name: self._included(p) for p in self.source.iterdir()}
 
     def _included(self, path: Path) -> set[str]:
@@ -222,8 +223,9 @@ class Core:
                 if not self._compile(unit, mode, "original"):
                     raise RuntimeError(f"{unit.name} does not compile")
             self._link(units, [], mode)
-            if self.test():
-                raise RuntimeError(f"the tests fail without a mutant: {self.test()}")
+            if failure := self.test_core() or (not self.tested and self.test_package()):
+                raise RuntimeError(f"the tests fail without a mutant: {failure}")
+            self.tested = True
         changed = [u for u in units if self._is_part(file, u)]
         (self.source / file).write_text(source)
         try:
@@ -276,13 +278,15 @@ class Core:
         paths = ["-c", unit.relative_to(self.place), "-o", out.relative_to(self.place)]
         return subprocess.run([*command, *paths], cwd=self.place, capture_output=True).returncode == 0
 
-    def test(self) -> str:
-        """Return what fails, or nothing."""
+    def test_core(self) -> str:
+        """Return which of the core's tests fails, or nothing."""
         line_by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
         tests = [str(self.place / "test_core"), str(ROOT / "tests/core/digests.txt"), "--brief"]
-        core = fails([*line_by_line, *tests], self.place)
-        if core:
-            return f"the core's tests ({core})"
+        failure = fails([*line_by_line, *tests], self.place)
+        return failure and f"the core's tests ({failure})"
+
+    def test_package(self) -> str:
+        """Return what fails of the package's tests that are nearest to the core, or nothing."""
         cache = ["tests/nn/test_kv_cache.py"]  # the codec of KV caches has its tests there
         return fails_pytest(self.place, ["tests/codec"], "--first") or fails_pytest(self.place, cache)
 
@@ -290,7 +294,7 @@ class Core:
         stopped = self.build(Path(mutant.file).name, mutant.source)
         if stopped:
             return stopped
-        failure = self.test()
+        failure = self.test_core() or self.test_package()
         return f"killed by {failure}" if failure else "survived"
 
 
