@@ -77,6 +77,7 @@ def test_figures(source, text_file, tmp_path):
     quantized.save_pretrained(tmp_path / "q")
     found = evaluation.evaluate_one(str(tmp_path / "q"), str(source), settings(text_file))
     (m,) = found.measured
+    assert m.name == "q"
     reference = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     rows = by_hand(reference, quantized.eval(), token_ids(2048)[:600])
     f, n = m.comparison.summary(), len(rows)

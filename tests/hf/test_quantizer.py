@@ -179,6 +179,18 @@ def test_what_is_quantized(tiny):
     assert sum(isinstance(m, qins.QINSLinear) for m in only.modules()) == 6
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 leaves casting to quantizers, ours to all")
+def test_floats_that_transformers_keeps_in_float32(tmp_path):
+    make("t5").save_pretrained(tmp_path)
+    cls = transformers.T5ForConditionalGeneration
+    config = qins.QinsConfig(exclude=["*.wo"])
+    floats = cls.from_pretrained(tmp_path, dtype=torch.float16)
+    found = cls.from_pretrained(tmp_path, dtype=torch.float16, quantization_config=config).named_parameters()
+    kept = {n: p.dtype for n, p in found}
+    assert {n for n, dtype in kept.items() if dtype == torch.float32} == {n for n in kept if n.endswith(".wo.weight")}
+    assert kept.items() <= {n: p.dtype for n, p in floats.named_parameters()}.items()
+
+
 def test_layers_that_cannot_be_packed_get_log8(tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**COMMON | {"intermediate_size": 100})
