@@ -549,10 +549,11 @@ def fails(command: list[str], place: Path, limit: float = TIME_LIMIT) -> str:
         if command[: len(PYTEST)] == PYTEST:
             process = fork_pytest(command[3:], place, settings, output, cpu)
         else:
-            process = subprocess.Popen(
+            child = subprocess.Popen(
                 command, cwd=place, env=settings, stdout=output, stderr=output, start_new_session=True,
                 preexec_fn=lambda: limit_processor(cpu),
-            ).pid  # fmt: skip
+            )  # fmt: skip
+            process = child.pid  # `child` is kept: deleting it would wait for the process, too
         begun, code = time.monotonic(), None
         while code is None and time.monotonic() - begun < 4 * cpu:
             time.sleep(0.2)
