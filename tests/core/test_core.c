@@ -950,6 +950,36 @@ static void outliers(const qins_kernels *k)
     }
 }
 
+/* Rows of a cache, into buffers that end after them: the values that decoding gives, log8's before their scale. */
+static void cache_rows(const qins_kernels *k, qins_codec codec)
+{
+    enum { TOKENS = 5, DIM = 24 };
+    static int8_t sign[TOKENS * DIM];
+    static uint8_t stored[TOKENS * DIM];
+    static float range[2 * TOKENS], whole[TOKENS * DIM];
+    static uint16_t scales[TOKENS];
+    const qins_cache c = {.codec = codec,
+                          .heads = 1,
+                          .room = TOKENS,
+                          .dim = DIM,
+                          .codes = stored,
+                          .sign = sign,
+                          .range = range,
+                          .scale = scales,
+                          .tables = &log8};
+    check(qins_cache_encode(k, &c, weights_small, QINS_F32, 0, TOKENS, 1) == 0, "cache rows, encode", k->name, 0, 0);
+    qins_cache_decode(k, &c, 0, TOKENS, QINS_F32, whole, 1);
+    for (size_t row = 0; row < TOKENS; row++) {
+        const size_t n = TOKENS - row;
+        float *out = room_for(out_a, n * DIM * sizeof *out, 1), *scale = room_for(out_b, n * sizeof *scale, 1);
+        qins_cache_rows(k, &c, row, n, out, scale);
+        for (size_t i = 0; i < n * DIM; i++) {
+            out[i] *= scale[i / DIM];
+        }
+        check(memcmp(out, whole + row * DIM, n * DIM * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
+    }
+}
+
 /* Buffers at every offset from an aligned address. */
 static void kernels_misaligned(const qins_kernels *k)
 {
@@ -1043,6 +1073,38 @@ static void levels_at(float mu, int bits, int last)
             m++;
         }
         check(qins_lut_count(&t.lut, (int32_t)bits_of(x)) == m, "nearest level", "core", (size_t)bits, (size_t)j);
+    }
+}
+
+/* A processor's features are separate bits, or a set would run where its instructions are missing. */
+static void features(void)
+{
+    static const unsigned ALL[] = {QINS_CPU_AVX2, QINS_CPU_AVX512, QINS_CPU_VBMI, QINS_CPU_VNNI,
+                                   QINS_CPU_BF16, QINS_CPU_AMX,    QINS_CPU_NEON};
+    unsigned before = 0;
+    for (size_t i = 0; i < sizeof ALL / sizeof *ALL; i++) {
+        check(ALL[i] != 0 && (before & ALL[i]) == 0, "features", "core", i, ALL[i]);
+        before |= ALL[i];
+    }
+}
+
+/* The unit of log8's factors is the best of those tried; the worst doubles the errors. */
+static void factors(void)
+{
+    static const float MU[] = {0.25f, 0.5f, 1.0f, 2.0f, 2.5f, 4.0f, 8.0f, 20.0f};
+    for (size_t i = 0; i < sizeof MU / sizeof *MU; i++) {
+        const double most = i == 0 ? 7e-5 : i == 1 ? 4e-5 : 3.2e-5; /* a small mu leaves few units that fit */
+        qins_log8_words t;
+        float level[QINS_LEVELS];
+        double error = 0.0;
+        qins_log8_words_build(&t, MU[i], 8);
+        qins_log8_levels(MU[i], 0, level);
+        for (int m = 0; m < QINS_LEVELS; m++) {
+            const int word = ((t.a[m / 16] * t.b[m % 16] + (1 << 14)) >> 15) - t.c;
+            const double e = word * (double)t.factor_unit - (double)level[m];
+            error += e * e;
+        }
+        check(sqrt(error / QINS_LEVELS) < most, "factors", "core", i, 0);
     }
 }
 
@@ -1404,6 +1466,8 @@ int main(int argc, char **argv)
     /* best: brief, and the best instruction set alone, for emulated processors whose sets all run here natively, too */
     const int best = argc > 2 && strcmp(argv[2], "--best") == 0;
     const int brief = best || (argc > 2 && strcmp(argv[2], "--brief") == 0), slow = argc > 2 || SANITIZED;
+    features();
+    factors();
     tables();
     for (size_t i = 0; i < MOST; i++) {
         weights[i] = sample_weight(i);
@@ -1444,6 +1508,8 @@ int main(int argc, char **argv)
         check_exact(k, brief ? 1 : slow ? 6 : 60, check);
         products(k, slow, brief ? 6 : 1);
         outliers(k);
+        cache_rows(k, QINS_log8);
+        cache_rows(k, QINS_golden);
         printf("ran %s\n", k->name);
     }
 #define X(name, guard, features)                                        \

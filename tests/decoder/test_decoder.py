@@ -9,6 +9,7 @@ import pytest
 
 import qins
 from qins.decoder import Decoder
+from qins.decoder.model import _sample
 from qins.decoder.tensors import Tensors
 
 numpy_files = pytest.importorskip("safetensors.numpy")
@@ -319,6 +320,12 @@ def test_nan_gives_nan(saved, tmp_path):
     decoder._table = decoder._table.copy()
     decoder._table[IDS[0]] = np.nan
     assert np.isnan(decoder.logits(IDS)).all()
+
+
+def test_nan_is_sampled_from():
+    """From logits that are NaN some token comes, and no error, as in greedy decoding."""
+    for limits in ((None, None, None), (2, 0.5, None), (None, None, 0.1)):
+        assert 0 <= _sample(np.full(5, np.nan, np.float32), *limits, np.random.default_rng(0)) < 5
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path):

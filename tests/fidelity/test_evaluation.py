@@ -10,6 +10,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 import qins
 from qins.fidelity import PEERS, evaluation, metrics
 from qins.fidelity.recording import Recording
+from qins.fidelity.report import _draw_tokens
 
 transformers = pytest.importorskip("transformers")
 from tiny import COMMON, make  # noqa: E402
@@ -77,6 +79,7 @@ def test_figures(source, text_file, tmp_path):
     quantized.save_pretrained(tmp_path / "q")
     found = evaluation.evaluate_one(str(tmp_path / "q"), str(source), settings(text_file))
     (m,) = found.measured
+    assert m.name == "q"
     reference = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     rows = by_hand(reference, quantized.eval(), token_ids(2048)[:600])
     f, n = m.comparison.summary(), len(rows)
@@ -458,6 +461,14 @@ def test_columns_say_what_they_are(pages):
     assert heads["several"] == heads["llama"] == heads["t5"] == ["model", *predictions, *costs]
     assert heads["bert"] == ["model", *predictions, "model", *states, *costs[:4]]
     assert heads["bert encoder"] == ["model", *states, *costs[:4]]
+
+
+def test_known_figures_have_room_for_their_names():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    model = SimpleNamespace(name="log8", distances=torch.linspace(0.1, 1.0, 50))
+    e = evaluation.Evaluation({"kind": "decoder"}, [model])
+    _draw_tokens(figure, e, {"Q8_0": (0.0, 0.0, 2.0)})
+    assert figure.axes[0].get_xlim()[1] >= 5 * 2.0
 
 
 def test_known_figures_stand_beside_one_model(pages):

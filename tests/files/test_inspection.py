@@ -21,7 +21,7 @@ from torch import nn
 
 import qins
 from qins.codec import LOG_BITS
-from qins.files import open_checkpoint
+from qins.files import open_checkpoint, reading
 from qins.files.inspection_report import _bars
 
 pytestmark = pytest.mark.once
@@ -60,6 +60,10 @@ def test_reports_what_is_there(tmp_path, codec, group, kind):
     text = str(report)
     assert codec in text
     assert f"{held:,}" in text
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("layer  codec"))
+    assert set(lines[head + 1]) == {"-", " "}
+    assert [line.split("  ")[0] for line in lines[head + 2 : head + 5]] == ["0", "2", "3"]  # names are at the left
     assert json.loads(report.to_json())["tensor_bytes"] == held
 
 
@@ -109,6 +113,17 @@ def test_wrapped_state_dicts_and_old_files(tmp_path):
         report = qins.inspect(tmp_path / name)
         assert len(report.layers) == 2
         assert not report.problems
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(4).to_sparse(), torch.zeros(4, device="meta")], ids=["sparse", "meta"])
+def test_torch_tensors_without_values_in_order(tmp_path, monkeypatch, tensor):
+    """The check of pickles refuses them; what it may let through under another torch is refused, too."""
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="expected a state dict, got a pickle that calls torch"):
+        qins.inspect(tmp_path / "a.pt")
+    monkeypatch.setattr(reading, "_check_torch_file", lambda _: False)
+    with pytest.raises(ValueError, match=r"a\.pt: a: expected a dense tensor, got torch\.\w+ on (cpu|meta)"):
+        qins.inspect(tmp_path / "a.pt")
 
 
 def test_a_qins_weight_linear(tmp_path):

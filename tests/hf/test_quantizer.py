@@ -25,6 +25,7 @@ from tiny import (  # noqa: E402
     COMMON,
     MODELS,
     close,
+    llama,
     make,
     outputs,
     same_state,
@@ -32,7 +33,17 @@ from tiny import (  # noqa: E402
     without_qins,
 )
 
+from qins.hf.expecting import bytes_to_load  # noqa: E402
+
 pytestmark = pytest.mark.once
+
+
+def test_bytes_to_load_has_tied_weights_once():
+    with torch.device("meta"):
+        tied = llama(tied=True)
+        tied.lm_head.weight = nn.Parameter(torch.empty(160, 64))  # as it is while a checkpoint loads
+    tensors = (*tied.named_parameters(), *tied.named_buffers())
+    assert bytes_to_load(tied) == sum(t.nbytes for name, t in tensors if name != "lm_head.weight")
 
 
 @pytest.fixture(params=MODELS)
@@ -166,6 +177,18 @@ def test_what_is_quantized(tiny):
     assert skipped["model.layers.0.self_attn.k_proj"] == "excluded"
     only = load(path / "float", quantization_config=qins.QinsConfig(include=["*.mlp.*"]))
     assert sum(isinstance(m, qins.QINSLinear) for m in only.modules()) == 6
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 leaves casting to quantizers, ours to all")
+def test_floats_that_transformers_keeps_in_float32(tmp_path):
+    make("t5").save_pretrained(tmp_path)
+    cls = transformers.T5ForConditionalGeneration
+    config = qins.QinsConfig(exclude=["*.wo"])
+    floats = cls.from_pretrained(tmp_path, dtype=torch.float16)
+    found = cls.from_pretrained(tmp_path, dtype=torch.float16, quantization_config=config).named_parameters()
+    kept = {n: p.dtype for n, p in found}
+    assert {n for n, dtype in kept.items() if dtype == torch.float32} == {n for n in kept if n.endswith(".wo.weight")}
+    assert kept.items() <= {n: p.dtype for n, p in floats.named_parameters()}.items()
 
 
 def test_layers_that_cannot_be_packed_get_log8(tmp_path):

@@ -75,6 +75,15 @@ def test_layers_that_cannot_be_packed_get_log8(group, fallback):
     assert model[:2](torch.zeros(3, 64)).isfinite().all()
 
 
+def test_report_is_a_table():
+    report = qins.convert(nn.Sequential(nn.Linear(256, 100), nn.Linear(100, 256)), "log8")
+    title, line, first, second, line_again, total = str(report).splitlines()
+    assert line == line_again
+    assert set(line) == {"-", " "}
+    assert [row.split()[0] for row in (title, first, second, total)] == ["module", "0", "1", "total"]
+    assert len({len(row) for row in (title, line, first, second, total)}) == 1
+
+
 def test_report_counts_bytes_and_error():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 100), nn.Linear(100, 256))

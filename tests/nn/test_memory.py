@@ -107,6 +107,14 @@ def test_views_count_what_they_keep_alive():
     assert "keeps a storage" in report.problems[0]
 
 
+def test_attributes_of_a_page_are_no_problem():
+    layer = qins.QINSLinear.from_linear(nn.Linear(64, 64))
+    layer.kept = torch.zeros(1024)
+    assert not qins.memory_report(layer).problems
+    layer.kept = torch.zeros(1025)
+    assert "a tensor of 4,100 bytes in a plain attribute" in qins.memory_report(layer).problems[0]
+
+
 def test_meta_tensors_take_nothing():
     report = qins.memory_report(nn.Linear(10, 10, device="meta"))
     assert (report.total_bytes, report.meta_bytes) == (0, 4 * 110)

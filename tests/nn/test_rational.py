@@ -62,6 +62,17 @@ def test_layer_without_quantization():
     assert rational.verify_qins_layer(linear, layer, torch.randn(2, 30), tolerance=1e-5)["passed"]
 
 
+def test_operations_on_codes_keep_their_range():
+    codes = rational.qins_encode(torch.randn(6, 8), 2.0, quantize=True)
+    plain = codes.as_subclass(torch.Tensor)
+    turned = torch.flip(codes, dims=[0])
+    assert (turned.z_min, turned.z_max) == (codes.z_min, codes.z_max)
+    decoded = rational.qins_decode(codes, 2.0, is_quantized=True)
+    assert torch.equal(rational.qins_decode(turned, 2.0, is_quantized=True), decoded.flip(0))
+    assert type(codes.sum(dim=0)) is torch.Tensor
+    assert torch.equal(codes.sum(dim=0), plain.sum(dim=0))
+
+
 def test_layer_trains_its_input():
     layer = rational.QINSWeightLinear(nn.Linear(16, 4))
     x = torch.randn(2, 16, requires_grad=True)

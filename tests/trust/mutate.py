@@ -4,17 +4,20 @@
     mutate.py package 100 --seed 1   mutants of the Python package
 
 Mutants live in a copy of the sources. The core's tests kill a mutant of the core, else those of the room `codec`; a
-mutant of the package is killed by the tests of its module, else of its room, else of a room that uses it. Mutants that
-do not compile, or to the same code, are drawn again, and counted. Prints a line per mutant. `--out` keeps them as JSON
-lines, from which a later call with the same seed goes on. Exits with 1 if a mutant survived that survivors.json does
-not explain.
+mutant of the package is killed by the tests that enter its function, which one run of all tests in an instrumented copy
+finds, else by tests with several parameters in files whose tests enter its module. `--entered` keeps what that run
+found; a later call runs only tests that are new there. Mutants that do not compile, or to the same code, are drawn
+again, and counted. Prints a line per mutant. `--out` keeps them as JSON lines, from which a later call with the same
+seed goes on. Exits with 1 if a mutant survived that survivors.json does not explain.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import json
 import os
 import random
@@ -27,21 +30,24 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
+import entered
 import numpy
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds of one run of tests; a mutant that takes longer is killed. Of each process's processor, and by the clock, for
 # those that only wait.
-TIME_LIMIT, WAITING = 600, 2400
+TIME_LIMIT = 1200
+# Seconds of the tests that enter a mutant's function, as all could be most of the suite. Its own room's come first.
+ENOUGH = 240
 EXPLAINED = ROOT / "tests/trust/survivors.json"
-
-# The room whose tests use another one most, where they are not too many.
-USERS = {"codec": ["nn"], "files": ["checkpoint"], "system": ["files"]}
 
 # What an operator becomes.
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
@@ -173,6 +179,7 @@ class Core:
         self.sets = [name for name in self.all_sets if name in here]
         self.objects = place / "objects"
         self.objects.mkdir()
+        self.built: list[str] = []  # sets
         self.includes = {p.name: self._included(p) for p in self.source.iterdir()}
 
     def _included(self, path: Path) -> set[str]:
@@ -207,6 +214,7 @@ class Core:
         """Build with one file changed. Return what makes testing needless, if anything."""
         sets = self.sets_for(file)
         mode = "-".join(sets)
+        self.built = sets
         self.write_list(sets)
         left_out = {f"isa_{n}.c" for n in self.all_sets if n not in sets}
         units = [p for p in sorted(self.source.glob("*.c")) if p.name not in left_out]
@@ -216,8 +224,8 @@ class Core:
                 if not self._compile(unit, mode, "original"):
                     raise RuntimeError(f"{unit.name} does not compile")
             self._link(units, [], mode)
-            if self.test():
-                raise RuntimeError(f"the tests fail without a mutant: {self.test()}")
+            if failure := self.test_core() or self.test_package():
+                raise RuntimeError(f"the tests fail without a mutant: {failure}")
         changed = [u for u in units if self._is_part(file, u)]
         (self.source / file).write_text(source)
         try:
@@ -270,21 +278,24 @@ class Core:
         paths = ["-c", unit.relative_to(self.place), "-o", out.relative_to(self.place)]
         return subprocess.run([*command, *paths], cwd=self.place, capture_output=True).returncode == 0
 
-    def test(self) -> str:
-        """Return what fails, or nothing."""
+    def test_core(self) -> str:
+        """Return which of the core's tests fails, or nothing."""
         line_by_line = ["stdbuf", "-oL"] if shutil.which("stdbuf") else []
         tests = [str(self.place / "test_core"), str(ROOT / "tests/core/digests.txt"), "--brief"]
-        core = fails([*line_by_line, *tests], self.place)
-        if core:
-            return f"the core's tests ({core})"
+        failure = fails([*line_by_line, *tests], self.place)
+        return failure and f"the core's tests ({failure})"
+
+    def test_package(self) -> str:
+        """Return what fails of the package's tests that are nearest to the core, or nothing."""
         cache = ["tests/nn/test_kv_cache.py"]  # the codec of KV caches has its tests there
-        return fails_pytest(self.place, ["tests/codec"]) or fails_pytest(self.place, cache, "-x")
+        whole = [] if self.built == self.sets else ["--ignore=tests/codec/test_instruction_sets.py"]
+        return fails_pytest(self.place, ["tests/codec"], "--first", *whole) or fails_pytest(self.place, cache)
 
     def outcome(self, mutant: Mutant) -> str:
         stopped = self.build(Path(mutant.file).name, mutant.source)
         if stopped:
             return stopped
-        failure = self.test()
+        failure = self.test_core() or self.test_package()
         return f"killed by {failure}" if failure else "survived"
 
 
@@ -368,50 +379,74 @@ def py_mutant(file: str, tree: ast.Module, node: ast.AST, kind: str, change: Cal
     return Mutant(file, line, column, kind, before.split("\n")[0], after.split("\n")[0], source)
 
 
-DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+def copy_project(place: Path) -> None:
+    for folder in ("qins_ext", "tests", "python", "benchmarks", "docs"):
+        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, place)
 
 
 class Package:
-    def __init__(self, place: Path):
+    def __init__(self, place: Path, record: Path):
         self.place = place
-        for folder in ("qins_ext", "tests", "python", "benchmarks", "docs"):
-            shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        for path in ROOT.iterdir():
-            if path.is_file():
-                shutil.copy(path, place)
+        copy_project(place)
+        # a test's name without parameters: how many it has; and its name with the first ones
+        tests = self.collect()
+        self.variants = Counter(t.partition("[")[0] for t in tests)
+        first = list({t.partition("[")[0]: t for t in reversed(tests)}.values())[::-1]
+        known = {r["test"] for r in read_lines(record)}
+        if missing := [t for t in first if t not in known]:
+            self.find_entered(missing, record)
+        self.tests = [r for r in read_lines(record) if r["test"] in first]
+
+    def collect(self) -> list[str]:
+        """Return the tests of the rooms."""
+        rooms = [d.name for d in sorted((ROOT / "python/qins").iterdir()) if (ROOT / "tests" / d.name).is_dir()]
+        command = [*PYTEST, "--collect-only", *(f"tests/{name}" for name in rooms)]
+        output = subprocess.run(command, cwd=self.place, env=environment(self.place), capture_output=True, text=True)
+        return re.findall(r"^tests/\S+::.*$", output.stdout, re.MULTILINE)
+
+    def find_entered(self, tests: list[str], record: Path) -> None:
+        """Append to the record what these tests enter: some minutes."""
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            copy_project(place)
+            entered.instrument(place, self.files())
+            settings = {**environment(place), "QINS_ENTERED": str(record.absolute())}
+            command = [*PYTEST, "--maxfail=0", "-p", "entered", *tests]
+            subprocess.run(command, cwd=place, env=settings, stdout=subprocess.DEVNULL)
 
     def files(self) -> list[str]:
         return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "python/qins").glob("*/*.py"))
 
-    def tests_of(self, file: str) -> list[list[str]]:
-        """Return the tests of a module, then those of its room."""
-        room, module = Path(file).parent.name, Path(file).stem
-        defined = {n.name for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, DEFINITIONS)}
-        every = sorted((ROOT / "tests").glob("*/test_*.py"))
-        own = [
-            t for t in every
-            if t.stem == f"test_{module}" or self.imports(t, room, module, defined)
-        ]  # fmt: skip
-        mine = [t for t in every if t.parent.name == room]
-        users = [t for t in every if t.parent.name in USERS.get(room, ())]
-        groups: list[list[str]] = []
-        for tests in (own, mine, users):
-            done = {t for g in groups for t in g}
-            new = [n for n in (t.relative_to(ROOT).as_posix() for t in tests) if n not in done]
-            groups += [new] if new else []
-        return groups
+    def tests_entering(self, file: str, line: int) -> tuple[list[str], float]:
+        """Return the tests that enter the function of a line, and about their seconds."""
+        function = f"{file}:{entered.function_at((ROOT / file).read_text(), line)}"
+        return self._fastest(file, {r["test"]: r["seconds"] for r in self.tests if function in r["entered"]})
 
-    def imports(self, test: Path, room: str, module: str, defined: set[str]) -> bool:
-        """Return whether a test imports a module, or one of the names it defines from its room."""
-        for node in ast.walk(ast.parse(test.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = {a.name for a in node.names}
-                if node.module == f"qins.{room}" and names & {module, *defined}:
-                    return True
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
-            if f"qins.{room}.{module}" in found:
-                return True
-        return False
+    def tests_of_module(self, file: str) -> tuple[list[str], float]:
+        """Return the tests with several parameters in files whose tests enter a module, and about their seconds."""
+        files = {
+            r["test"].partition("::")[0] for r in self.tests if any(f.startswith(f"{file}:") for f in r["entered"])
+        }
+        found = {}
+        for r in self.tests:
+            name = r["test"].partition("[")[0]
+            if self.variants[name] > 1 and name.partition("::")[0] in files:
+                found[name] = r["seconds"] * self.variants[name]
+        return self._fastest(file, found)
+
+    def _fastest(self, file: str, tests: dict[str, float]) -> tuple[list[str], float]:
+        """Return the fastest of these tests, by file, and the sum of their seconds; those of the room come first."""
+        room = f"tests/{Path(file).parent.name}/"
+        total, files = 0.0, {}
+        for name in sorted(tests, key=lambda t: (not t.startswith(room), tests[t])):
+            if total + tests[name] < ENOUGH or not files:
+                total += tests[name]
+                files.setdefault(name.partition("::")[0], []).append(name)
+        order = sorted(files, key=lambda f: (not f.startswith(room), sum(tests[t] for t in files[f])))
+        return [t for f in order for t in files[f]], total
 
     def outcome(self, mutant: Mutant) -> str:
         path = self.place / mutant.file
@@ -420,10 +455,11 @@ class Package:
             return "same code"
         path.write_text(mutant.source)
         try:
-            for i, tests in enumerate(self.tests_of(mutant.file)):
-                failure = fails_pytest(self.place, tests, "--first" if i > 0 else "-x")  # all parameters of its own
-                if failure:
-                    break
+            for tests, seconds in (
+                self.tests_entering(mutant.file, mutant.line),
+                self.tests_of_module(mutant.file),
+            ):
+                failure = failure or fails_pytest(self.place, tests, limit=60 + 4 * seconds)
         finally:
             path.write_text(original)
         return self.confirm(failure) if failure else "survived"
@@ -431,7 +467,7 @@ class Package:
     def confirm(self, failure: str) -> str:
         """Return the outcome of a mutant whose tests failed: a test that fails without it, too, kills nothing."""
         test = re.match(r"(\S+::.*?)(?: - |$)", failure)
-        if test and fails_pytest(self.place, [test.group(1)], "-x"):
+        if test and fails_pytest(self.place, [test.group(1)]):
             return f"inconclusive: {failure} fails without the mutant, too"
         return f"killed by {failure}"
 
@@ -443,35 +479,95 @@ def same_code(one: str, other: str) -> bool:
 # -- running -----------------------------------------------------------------------------------------
 
 
-def fails(command: list[str], place: Path) -> str:
-    """Run tests. Return how they failed, or nothing if they passed."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(place / "python"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+PYTEST = [
+    *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+    *("-m", "not slow and not long", "-W", "ignore"),
+]
+
+
+def environment(place: Path) -> dict[str, str]:
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place / "python"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **ours}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def preload() -> None:
+    """Import what most tests need, for `fork_pytest`; what of it is missing, they import themselves or skip."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # which would import qins
+    for name in (
+        "torch",
+        "transformers.models.llama.modeling_llama",
+        "transformers.modeling_utils",
+        "transformers.generation.utils",
+        "safetensors.torch",
+        "hypothesis.strategies",
+        "rich.table",
+        "typer",
+    ):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+
+
+def limit_processor(seconds: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+
+
+def fork_pytest(arguments: list[str], place: Path, settings: dict[str, str], output: IO[str], cpu: int) -> int:
+    """Start pytest in a fork, which has what this process imported; return its id."""
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        os.setsid()
+        limit_processor(cpu)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        os.chdir(place)
+        os.environ.update(settings)
+        sys.dont_write_bytecode, tempfile.tempdir = True, None  # read from the environment before
+        sys.path[:1] = ["", str(place / "python")]  # instead of this file's directory
+        if "torch" in sys.modules:
+            importlib.import_module("_qins_autoload").install()  # as torch does
+        code = int(pytest.main(arguments))
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def fails(command: list[str], place: Path, limit: float = TIME_LIMIT) -> str:
+    """Run tests, of pytest in a fork. Return how they failed, or nothing if they passed."""
+    cpu = round(min(limit, TIME_LIMIT))
     # what a mutant writes beside the tests' directories goes with it
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=place,
-            env={**environment, "TMPDIR": scratch},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT)),
-        )
+        settings = {**environment(place), "TMPDIR": scratch}
+        if command[: len(PYTEST)] == PYTEST:
+            process = fork_pytest(command[3:], place, settings, output, cpu)
+        else:
+            child = subprocess.Popen(
+                command, cwd=place, env=settings, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=lambda: limit_processor(cpu),
+            )  # fmt: skip
+            process = child.pid  # `child` is kept: deleting it would wait for the process, too
         begun, code = time.monotonic(), None
-        while code is None and time.monotonic() - begun < WAITING:
-            try:
-                code = process.wait(0.2)
-            except subprocess.TimeoutExpired:  # the core's tests print each failure, and go on
-                so_far = os.pread(output.fileno(), 1 << 20, 0)  # seeking would move the process, too
-                code = 1 if re.search(b"^FAILED ", so_far, re.MULTILINE) else None
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        while code is None and time.monotonic() - begun < 4 * cpu:
+            time.sleep(0.2)
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                break
+            so_far = os.pread(output.fileno(), 1 << 20, 0)  # seeking would move the process, too
+            if re.search(b"^FAILED ", so_far, re.MULTILINE):  # the core's tests print each failure, and go on
+                code = 1
+        if not ended:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         output.seek(0)
         text = output.read()
     if code is None:
@@ -482,9 +578,8 @@ def fails(command: list[str], place: Path) -> str:
     return "" if code == 0 else first.group(1)[:200] if first else f"exit status {code}"
 
 
-def fails_pytest(place: Path, tests: list[str], option: str = "--first") -> str:
-    options = ["-q", "-x", "-p", "no:cacheprovider", option, "-m", "not slow and not long", "-W", "ignore"]
-    return fails([sys.executable, "-m", "pytest", *options, *tests], place).replace("exit status 5", "")
+def fails_pytest(place: Path, tests: list[str], *options: str, limit: float = TIME_LIMIT) -> str:
+    return fails([*PYTEST, *options, *tests], place, limit).replace("exit status 5", "") if tests else ""
 
 
 def draw_core(chance: random.Random, core: Core) -> Iterator[Mutant]:
@@ -524,17 +619,19 @@ def main() -> int:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON lines, appended to; what is there is not run again")
+    parser.add_argument("--entered", type=Path, help="JSON lines: which functions of the package each test enters")
     parser.add_argument("--again", action="store_true", help="only what survived according to --out")
     arguments = parser.parse_args()
-    known = {}
-    if arguments.out and arguments.out.exists():
-        known = {key(r): r for r in map(json.loads, arguments.out.read_text().splitlines())}
+    known = {key(r): r for r in read_lines(arguments.out)} if arguments.out else {}
     explained = {key(r): r["why"] for r in json.loads(EXPLAINED.read_text())} if EXPLAINED.exists() else {}
     outcomes: Counter[str] = Counter()
     unexplained = 0
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        subject: Core | Package = Core(place) if arguments.what == "core" else Package(place)
+        place = Path(folder) / "copy"
+        place.mkdir()
+        preload()
+        record = arguments.entered or Path(folder) / "entered.jsonl"
+        subject: Core | Package = Core(place) if arguments.what == "core" else Package(place, record)
         draw = (
             draw_core(random.Random(arguments.seed), subject)
             if isinstance(subject, Core)

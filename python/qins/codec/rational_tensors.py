@@ -23,7 +23,7 @@ class RationalTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; results that are still codes keep the range."""
-        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if not isinstance(result, RationalTensor):
             return result
         source = next((a for a in args if isinstance(a, RationalTensor) and hasattr(a, "z_min")), None)

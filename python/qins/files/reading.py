@@ -392,9 +392,9 @@ def _read_torch(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
             raise ValueError(reason) from None
         raise ValueError(f"{path}: not a readable torch file (truncated or damaged): {reason}") from None
     for name, tensor in _state_dict(path, loaded).items():
-        storage = tensor.untyped_storage()
-        if tensor.is_sparse or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{path}: {name}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
+        storage = tensor.untyped_storage()
         size = tensor.numel() * tensor.element_size()
         if size > max(storage.nbytes(), 0) or storage.nbytes() > path.stat().st_size:
             raise ValueError(f"{path}: {name}: shape {tuple(tensor.shape)} is more than the file holds")
