@@ -145,6 +145,7 @@ def test_user_errors_are_one_line(tmp_path):
     assert "codec: expected one of" in run.stderr
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_demo(tmp_path):
     picture = tmp_path / "picture.png"

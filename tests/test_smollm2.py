@@ -16,6 +16,8 @@ from qins.checkpoint import quantize_checkpoint
 from qins.fidelity import evaluation, metrics
 from qins.hf import Calibration, find_model, load_causal_lm
 
+LONG = [pytest.mark.once, pytest.mark.long]
+
 
 @pytest.fixture(scope="module")
 def loaded():
@@ -55,9 +57,9 @@ def test_signal_to_noise(loaded, codec, group, least):
     ("codec", "group", "kl", "agree"),
     [
         ("log8", 64, 3e-3, 0.965),
-        pytest.param("golden", None, 1.6e-2, 0.94, marks=pytest.mark.once),
-        pytest.param("log8", None, 5e-3, 0.96, marks=pytest.mark.once),
-        pytest.param("log8", 128, 4e-3, 0.96, marks=pytest.mark.once),
+        pytest.param("golden", None, 1.6e-2, 0.94, marks=LONG),
+        pytest.param("log8", None, 5e-3, 0.96, marks=LONG),
+        pytest.param("log8", 128, 4e-3, 0.96, marks=LONG),
     ],
 )
 def test_next_tokens(loaded, ids, codec, group, kl, agree):

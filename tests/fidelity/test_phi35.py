@@ -80,6 +80,7 @@ for codec, group in codecs:
 LEAST = {"golden": (1.99, 130), "log9": (3.5, 130), "log8": (3.9, 110), "rational": (3.95, 90)}
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_real_weights_by_the_hubs_name(phi35_hub):
     done = subprocess.run(

@@ -25,7 +25,12 @@ def reference_tokens(model):
     return toy.greedy(model, PROMPT, STEPS)
 
 
-CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128)]
+CODECS = [
+    ("golden", None),
+    ("log8", 128),
+    pytest.param("log9", None, marks=pytest.mark.long),
+    pytest.param("log8", None, marks=pytest.mark.long),
+]
 
 
 @pytest.mark.once
