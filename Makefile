@@ -63,8 +63,8 @@ test-isas: $(VENV)/installed-dev
 	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" $$first tests; \
 	done
 
-# other versions of transformers than constraints.txt has, each in a directory that comes first on the path; of the
-# last one, which differs least, one case of each test
+# other versions of transformers than constraints.txt has, each in a directory that comes first on the path; of all but
+# the first, which differs most, one case of each test
 test-transformers: $(VENV)/installed-dev
 	set -e; for version in $(OTHER_TRANSFORMERS); do \
 	    echo "== transformers $$version"; \
@@ -74,7 +74,7 @@ test-transformers: $(VENV)/installed-dev
 	        $(BIN)/pip install --quiet --disable-pip-version-check --target $$there transformers==$$version numpy==$$numpy; \
 	        touch $$there/installed; \
 	    }; \
-	    first=$$(test $$version != $(lastword $(OTHER_TRANSFORMERS)) || echo --first); \
+	    first=$$(test $$version = $(firstword $(OTHER_TRANSFORMERS)) || echo --first); \
 	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[" $$first $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
@@ -105,8 +105,9 @@ test-wheel: $(VENV)/installed-dev
 test-extras:
 	PYTHON=$(PYTHON) tests/extras.sh
 
-test-pythons:
-	tests/pythons.sh
+# all CPythons but the one that the Python suite runs with
+test-pythons: $(VENV)/installed-dev
+	tests/pythons.sh $$($(BIN)/python -c 'import sys; print(*(f"3.{n}" for n in range(10, 15) if n != sys.version_info[1]))')
 
 # a million runs of each target; ATHERIS: what guides the readers' inputs, where it has a wheel for this Python
 FUZZ_RUNS ?= 1000000
