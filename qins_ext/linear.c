@@ -105,6 +105,10 @@ static void product_words(void *context, size_t begin, size_t end)
     /* packed codes are decoded fast enough to decode them twice instead of storing them */
     if (p->batch > (is_packed(e->codec) ? 2 * QINS_BATCH : QINS_BATCH)) {
         room = qins_scratch_take(QINS_WORD_ROOM + p->batch * ROWS_AT_ONCE * sizeof *results);
+        if (room == NULL && is_packed(e->codec)) { /* sets one after another would round otherwise */
+            atomic_store(&p->failed, 1);
+            return;
+        }
         most = room != NULL ? p->batch : QINS_BATCH;
         results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;
     }
