@@ -96,7 +96,7 @@ class Served:
         return after.user + after.system - before.user - before.system > 0.1
 
     def becomes_idle(self):
-        return any(not self.busy() for _ in range(16))
+        return any(not self.busy() for _ in range(8))
 
     def close(self):
         self.client.close()
