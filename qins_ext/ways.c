@@ -12,15 +12,15 @@ const char *const qins_way_names[QINS_WAY_COUNT] = {
 
 /* Kinds of codes; bits of a set. */
 enum {
-    DECODED = 1,     /* rational; log8 or packed, if groups do not fit words or words are not exact enough */
-    FACTORED = 2,    /* golden, log9 */
-    WORDED = 4,      /* log8 or packed, with per-row scales, or groups of 32 or of a multiple of 64 */
-    WORD_BLOCKS = 8, /* likewise, in groups that need steps of 64 columns instead of the longest */
-    PLANED = 16,     /* log8 or packed, with per-row scales, or groups of a multiple of 64 */
-    PLANED_128 = 32, /* log8, likewise, of a multiple of 128 */
-    FOLDED = 64,     /* log8, in groups of 32 or 64 */
-    FOLDED_PACKED = 128,
-    SINGLE = 256, /* PLANED, but log8 only */
+    DECODED = 1,         /* rational; log8 or packed, if groups do not fit words or words are not exact enough */
+    FACTORED = 2,        /* golden, log9 */
+    WORDED = 4,          /* log8 or packed, with per-row scales, or groups of 32 or of a multiple of 64 */
+    WORD_BLOCKS = 8,     /* likewise, in groups that need steps of 64 columns instead of the longest */
+    PLANED = 16,         /* log8 or packed, with per-row scales, or groups of a multiple of 64 */
+    PLANED_128 = 32,     /* log8 only, likewise, of a multiple of 128 */
+    FOLDED = 64,         /* log8, in groups of 32 or 64 */
+    FOLDED_PACKED = 128, /* packed, likewise */
+    SINGLE = 256,        /* PLANED, but log8 only */
     ANY_CODES = DECODED | FACTORED | WORDED
 };
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds and runs the core's test program with several compilers, sanitizers and emulators, JOBS (one per processor) in parallel,
-# and prints the ones that this machine lacks. run.sh native: gcc, every instruction set that runs here; run.sh others: all
-# other builds; run.sh: both. run.sh races: ThreadSanitizer, which takes minutes and is part of neither.
+# Builds and runs the core's test program with several compilers, sanitizers and emulators, JOBS (one per processor) in
+# parallel, and prints the ones that this machine lacks. run.sh native: gcc, every instruction set that runs here; run.sh
+# others: all other builds; run.sh: both. run.sh races: ThreadSanitizer, which takes minutes and is part of neither.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
