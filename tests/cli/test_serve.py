@@ -87,6 +87,11 @@ class Served:
         except urllib.error.HTTPError as e:
             return e.code, e.read().decode()
 
+    def connect(self):
+        """Return a connection for requests that no client would send."""
+        host, port = self.url.split("/")[2].split(":")
+        return socket.create_connection((host, int(port)))
+
     def busy(self):
         """Return whether it computes, from its processor time during half a second."""
         process = psutil.Process(self.process.pid)
@@ -280,8 +285,7 @@ def test_logit_bias(served):
 def test_a_second_signal_ends_at_once(talking):
     """A client that never sends the rest of its request would keep the server forever."""
     served = Served(talking, "--no-verify")
-    host, port = served.url.split("/")[2].split(":")
-    with socket.create_connection((host, int(port))) as stalled:
+    with served.connect() as stalled:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         stalled.sendall(head + b"Content-Length: 1000\r\n\r\n{")
         time.sleep(0.5)
@@ -305,6 +309,7 @@ def test_no_request_loads_or_unloads_models(served):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_goes_away(served, stream):
     """Its generation ends; it would take several seconds more."""
+    assert served.becomes_idle()
     if stream:
         answer = served.complete("w40 w41", LIMIT, stream=True)
         for _, _ in zip(range(5), answer, strict=False):
@@ -318,6 +323,19 @@ def test_a_client_goes_away(served, stream):
             )
     assert served.becomes_idle()
     assert served.complete("w9", 2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_goes_away_at_once(served, stream):
+    """Nobody waits for the first token yet when its generation has begun."""
+    asked = {"model": "model", "prompt": "w40 w41", "max_tokens": LIMIT, "stream": stream}
+    body = json.dumps(asked).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for moment in range(40):
+        with served.connect() as gone:
+            gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(moment / 4000)
+    assert served.becomes_idle()
 
 
 def test_sigterm_finishes_requests(talking):

@@ -5,7 +5,8 @@ The subclasses add to transformers 5.23:
 - each request's own sampling: with continuous batching, transformers samples all requests as the first one asks;
 - ends before stop strings: with continuous batching, transformers ignores them, otherwise it includes them;
 - status 400 for prompts that are too long: with continuous batching, one that exceeds the cache ends all generation;
-- an end of the generation when a client goes away that asked for the whole answer at once.
+- an end of the generation when a client goes away; transformers goes on where the whole answer was asked for at once,
+  and where a streamed one's first text had not been waited for yet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,6 +38,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from ..hf import QINSCache
 
 Tensor = torch.Tensor
+
+# The streamers of what this context's HTTP request began to generate, to be cancelled when its client goes away.
+begun: ContextVar[list[Any] | None] = ContextVar("begun", default=None)
 
 
 class UntilStop:
@@ -146,6 +151,8 @@ class _Answering:
         request_id = f"{request_id}-{next(self._numbers)}"  # clients may choose ids, even one for several requests
         sampling = _Sampling(model, gen_config)
         queue, streamer = self._begin(model, processor, inputs, gen_config, request_id, response_parser, sampling)
+        if (streamers := begun.get()) is not None:
+            streamers.append(streamer)
         return UntilStop(queue, stops, lambda: streamer.stop(processor.decode, stops)), streamer
 
     async def generate_non_streaming(
@@ -154,14 +161,10 @@ class _Answering:
         """Return the text of an answer, the number of the prompt's tokens, and the answer's tokens."""
         queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
         text = ""
-        try:
-            while (item := await queue.get()) is not None:
-                if isinstance(item, _StreamError):
-                    raise RuntimeError(item.msg)
-                text += item
-        except asyncio.CancelledError:  # the client went away
-            streamer.cancel()
-            raise
+        while (item := await queue.get()) is not None:
+            if isinstance(item, _StreamError):
+                raise RuntimeError(item.msg)
+            text += item
         tokens, ids = streamer.ids[: streamer.total_tokens], inputs["input_ids"]
         return text, len(ids) if isinstance(ids, list) else ids.shape[-1], tokens
 

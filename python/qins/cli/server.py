@@ -34,7 +34,7 @@ try:
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerationState
 
-    from .answering import OneByOne, Together
+    from .answering import OneByOne, Together, begun
 except ImportError as e:
     raise ImportError(f"qins serve needs transformers 5.23 or newer, got {transformers.__version__}: {e}") from e
 
@@ -157,6 +157,8 @@ class _Abandoning:
             await self.app(scope, receive, send)
             return
         messages: asyncio.Queue[Any] = asyncio.Queue()
+        streamers: list[Any] = []
+        begun.set(streamers)  # before the task that answers copies the context
 
         async def listen() -> None:
             while True:
@@ -173,6 +175,8 @@ class _Abandoning:
             answering.cancel()
             listening.cancel()
             await asyncio.wait({answering, listening})
+            for streamer in streamers:
+                streamer.cancel()
         if not left:
             answering.result()
 
