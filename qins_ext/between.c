@@ -87,3 +87,29 @@ void qins_gate_rows(const qins_kernels *k, qins_dtype dtype, const void *gate, c
     job j = {.kernels = k, .dtype = dtype, .x = gate, .up = up, .y = y, .n = n, .next = next, .gelu = gelu};
     qins_parallel(rows, grain(n), threads, gate_some, &j);
 }
+
+typedef struct {
+    const qins_kernels *kernels;
+    const qins_rotation *r;
+} rotating;
+
+static void rotate_some(void *context, size_t begin, size_t end)
+{
+    const rotating *p = context;
+    const qins_rotation *r = p->r;
+    const size_t size = item_size(r->dtype);
+    for (size_t i = begin; i < end; i++) {
+        const size_t sequence = i / r->tokens, token = i % r->tokens;
+        const size_t from = (sequence * r->x_sequence + token * r->x_token) * size;
+        const size_t to = (sequence * r->y_sequence + token * r->y_token) * size;
+        const size_t angle = (sequence * r->next_rotation + token * 2 * r->half) * size;
+        p->kernels->rotate[r->dtype]((const char *)r->x + from, (const char *)r->cosine + angle,
+                                     (const char *)r->sine + angle, r->heads, r->next_head, r->half, (char *)r->y + to);
+    }
+}
+
+void qins_rotate(const qins_kernels *k, const qins_rotation *r, int threads)
+{
+    rotating p = {k, r};
+    qins_parallel(r->sequences * r->tokens, grain(2 * r->heads * r->half), threads, rotate_some, &p);
+}

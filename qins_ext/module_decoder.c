@@ -195,10 +195,46 @@ static PyObject *gate_at(PyObject *module, PyObject *args)
     Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(rotate_at_doc,
+             "rotate_at(dtype, x, y, cosine, sine, sequences, tokens, heads, half, next_head, x_sequence, x_token, "
+             "y_sequence, y_token, next_rotation, threads, /)\n--\n\n"
+             "Rotary embedding; see qins_rotation. Arrays by address. Checks nothing.");
+
+static PyObject *rotate_at(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int dtype, threads;
+    Py_ssize_t x, y, cosine, sine, size[10];
+    if (!PyArg_ParseTuple(args, "innnnnnnnnnnnnni:rotate_at", &dtype, &x, &y, &cosine, &sine, &size[0], &size[1],
+                          &size[2], &size[3], &size[4], &size[5], &size[6], &size[7], &size[8], &size[9], &threads)) {
+        return NULL;
+    }
+    const qins_rotation r = {
+        .dtype = (qins_dtype)dtype,
+        .x = (const void *)x,
+        .cosine = (const void *)cosine,
+        .sine = (const void *)sine,
+        .y = (void *)y,
+        .sequences = (size_t)size[0],
+        .tokens = (size_t)size[1],
+        .heads = (size_t)size[2],
+        .half = (size_t)size[3],
+        .next_head = (size_t)size[4],
+        .x_sequence = (size_t)size[5],
+        .x_token = (size_t)size[6],
+        .y_sequence = (size_t)size[7],
+        .y_token = (size_t)size[8],
+        .next_rotation = (size_t)size[9],
+    };
+    Py_BEGIN_ALLOW_THREADS qins_rotate(qins_active(), &r, threads);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
 PyMethodDef qins_decoder_methods[] = {
     {"decoder_layer", decoder_layer, METH_VARARGS, decoder_layer_doc},
     {"decode_layer", (PyCFunction)(void (*)(void))decode_layer, METH_FASTCALL, decode_layer_doc},
     {"norm_at", norm_at, METH_VARARGS, norm_at_doc},
     {"gate_at", gate_at, METH_VARARGS, gate_at_doc},
+    {"rotate_at", rotate_at, METH_VARARGS, rotate_at_doc},
     {NULL, NULL, 0, NULL},
 };

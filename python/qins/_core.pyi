@@ -166,3 +166,22 @@ def norm_at(dtype: int, x: int, rows: int, n: int, weight: int, epsilon: float, 
 def gate_at(
     dtype: int, gate: int, up: int, next: int, rows: int, n: int, activation: int, y: int, threads: int, /
 ) -> None: ...
+def rotate_at(
+    dtype: int,
+    x: int,
+    y: int,
+    cosine: int,
+    sine: int,
+    sequences: int,
+    tokens: int,
+    heads: int,
+    half: int,
+    next_head: int,
+    x_sequence: int,
+    x_token: int,
+    y_sequence: int,
+    y_token: int,
+    next_rotation: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -277,6 +277,69 @@ static setup *random_setup(const qins_kernels *k, qins_codec codec, size_t group
     return s;
 }
 
+/* Rotary embedding of every dtype: the same bits as separate products and sums, each rounded; heads lie apart. */
+static void check_rotation(const qins_kernels *k, size_t half,
+                           void (*check)(int, const char *, const char *, size_t, size_t))
+{
+    enum { LISTS = 2, TIMES = 5, WIDTH = 3, GAP = 3 };
+    const size_t dim = 2 * half, head = dim + GAP, token = WIDTH * head + GAP, sequence = TIMES * token + GAP;
+    const size_t all = LISTS * sequence, angles = LISTS * TIMES * dim;
+    float *x = malloc((all + 2 * angles) * sizeof *x), *y = malloc(all * sizeof *y), *c = x + all, *s = c + angles;
+    char *in = malloc((all + 2 * angles) * sizeof *x), *out = malloc(all * sizeof *x);
+    for (int d = 0; d < 3; d++) {
+        const size_t size = d == QINS_F32 ? 4 : 2;
+        fill(x, all + 2 * angles, 0.1f, 4.0f);
+        k->narrow[d](x, all + 2 * angles, in);
+        k->widen[d](in, all + 2 * angles, x);
+        for (int shared = 0; shared < 2; shared++) {
+            const qins_rotation r = {(qins_dtype)d,
+                                     in,
+                                     in + all * size,
+                                     in + (all + angles) * size,
+                                     out,
+                                     LISTS,
+                                     TIMES,
+                                     WIDTH,
+                                     half,
+                                     head,
+                                     sequence,
+                                     token,
+                                     sequence,
+                                     token,
+                                     shared ? 0 : TIMES * dim};
+            memset(out, 0, all * size);
+            qins_rotate(k, &r, 1 + 2 * shared);
+            k->widen[d](out, all, y);
+            int right = 1;
+            size_t written = 0;
+            for (size_t i = 0; i < LISTS * TIMES * WIDTH * dim; i++) {
+                const size_t e = i % dim, h = i / dim % WIDTH, t = i / dim / WIDTH % TIMES, b = i / dim / WIDTH / TIMES;
+                const size_t row = b * sequence + t * token + h * head,
+                             angle = ((shared ? 0 : b) * TIMES + t) * dim + e;
+                const float other = e < half ? -x[row + e + half] : x[row + e - half];
+                float part[2] = {x[row + e] * c[angle], other * s[angle]}, sum;
+                uint32_t narrow[2]; /* room for two elements of any dtype */
+                k->narrow[d](part, 2, narrow);
+                k->widen[d](narrow, 2, part);
+                sum = part[0] + part[1];
+                k->narrow[d](&sum, 1, narrow);
+                k->widen[d](narrow, 1, &sum);
+                right = right && sum == y[row + e];
+                written += y[row + e] != 0.0f;
+            }
+            size_t nonzero = 0;
+            for (size_t i = 0; i < all; i++) {
+                nonzero += y[i] != 0.0f;
+            }
+            check(right && written == nonzero, "rotation", k->name, half, (size_t)d);
+        }
+    }
+    free(x);
+    free(y);
+    free(in);
+    free(out);
+}
+
 /* Norms and gates of rows, of every dtype and with every number of threads; n is the length of a row. */
 static void check_between(const qins_kernels *k, size_t n,
                           void (*check)(int, const char *, const char *, size_t, size_t))
@@ -341,6 +404,7 @@ void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const
     static const size_t LENGTH[] = {1, 15, 48, 70, 511, 513, 1100}; /* the last ones around the pieces of gates */
     for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
         check_between(k, LENGTH[i], check);
+        check_rotation(k, LENGTH[i] < 70 ? LENGTH[i] : LENGTH[i] % 70, check);
     }
     for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
         for (int fused = 0; fused < 2; fused++) {

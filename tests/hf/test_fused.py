@@ -1,10 +1,11 @@
-"""RMS norms and gated MLPs by the core where layers run their own forward."""
+"""RMS norms, gated MLPs and rotary embedding by the core where layers run their own forward."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import qins
 transformers = pytest.importorskip("transformers")
 from tiny import COMMON  # noqa: E402
 
+from qins.hf import fused as fusing  # noqa: E402
 from qins.hf import layer_description  # noqa: E402
 
 pytestmark = pytest.mark.once
@@ -77,6 +79,52 @@ def test_same_answers(name, dtype):
     exact = plain(norm).float()(x.float())
     with torch.no_grad():
         assert (norm(x).float() - exact).norm() <= (plain(norm)(x).float() - exact).norm() + 1e-6 * exact.norm()
+
+
+def rotation(model):
+    return sys.modules[type(model).__module__].apply_rotary_pos_emb
+
+
+def rotations(dtype):
+    """Queries, keys, cosines and sines: as models with separate and with fused projections have them, and others."""
+    for batch, heads, tokens, dim, shared in ((2, 3, 50, 64, True), (3, 1, 7, 10, False), (1, 2, 1, 256, True)):
+        both = torch.randn(batch, tokens, heads + 2, dim).to(dtype)
+        cos, sin = torch.randn(2, 1 if shared else batch, tokens, dim).to(dtype)
+        q, k = both[:, :, :heads].transpose(1, 2), both[:, :, heads : heads + 1].transpose(1, 2)
+        yield q, k, cos, sin
+        yield q.contiguous(), k.contiguous(), cos, sin
+        yield q[..., ::2], k[..., ::2], cos[..., ::2], sin[..., ::2]
+        yield q, k, cos[:, :1], sin[:, :1]
+        yield q[:0], k, cos[:1], sin[:1]
+        yield q, k, cos.float(), sin.float()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rotation_is_bit_for_bit_the_models(name, monkeypatch):
+    model, called = tiny(name), []
+    own, core = rotation(model).__wrapped__, fusing._core.rotate_at
+    monkeypatch.setattr(fusing._core, "rotate_at", lambda *args: called.append(core(*args)))
+    with torch.no_grad():
+        logits(model)
+        assert len(called) == 2 * len(model.model.layers)
+        for dtype in ROUNDING:
+            for given in rotations(dtype):
+                for got, want in zip(rotation(model)(*given), own(*given), strict=True):
+                    assert torch.equal(got, want)
+    before = len(called)
+    given = [t.requires_grad_() for t in next(rotations(torch.float32))]
+    sum(t.sum() for t in rotation(model)(*given)).backward()
+    assert given[0].grad.norm() > 0
+    assert len(called) == before
+
+
+def test_other_rotations_keep_their_operations(monkeypatch):
+    """Neighbours instead of halves; a function that takes something else."""
+    here = sys.modules[__name__]
+    for own in (transformers.models.cohere.modeling_cohere.apply_rotary_pos_emb, lambda x: x):
+        monkeypatch.setattr(here, "apply_rotary_pos_emb", own, raising=False)
+        fusing._fuse_rotation(type("Attention", (), {"__module__": __name__}))
+        assert here.apply_rotary_pos_emb is own
 
 
 def test_threads_change_nothing():

@@ -270,7 +270,7 @@ def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:
 
 
 def decode_in_steps(model: nn.Module) -> None:
-    """Enable decode steps in a model's decoder layers, and fused norms and gates where they run their own forward.
+    """Enable decode steps in a model's decoder layers, and fused operations where they run their own forward.
 
     The environment variable QINS_DECODE_STEP=0 prevents it.
 

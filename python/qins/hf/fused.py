@@ -1,11 +1,14 @@
-"""RMS norms and gated MLPs in calls that are no decode steps: each in one operation of the core instead of several.
+"""What layers compute between their products in calls that are no decode steps, in one operation of the core each.
 
 A prefill, a batch that is too large for a step, and continuous batching run a layer's own forward. In it, a norm is six
-operations of torch and a gate two, which in bfloat16 take as long as the products of a small model.
+operations of torch, a gate two and rotary embedding ten; in bfloat16 they take as long as a small model's products.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,10 +119,80 @@ def _gated(modules: Any, activation: int, x: Tensor) -> Any:
     return y
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Return x, (batch, heads, tokens, head_dim), rotated as transformers' models do, or None if the core cannot.
+
+    Every product and sum is rounded to the dtype, so the result is the same bit for bit.
+    """
+    if x.dim() != 4 or cos.dim() != 3 or x.numel() == 0:
+        return None
+    y = torch.empty_like(x)
+    batch, heads, tokens, dim = x.shape
+    of_batch, of_heads, of_tokens, of_dim = x.stride()
+    strides = y.stride()
+    shape = (1 if cos.shape[0] == 1 else batch, tokens, dim)
+    if (of_dim, strides[3], dim % 2) != (1, 1, 0) or strides[1] != of_heads or cos.shape != shape or sin.shape != shape:
+        return None
+    _core.rotate_at(
+        DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), batch, tokens, heads,
+        dim // 2, of_heads, of_batch, of_tokens, strides[0], strides[2], 0 if len(cos) == 1 else tokens * dim,
+        get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _fused_rotation(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        alike = all(type(t) is Tensor and t.is_cpu and t.dtype is q.dtype for t in (q, k, cos, sin))
+        if alike and q.dtype in TOLERANCE and not args and not kwargs and may_replace():
+            cos, sin = cos.contiguous(), sin.contiguous()
+            if (of_q := _rotate(q, cos, sin)) is not None and (of_k := _rotate(k, cos, sin)) is not None:
+                return of_q, of_k
+        return own(q, k, cos, sin, *args, **kwargs)
+
+    rotate.__dict__["_qins_wrapped"] = True
+    return rotate
+
+
+def _rotates_in_halves(own: Callable[..., Any], fused: Callable[..., Any]) -> bool:
+    """Return whether a function computes rotary embedding as the core does."""
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").reshape(shape).sin()
+
+    q, k, cos, sin = numbers(2, 3, 5, 8), numbers(2, 1, 5, 8) - 0.1, numbers(2, 5, 8) + 0.3, numbers(2, 5, 8) - 0.2
+    with torch.no_grad():
+        for dtype in TOLERANCE:
+            given = [t.to(dtype) for t in (q, k, cos, sin)]
+            try:
+                pairs = [*zip(own(*given), fused(*given), strict=True)]
+            except (IndexError, RuntimeError, TypeError, ValueError):  # of a function that takes something else
+                return False
+            if not all(torch.equal(a, b) for a, b in pairs):
+                return False
+    return True
+
+
+def _fuse_rotation(kind: type) -> None:
+    """Let the core rotate queries and keys in a class's attention, of all models: the results are torch's."""
+    there: Any = sys.modules[kind.__module__]
+    own = getattr(there, "apply_rotary_pos_emb", None)
+    if own is None or own.__dict__.get("_qins_wrapped"):
+        return
+    fused = _fused_rotation(own)
+    if _rotates_in_halves(own, fused):
+        there.apply_rotary_pos_emb = fused
+    else:
+        own.__dict__["_qins_wrapped"] = True
+
+
 def fuse(module: nn.Module) -> None:
-    """Let the core compute a module if it is an RMS norm or a gated MLP of a supported family."""
+    """Let the core compute a module, or part of it: an RMS norm, a gated MLP or attention of a supported family."""
     children = {*module._modules}
     if is_reviewed(type(module), "RMSNorm"):
         replace(module, FusedNorm())
     elif is_reviewed(type(module), "MLP") and ({"gate_proj", "up_proj"} <= children or "gate_up_proj" in children):
         replace(module, FusedGate())
+    elif is_reviewed(type(module), "Attention"):
+        _fuse_rotation(type(module))

@@ -35,7 +35,7 @@ _NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
 
 
 def is_reviewed(kind: type, role: str) -> bool:
-    """Return whether a class is a reviewed family's module with this role: DecoderLayer, RMSNorm or MLP."""
+    """Return whether a class is a reviewed family's module with this role: DecoderLayer, RMSNorm, MLP or Attention."""
     return kind.__name__.removesuffix(role) in _FAMILIES and kind.__module__.startswith("transformers.models.")
 
 
