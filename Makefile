@@ -25,8 +25,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist workste
 demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
 
-# the core with every instruction set that runs here, and the Python suite with the best of them
-test: test-core test-python
+# the core with every instruction set that runs here, while packages are installed, and the Python suite with the best
+test:
+	$(MAKE) --jobs=2 --output-sync=target test-core $(VENV)/installed-dev
+	$(MAKE) test-python
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
 # the longest first, each with one processor

@@ -134,6 +134,7 @@ def test_help():
     assert "model" in command("demo", "--help").stdout
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_user_errors_are_one_line(tmp_path):
     run = command("demo", "--model", str(tmp_path / "nothing"), HF_HUB_OFFLINE="1")
@@ -161,6 +162,7 @@ def test_demo(tmp_path):
     assert min(result["tokens_per_second"].values()) > 0
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_bench():
     run = command("bench", "--shape", "64x96", "--rows", "1", "--rows", "20", "--seconds", "0.01", "--json")
@@ -174,6 +176,7 @@ def test_bench():
     assert "shape: expected OUTxIN" in wrong.stderr
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_names_are_not_shadowed_by_modules():
     """Importing any submodule must not replace a public function of the package."""

@@ -86,6 +86,7 @@ def test_next_tokens(loaded, ids, codec, group, kl, agree):
     assert first >= 1
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_log9_computes_as_golden(loaded, ids):
     window = ids[:, :128]
@@ -139,6 +140,7 @@ def test_products_of_real_activations(loaded, ids, group):
             assert error < 2e-4, (name, rows)
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_a_shuffled_layer_is_noticed(loaded, ids):
     model = copy.deepcopy(loaded[0])

@@ -513,6 +513,7 @@ tensors = []
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_peak_memory(tmp_path, calibrated):

@@ -20,6 +20,7 @@ def source(tmp_path):
     return save_calibrated_source(tmp_path / "float")
 
 
+@pytest.mark.long
 def test_command_line(source, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "qins.cli", "quantize", str(source), str(tmp_path / "out"), "--calibrate",

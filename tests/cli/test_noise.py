@@ -55,6 +55,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_quiet_and_verbose(tmp_path):
     torch.save(nn.Sequential(nn.Linear(300, 20)).state_dict(), tmp_path / "a.pt")
     bench = ("bench", "--shape", "64x200", "--rows", "1", "--seconds", "0.01", "--group-size", "100")

@@ -17,6 +17,7 @@ from tokens import text as words  # noqa: E402
 pytestmark = pytest.mark.once
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("target", "least"), [(8.65, 8.0), (5.2, 4.5)])
 def test_command_line(tmp_path, target, least):
     sharp_llama().save_pretrained(tmp_path / "float")

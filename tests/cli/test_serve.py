@@ -282,6 +282,7 @@ def test_logit_bias(served):
     assert served.chat("w40", 1, logit_bias={}).choices[0].message.content == plain
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_at_once(talking):
     """A client that never sends the rest of its request would keep the server forever."""
     served = Served(talking, "--no-verify")

@@ -92,6 +92,7 @@ def test_phi35_pattern_a(beside, phi35_hub):
     assert after < 0.55 * before
 
 
+@pytest.mark.long
 def test_arguments_and_errors(beside):
     (beside / "echo.py").write_text(
         "import sys, src\nprint(sys.argv[1:], __name__, __file__)\nimport qins_codec\nprint(qins_codec.__doc__)\n"

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_smollm2_end_to_end(tmp_path):
     """Quantized while loading, saved, loaded, trained with LoRA in transformers' Trainer, saved, loaded, merged."""
     transformers = pytest.importorskip("transformers")

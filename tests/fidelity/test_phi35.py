@@ -141,6 +141,7 @@ def convert_shape(layers):
     return map(float, done.stdout.split()[-5:])
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_the_floats_of_each_layer_go_before_the_next():
     floats, peak, after, codes, compression = convert_shape(2)

@@ -55,6 +55,7 @@ with torch.no_grad():
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_quantizers_first(checkpoint):
     """transformers.quantizers.auto imports torch, so it is only partly imported when torch calls the entry point."""
     program = """
@@ -68,6 +69,7 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "QINSLinear"
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.long
 def test_where_qins_cannot_be_imported(checkpoint):
     """Float checkpoints load; codes raise an error, since without a quantizer the weights would be random."""
     program = """

@@ -28,6 +28,7 @@ def experts_of(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, qins.QINSExperts)}
 
 
+@pytest.mark.long
 def test_where_qins_is_not_installed(tmp_path):
     """Models are refused even if only their experts are quantized."""
     cases = []
@@ -244,6 +245,7 @@ def test_what_is_quantized(tmp_path):
     assert same_state(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out"), model)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 1),

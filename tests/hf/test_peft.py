@@ -179,6 +179,7 @@ def test_prepare_for_training():
     model(input_ids=torch.arange(3, 23)[None], labels=torch.arange(3, 23)[None]).loss.backward()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["import qins, peft", "import peft, qins"])
 def test_the_order_of_imports_does_not_matter(order):
     code = f"{order}\nassert qins.QINSLinear in peft.LoraConfig()._custom_modules"

@@ -355,6 +355,7 @@ def test_gradients_reach_the_input(tiny):
     assert embedded.grad.abs().sum() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["import qins, transformers", "import transformers, qins"])
 def test_importing_qins_is_enough(tiny, order):
     _, path = tiny
@@ -368,6 +369,7 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "QINSLinear"
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_where_qins_is_not_installed(tmp_path):
     """transformers would go on with random weights; an empty tensor of a weight's name stops it."""
     cases = []
@@ -449,6 +451,7 @@ def test_offload(tiny, where, buffers):
     assert torch.equal(outputs(quantized), expected)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_while_loading(tmp_path):
     """400 MB of float32 in one file: the peak is the codes and other tensors, the largest tensor, and 60 MiB."""

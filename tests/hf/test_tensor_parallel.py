@@ -118,6 +118,7 @@ def test_ranks_compute_and_save_as_one(results, case):
     assert not qins.inspect(path / str(len(ranks))).problems
 
 
+@pytest.mark.long
 def test_gradients(tmp_path):
     name = work.save("llama", tmp_path)
     expected = work.input_gradient(name, str(tmp_path))
@@ -165,6 +166,7 @@ def test_older_versions_of_transformers(monkeypatch):
             call()
 
 
+@pytest.mark.long
 def test_memory(tmp_path):
     """A rank holds half of the codes, and little more than its part and one tensor while it loads them."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 1024}

@@ -166,6 +166,7 @@ def test_meta_model():
     assert report.converted[0].bytes_after == 20 * 300 + 20 * 5 + 4 * 20 + 4
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_resident_memory_shrinks():
     """A process with the converted model is smaller than one with the float model, by as much as the codes save.

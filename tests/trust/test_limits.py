@@ -73,6 +73,7 @@ print(failed, right)
     assert right > 0
 
 
+@pytest.mark.long
 def test_models_that_do_not_fit(tmp_path):
     """`quantize_checkpoint` and `from_pretrained` name what they need and what there is, and leave nothing behind."""
     pytest.importorskip("transformers")
