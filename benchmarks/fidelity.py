@@ -41,8 +41,7 @@ from torch import nn
 
 import qins
 from qins.calibration import Layer, Text, choose_layer, split
-from qins.calibration.planning import Option, allocate, options, sensitivities
-from qins.calibration.planning import _formats as formats
+from qins.calibration.planning import Option, allocate, candidate_formats, options, sensitivities
 from qins.calibration.rounds import Clock, rounds
 from qins.cli.bench import machine
 from qins.codec import DAMPING, EncodedArray, ErrorFeedback, format_of
@@ -127,7 +126,9 @@ class Subject:
         with torch.enable_grad():
             weighed = sensitivities(self.model, self.layers, [*self.text.held, *self.text.batches])
         return {
-            n: options(layer, self.feedback(n), self.inputs[n].held, weighed[n], formats(layer.weight.shape[1], True))
+            n: options(
+                layer, self.feedback(n), self.inputs[n].held, weighed[n], candidate_formats(layer.weight.shape[1], True)
+            )
             for n, layer in self.layers.items()
         }
 

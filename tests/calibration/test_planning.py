@@ -10,7 +10,7 @@ import torch
 
 import qins
 from qins.calibration.activations import Layer, cut
-from qins.calibration.planning import Option, _formats, allocate, hull, sensitivities
+from qins.calibration.planning import Option, allocate, candidate_formats, hull, sensitivities
 
 transformers = pytest.importorskip("transformers")
 from tiny import make  # noqa: E402
@@ -141,10 +141,10 @@ def test_fewer_bits(target):
 
 def test_what_is_tried():
     packed = [(f"log{bits}", size) for bits in (6, 5, 4) for size in (32, 64)]
-    assert _formats(576, True) == [("log8", None), ("log8", 32), ("log8", 64), ("log8", 192), *packed]
-    assert _formats(576, False) == _formats(576, True)[:4]
-    assert _formats(72, True) == [("log8", None), ("log6", 32), ("log5", 32), ("log4", 32)]
-    assert _formats(60, True) == [("log8", None)]  # cannot be packed
+    assert candidate_formats(576, True) == [("log8", None), ("log8", 32), ("log8", 64), ("log8", 192), *packed]
+    assert candidate_formats(576, False) == candidate_formats(576, True)[:4]
+    assert candidate_formats(72, True) == [("log8", None), ("log6", 32), ("log5", 32), ("log4", 32)]
+    assert candidate_formats(60, True) == [("log8", None)]  # cannot be packed
 
 
 def test_layers_left_as_floats():

@@ -170,7 +170,7 @@ def options(
     return found
 
 
-def _formats(in_features: int, packed: bool) -> list[tuple[str, int | None]]:
+def candidate_formats(in_features: int, packed: bool) -> list[tuple[str, int | None]]:
     """Return the formats to try on a layer: codecs and group sizes."""
     sizes = [s for s in GROUP_SIZES if in_features % s == 0 and s < in_features]
     found: list[tuple[str, int | None]] = [("log8", None), *(("log8", s) for s in sizes)]
@@ -262,7 +262,7 @@ def plan_layers(
             bits = float(LOG_BITS[layer.codec])
             found[name] = [Option(layer.group_size, bits, 0.0, layer.codec)]  # the text does not reach this layer
         else:
-            formats = _formats(layer.weight.shape[1], packed)
+            formats = candidate_formats(layer.weight.shape[1], packed)
             found[name] = options(layer, feedback, held, sensitivity[name], formats)
         advance(weights[name])
     return allocate({n: found[n] for n in layers}, weights, target_bits, target_kld)

@@ -96,7 +96,3 @@ def main() -> None:
         told = str(e) or "out of memory"
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(told)}", highlight=False)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

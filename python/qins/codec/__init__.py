@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from ..system import lazily
 from .array import EncodedArray, decode, encode, matmul
-from .dtypes import is_torch
 from .exact import RESTORABLE, residual, restore
 from .feedback import DAMPING, ErrorFeedback
 from .fields import (
@@ -85,7 +84,6 @@ __all__ = [
     "field_shapes",
     "format_of",
     "is_packed",
-    "is_torch",
     "isa",
     "isas",
     "matmul",

@@ -165,10 +165,3 @@ def main(arguments: list[str] | None = None) -> None:
     sys.argv = [str(script), *arguments[1:]]
     sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
-
-
-if __name__ == "__main__":
-    # import by the real name, so that classes pickled from here can be found again
-    from qins.compat import main as _main
-
-    _main()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         harness_results,
         kind_of,
     )
-    from .metrics import bytes_by_component, compare_predictions, fidelity, greedy, sample_text, windows
+    from .metrics import bytes_by_component, fidelity, greedy, sample_text, windows
     from .peers import PEERS
     from .recording import Recording
     from .report import report_rows, report_tables, write_report
@@ -33,7 +33,6 @@ __all__ = [
     "Recording",
     "Settings",
     "bytes_by_component",
-    "compare_predictions",
     "compare_window",
     "default_names",
     "evaluate_all",
@@ -53,7 +52,6 @@ __getattr__ = lazily(
     __name__,
     {
         "bytes_by_component": "metrics",
-        "compare_predictions": "metrics",
         "fidelity": "metrics",
         "greedy": "metrics",
         "sample_text": "metrics",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..system import lazily
-from .card import CARD, UploadWithCard, hub_name, write_card
+from .card import CARD, hub_name, write_card
 from .config import QinsConfig
 from .embeddings import input_embedding, tied_output, tied_to
 from .models import (
@@ -16,7 +16,6 @@ from .models import (
     load_tokenizer,
     loading,
     model_class,
-    not_found,
     require_causal_lm,
     require_transformers,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "QINSCache",
     "QinsConfig",
     "QinsHfQuantizer",
-    "UploadWithCard",
     "attach",
     "cache_directory",
     "check_layer",
@@ -55,7 +53,6 @@ __all__ = [
     "load_tokenizer",
     "loading",
     "model_class",
-    "not_found",
     "one_by_one",
     "pending_experts",
     "pending_layers",
