@@ -1394,9 +1394,17 @@ static void wait_and_count(void *context, size_t begin, size_t end)
     }
 }
 
+/* An item takes longer than a piece should, which cannot become less than one item. */
+static void wait_longer_and_count(void *context, size_t begin, size_t end)
+{
+    const struct timespec pause = {0, 45000000};
+    nanosleep(&pause, NULL);
+    atomic_fetch_add((atomic_size_t *)context, end - begin);
+}
+
 static void polling(int threads)
 {
-    enum { PAUSES = 5000 };
+    enum { PAUSES = 5000, SLOW = 4 };
     int polls = 0;
     atomic_size_t done;
     atomic_init(&done, 0);
@@ -1412,6 +1420,10 @@ static void polling(int threads)
     for (size_t items = 0; items < 9999; items += 333) {
         check(covers(items, 1 + items % 5, threads), "pieces", "core", items, (size_t)threads);
     }
+    polls = -100; /* stops what never ends */
+    atomic_store(&done, 0);
+    qins_parallel(SLOW, 1, threads, wait_longer_and_count, &done);
+    check(atomic_load(&done) == SLOW, "slow items", "core", atomic_load(&done), (size_t)threads);
     qins_set_poll(NULL, NULL);
     check(!qins_stopped() && covers(1000, 1, threads), "after polling", "core", (size_t)threads, 0);
 }

@@ -145,6 +145,9 @@ static void slow_row(const setup *s, const qins_decoder_call *call, size_t seque
     for (size_t i = 0; i < HIDDEN; i++) {
         x[i] += (double)l->residual * normed[i];
     }
+    if (l->gate.codes.codes == NULL) {
+        return;
+    }
     slow_norm(x, HIDDEN, l->before_mlp, (double)l->epsilon, normed);
     slow_product(&s->gate, NULL, normed, gate);
     slow_product(&s->up, NULL, normed, up);
@@ -166,8 +169,8 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     float x[MOST_ROWS * HIDDEN], y[2][MOST_ROWS * HIDDEN], turn[2][MOST_ROWS * ROTARY];
     uint8_t mask[MOST_ROWS * ROOM];
     const size_t total = past + tokens, cache = sequences * KV_HEADS * ROOM * DIM;
-    fill(keys, cache, 0.0f, 1.0f);
-    fill(values, cache, 0.0f, 1.0f);
+    fill(keys, CACHE, 0.0f, 1.0f);
+    fill(values, CACHE, 0.0f, 1.0f);
     fill(x, sequences * tokens * HIDDEN, 0.0f, 1.0f);
     fill(turn[0], sequences * tokens * ROTARY, 0.0f, 1.0f);
     fill(turn[1], sequences * tokens * ROTARY, 0.0f, 1.0f);
@@ -177,8 +180,8 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
         }
     }
     for (int i = 1; i < 3; i++) {
-        memcpy(keys + i * CACHE, keys, cache * sizeof *keys);
-        memcpy(values + i * CACHE, values, cache * sizeof *values);
+        memcpy(keys + i * CACHE, keys, CACHE * sizeof *keys);
+        memcpy(values + i * CACHE, values, CACHE * sizeof *values);
     }
     qins_decoder_call call = {
         .dtype = QINS_F32,
@@ -202,6 +205,9 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
         call.keys.data = keys + (i + 1) * CACHE;
         call.values.data = values + (i + 1) * CACHE;
         right = right && qins_decode_layer(k, &s->layer, &call, i == 0 ? 1 : 3) == 0;
+        /* what follows the sequences stays as it was */
+        right = right && memcmp((float *)call.keys.data + cache, keys + cache, (CACHE - cache) * sizeof *keys) == 0;
+        right = right && memcmp((float *)call.values.data + cache, values + cache, (CACHE - cache) * sizeof *keys) == 0;
     }
     right = right && memcmp(y[0], y[1], sequences * tokens * HIDDEN * sizeof(float)) == 0;
     right = right && memcmp(keys + CACHE, keys + 2 * CACHE, cache * sizeof *keys) == 0;
@@ -220,6 +226,35 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     free(keys);
     free(values);
     return right;
+}
+
+/* Whether keys that float16 cannot hold are told, and the result left alone. */
+static int overflow_is_told(const qins_kernels *k, const setup *s)
+{
+    qins_decoder_layer layer = s->layer;
+    float x[HIDDEN], y[HIDDEN] = {0.0f}, turn[ROTARY] = {0.0f}, large[KV_HEADS * DIM];
+    uint16_t keys[KV_HEADS * ROOM * DIM], values[KV_HEADS * ROOM * DIM];
+    fill(x, HIDDEN, 0.0f, 1.0f);
+    fill(large, KV_HEADS * DIM, 1e6f, 1.0f);
+    layer.k.bias = large;
+    layer.k_norm = NULL;
+    const qins_decoder_call call = {
+        .dtype = QINS_F32,
+        .x = x,
+        .y = y,
+        .sequences = 1,
+        .tokens = 1,
+        .room = ROOM,
+        .cos = turn,
+        .sin = turn,
+        .keys = {.kind = QINS_STORE_FLOAT16, .data = keys},
+        .values = {.kind = QINS_STORE_FLOAT16, .data = values},
+    };
+    int told = qins_decode_layer(k, &layer, &call, 1) == 1;
+    for (size_t i = 0; i < HIDDEN; i++) {
+        told = told && y[i] == 0.0f;
+    }
+    return told;
 }
 
 static setup *random_setup(const qins_kernels *k, qins_codec codec, size_t group_size, qins_activation activation,
@@ -414,6 +449,11 @@ void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const
                 check(layer_is_right(k, s, 3, 1, past, 0), "decoder layer, sequences", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 2, 4, past, 1), "decoder layer, masked", k->name, GROUP[g], past);
             }
+            if (!fused) { /* keys are a product of their own */
+                check(overflow_is_told(k, s), "decoder layer, overflow", k->name, GROUP[g], 0);
+            }
+            s->layer.gate.codes.codes = NULL;
+            check(layer_is_right(k, s, 3, 1, 5, 0), "decoder layer, attention alone", k->name, GROUP[g], 5);
             release(&s->qkv);
             release(&s->o);
             release(&s->gate);
