@@ -134,8 +134,12 @@ def test_same_answers_as_the_modules(name, batch, padding, at_once):
 
 @pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize(
-    "codecs", [("float16", "log8"), ("float16", "golden"), ("log8", "log8"), ("golden", "float16")]
-)
+    "codecs",
+    [
+        ("float16", "log8"), ("float16", "golden"), ("log8", "log8"), ("golden", "float16"), ("log6", "log6"),
+        ("log8", "log5"), ("log4", "log4"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("name", "batch", "padding"), [("Llama", 1, 0), ("Qwen3", 3, 4), ("Gemma2", 1, 0), ("GptOss", 3, 4)]
 )
@@ -186,9 +190,10 @@ def test_every_instruction_set(isa):
     model = family("Qwen2")
     ids, mask = texts(2)
     caches = [DynamicCache, lambda: qins.QINSCache(k_codec="golden"), lambda: qins.QINSCache(k_codec="log8")]
+    caches += [lambda codec=codec: qins.QINSCache(k_codec=codec, v_codec=codec) for codec in ("log6", "log5", "log4")]
     got = [logits(model, ids, mask, cache=make()) for make in caches]
     without_steps(model)
-    for make, found, most in zip(caches, got, (1e-8, 1e-6, 1e-6), strict=True):
+    for make, found, most in zip(caches, got, (1e-8, *[1e-6] * 5), strict=True):
         assert divergence(found, logits(model, ids, mask, cache=make())) < most
 
 
@@ -204,7 +209,11 @@ def test_other_codecs(codec):
     assert divergence(got, logits(model, ids, mask)) < 1e-8
 
 
-@pytest.mark.parametrize("make", [lambda: None, lambda: qins.QINSCache(k_codec="log8")], ids=["floats", "codes"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: None, lambda: qins.QINSCache(k_codec="log8"), lambda: qins.QINSCache(k_codec="log5", v_codec="log4")],
+    ids=["floats", "codes", "packed"],
+)
 def test_threads_change_nothing(make):
     model = family("Llama", hidden_size=256, intermediate_size=512, head_dim=64)
     ids, mask = texts(4, tokens=200)
@@ -449,12 +458,13 @@ def test_other_caches_run_the_modules(model):
     assert not any(proved(model))
 
 
-def test_the_tokens_of_a_quantized_cache(model):
+@pytest.mark.parametrize("codecs", [("log8", "log8"), ("log5", "log4")])
+def test_the_tokens_of_a_quantized_cache(model, codecs):
     """Steps and modules write to one cache; copies, crops, and beams that are reordered keep their own tokens."""
     ids, _ = texts(tokens=30)
 
     def new():
-        return qins.QINSCache(model.config, k_codec="log8")
+        return qins.QINSCache(model.config, k_codec=codecs[0], v_codec=codecs[1])
 
     def of_prefix():
         cache = new()
@@ -462,6 +472,7 @@ def test_the_tokens_of_a_quantized_cache(model):
             model(ids[:, :10], past_key_values=cache, use_cache=True)
         return cache
 
+    decoded(model, of_prefix(), tokens=1, prompt=10)  # which runs the modules, too, whose rounding differs
     prefix = of_prefix()
     one, other = copy.deepcopy(prefix), copy.deepcopy(prefix)
     want = decoded(model, one, prompt=10)
@@ -481,7 +492,9 @@ def test_the_tokens_of_a_quantized_cache(model):
     assert divergence(decoded(model, of_prefix(), prompt=10), want) < 1e-6
 
 
-@pytest.mark.parametrize("codecs", [("float16", "log8"), ("log8", "golden"), ("golden", "float16")])
+@pytest.mark.parametrize(
+    "codecs", [("float16", "log8"), ("log8", "golden"), ("golden", "float16"), ("log6", "log4"), ("float16", "log5")]
+)
 def test_states_that_a_quantized_cache_refuses(model, codecs):
     """The modules' own error, and nothing is added."""
     ids, _ = texts(tokens=12)
