@@ -173,7 +173,7 @@ class LayerStep(Replacement):
         return y
 
 
-class _Coded(QINSLayer):
+class _Coded(QINSLayer):  # type: ignore[no-untyped-call]
     """A cache layer that already has the codes of the next tokens.
 
     A difference in rounding may change a code to its neighbor. Results are compared with the same codes, because a
