@@ -244,8 +244,11 @@ void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t ro
         const size_t groups = ceil_div(c->dim, QINS_CACHE_GROUP);
         const uint8_t *group = c->group_scale + row * groups;
         packed_levels(kernels, c, row, n, out);
-        for (size_t i = 0; i < n * groups; i++) {
-            scale[i] = from_bfloat16(c->scale[row + i / groups]) * group_multiplier(log_bits(c->codec), group[i]);
+        for (size_t i = 0; i < n; i++) {
+            const float of_row = from_bfloat16(c->scale[row + i]);
+            for (size_t g = 0; g < groups; g++) {
+                *scale++ = of_row * group_multiplier(log_bits(c->codec), *group++);
+            }
         }
         return;
     }

@@ -302,8 +302,10 @@ static void weigh_codes(const run *r, const float *values, size_t n, const float
     const size_t span = qins_cache_span(&c), groups = ceil_div(dim, span);
     float scaled[QINS_BATCH * TOKENS_AT_ONCE];
     for (size_t g = 0, k = 0; g < groups; g++, k += span) {
-        for (size_t i = 0; i < (size_t)batch * n; i++) {
-            scaled[i] = weight[i / n * next + i % n] * scale[i % n * groups + g];
+        for (size_t j = 0; j < (size_t)batch; j++) {
+            for (size_t i = 0; i < n; i++) {
+                scaled[j * n + i] = weight[j * next + i] * scale[i * groups + g];
+            }
         }
         r->kernels->weigh_rows(values + k, n, dim, scaled, n, batch, least(dim - k, span), some->out[0] + k,
                                QINS_DECODER_HEAD_DIM);
