@@ -311,8 +311,7 @@ Decode: 32 tokens after a prompt of 16. Prefill: a prompt of 512. Peak RAM: of t
 ## KV caches
 
 SmolLM2 (`log8` weights), 1,000 tokens of context, 100 decode steps, all caches in turn (`benchmarks/kv_cache.py`).
-DynamicCache holds float32. KLD: mean KL divergence of next tokens from those with DynamicCache. Read little into the
-greedy tokens of a single run: one near-tie changes all that follow.
+DynamicCache holds float32. Read little into the greedy tokens of a single run: one near-tie changes all that follow.
 
 {caches}
 
