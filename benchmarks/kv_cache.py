@@ -1,9 +1,10 @@
-"""KV caches side by side: bytes, speed and greedy agreement with transformers' DynamicCache.
+"""KV caches side by side: bytes, speed, KL divergence and greedy agreement with transformers' DynamicCache.
 
     python benchmarks/kv_cache.py [--context 1000] [--steps 100] [--model NAME] [--float] [--json FILE]
 
 Every cache first prefills the same context. Then all of them take decode steps in turn, so that changes of the
 machine's speed affect all of them at the same length. Figures are medians over the steps, as ratios to DynamicCache.
+KLD: mean KL divergence, in nats, of the next-token distributions of one text of up to 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ KINDS: dict[str, Callable[[object], Cache]] = {
     "DynamicCache": lambda config: DynamicCache(config=config),
     "QINSCache, v log8": lambda config: qins.QINSCache(config, v_codec="log8"),
     "QINSCache, v golden": lambda config: qins.QINSCache(config, v_codec="golden"),
+    "QINSCache, v log4": lambda config: qins.QINSCache(config, v_codec="log4"),
     "QINSCache, k and v log8": lambda config: qins.QINSCache(config, v_codec="log8", k_codec="log8"),
+    "QINSCache, k and v log6": lambda config: qins.QINSCache(config, v_codec="log6", k_codec="log6"),
+    "QINSCache, k and v log5": lambda config: qins.QINSCache(config, v_codec="log5", k_codec="log5"),
+    "QINSCache, k and v log4": lambda config: qins.QINSCache(config, v_codec="log4", k_codec="log4"),
 }
 
 
@@ -49,6 +54,19 @@ def cache_bytes(cache: Cache) -> float:
             tensors += [] if q is None else [q._data, q._scale, q._shift] if hasattr(q, "_shift") else [q]
     # quanto packs four-bit codes into a tensor of its own
     return float(sum(getattr(t, "_data", t).numel() * getattr(t, "_data", t).element_size() for t in tensors))
+
+
+def divergences(model: torch.nn.Module, ids: torch.Tensor, kinds: dict[str, Callable[[object], Cache]]) -> list[float]:
+    """Return the mean KL divergence of each cache's next-token distributions from those of the first."""
+    found: list[float] = []
+    reference = None
+    with torch.no_grad():
+        for make in kinds.values():
+            got = model(ids, past_key_values=make(model.config)).logits[0].float().log_softmax(-1)
+            reference = got if reference is None else reference
+            of_token = ((p.exp() * (p - q)).sum(-1) for p, q in zip(reference.split(64), got.split(64), strict=True))
+            found.append(float(torch.cat(list(of_token)).double().mean()))
+    return found
 
 
 def race(model: torch.nn.Module, context: torch.Tensor, steps: int) -> dict[str, dict[str, float]]:
@@ -79,7 +97,8 @@ def race(model: torch.nn.Module, context: torch.Tensor, steps: int) -> dict[str,
     reference = tokens["DynamicCache"]
     base = statistics.median(times["DynamicCache"])
     results = {}
-    for name, cache in caches.items():
+    of_kinds = divergences(model, context[:, :2048], kinds)
+    for (name, cache), divergence in zip(caches.items(), of_kinds, strict=True):
         median = statistics.median(times[name])
         same = [a == b for a, b in zip(tokens[name], reference, strict=True)]
         results[name] = {
@@ -87,6 +106,7 @@ def race(model: torch.nn.Module, context: torch.Tensor, steps: int) -> dict[str,
             "speed_ratio": base / median,
             "prefill_seconds": prefill[name],
             "bytes": cache_bytes(cache),
+            "kld": divergence,
             "same_first_tokens": same.index(False) if False in same else len(same),
             "tokens": len(same),
         }
@@ -95,11 +115,11 @@ def race(model: torch.nn.Module, context: torch.Tensor, steps: int) -> dict[str,
 
 def table(results: dict[str, dict[str, float]]) -> str:
     most = results["DynamicCache"]["bytes"]
-    lines = ["| cache | MB | bytes | tokens/s | speed | same greedy tokens |", "|---|---|---|---|---|---|"]
+    lines = ["| cache | MB | bytes | tokens/s | speed | KLD | same greedy tokens |", "|---|---|---|---|---|---|---|"]
     for name, r in results.items():
         lines.append(
             f"| {name} | {r['bytes'] / 1e6:.2f} | {r['bytes'] / most:.3f}x | {r['tokens_per_second']:.1f} "
-            f"| {r['speed_ratio']:.3f}x | {r['same_first_tokens']:.0f} of {r['tokens']:.0f} |"
+            f"| {r['speed_ratio']:.3f}x | {r['kld']:.1e} | {r['same_first_tokens']:.0f} of {r['tokens']:.0f} |"
         )
     return "\n".join(lines)
 

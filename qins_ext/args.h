@@ -46,9 +46,9 @@ int qins_numbers(const char *function, PyObject *const *args, Py_ssize_t count, 
 enum { QINS_CODES_NUMBERS = 9 };
 void qins_codes_at(const size_t *numbers, qins_codes *e);
 
-/* module.c: the instruction set in use, and the tables of log8 in KV caches */
+/* module.c: the instruction set in use, and the tables of KV caches, by codec */
 const qins_kernels *qins_active(void);
-extern qins_log8_tables qins_cache_tables;
+extern qins_cache_tables qins_tables_of_caches[QINS_CODEC_COUNT];
 /* A call without the GIL. If it may take long (`work`: very roughly, in nanoseconds of one thread), it ends early when
  * a signal's handler raises. qins_retake then returns -1 with that exception set, else 0. */
 typedef struct {

@@ -1,7 +1,6 @@
 /* Quantized KV caches: short rows, each with its own range, written a few at a time and read all at once. */
-#include <stdatomic.h>
-
-#include "sizes.h"
+#include "encode.h"
+#include "packed.h"
 
 enum { GRAIN_ELEMENTS = 16384, CANDIDATES = 4 };
 
@@ -86,7 +85,7 @@ static void log8_row(const caching *p, const float *w, float most, size_t row)
             scale[i] = to_bfloat16(most * FACTORS[i]);
             inverse[i] = 1.0f / from_bfloat16(scale[i]);
         }
-        p->kernels->errors_log8(w, NULL, c->dim, inverse, CANDIDATES, c->tables, error);
+        p->kernels->errors_log8(w, NULL, c->dim, inverse, CANDIDATES, &c->tables->nearest, error);
         for (int i = 0; i < CANDIDATES; i++) {
             float s = from_bfloat16(scale[i]), e = error[i] * s * s;
             if (i == 0 || e < least_error) {
@@ -96,10 +95,74 @@ static void log8_row(const caching *p, const float *w, float most, size_t row)
         }
     }
     c->scale[row] = best;
-    p->kernels->encode_log8(w, c->dim, from_bfloat16(best), c->tables, c->codes + row * c->dim);
+    p->kernels->encode_log8(w, c->dim, from_bfloat16(best), &c->tables->nearest, c->codes + row * c->dim);
 }
 
-/* -- both --------------------------------------------------------------------------------------- */
+/* -- log6, log5 and log4 ------------------------------------------------------------------------ */
+
+/* The smallest bfloat16 that is not less, unless that is infinite */
+static uint16_t bfloat16_above(float x)
+{
+    const uint32_t u = (uint32_t)bits32(x), above = (u + 0xffffu) >> 16;
+    return (uint16_t)(above < 0x7f80u ? above : u >> 16);
+}
+
+/* As rows of weights, except that the row's scale is a bfloat16. */
+static void packed_row(const caching *p, const float *w, float most, size_t row)
+{
+    const qins_cache *c = p->c;
+    float scale;
+    c->scale[row] = bfloat16_above(qins_grouped_scale(most));
+    qins_codes e = qins_cache_matrix(p->kernels, c, row, 1, &scale);
+    qins_encode_groups(p->kernels, w, &c->tables->nearest, &e);
+}
+
+/* The levels of n consecutive rows, with the signs of their codes */
+static void packed_levels(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out)
+{
+    static const uint8_t no_flips[QINS_WINDOW / QINS_CACHE_GROUP];
+    const int bits = log_bits(c->codec);
+    const size_t row_bytes = c->dim / 8 * (size_t)bits;
+    const size_t unpacked = c->dim % QINS_BLOCK == 0 ? QINS_WINDOW / c->dim : 1; /* rows of whole blocks join */
+    const uint8_t *packed = c->codes + row * row_bytes;
+    uint8_t codes[QINS_WINDOW];
+    for (size_t part; n > 0; n -= part) {
+        part = least(n, QINS_WINDOW / c->dim);
+        for (size_t i = 0, some; i < part; i += some, packed += some * row_bytes) {
+            some = least(part - i, unpacked);
+            kernels->unpack(packed, some * c->dim, bits, no_flips, codes + i * c->dim);
+        }
+        kernels->decode_log8(codes, 0, part * c->dim, 1.0f, NULL, 0, c->tables->level, out);
+        out += part * c->dim;
+    }
+}
+
+/* -- all of them -------------------------------------------------------------------------------- */
+
+void qins_cache_tables_build(qins_cache_tables *t, qins_codec codec, float mu)
+{
+    qins_log8_tables_build(&t->nearest, mu, log_bits(codec));
+    qins_log8_levels(mu, is_packed(codec), t->level);
+}
+
+size_t qins_cache_span(const qins_cache *c) { return is_packed(c->codec) ? QINS_CACHE_GROUP : c->dim; }
+
+qins_codes qins_cache_matrix(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *scale)
+{
+    const int packed = is_packed(c->codec);
+    qins_codes e = {
+        .codec = c->codec,
+        .rows = n,
+        .cols = c->dim,
+        .scale = scale,
+        .mu = c->tables->nearest.mu,
+        .group_size = packed ? QINS_CACHE_GROUP : 0,
+    };
+    e.codes = c->codes + row * code_bytes(&e, c->dim);
+    e.group_scale = packed ? c->group_scale + row * ceil_div(c->dim, QINS_CACHE_GROUP) : NULL;
+    kernels->widen[QINS_BF16](c->scale + row, n, scale);
+    return e;
+}
 
 static void encode_rows(void *context, size_t begin, size_t end)
 {
@@ -123,6 +186,8 @@ static void encode_rows(void *context, size_t begin, size_t end)
         }
         if (p->c->codec == QINS_golden) {
             golden_row(p, w, cache_row(p, i));
+        } else if (is_packed(p->c->codec)) {
+            packed_row(p, w, from_bits32(most), cache_row(p, i));
         } else {
             log8_row(p, w, from_bits32(most), cache_row(p, i));
         }
@@ -151,15 +216,19 @@ static void decode_rows(void *context, size_t begin, size_t end)
     size_t size = item_size(p->dtype);
     for (size_t i = begin; i < end; i++) {
         size_t row = cache_row(p, i);
+        float scale;
+        const qins_codes e =
+            c->codec == QINS_golden ? (qins_codes){0} : qins_cache_matrix(p->kernels, c, row, 1, &scale);
         for (size_t k = 0; k < c->dim; k += QINS_WINDOW) {
             size_t n = least(c->dim - k, QINS_WINDOW);
             char *out = p->out + (i * c->dim + k) * size;
             float *values = p->dtype == QINS_F32 ? (float *)(void *)out : window;
             if (c->codec == QINS_golden) {
                 golden_values(p, row, k, n, values);
+            } else if (is_packed(c->codec)) {
+                qins_decode_packed(p->kernels, &e, c->tables->level, 0, k, n, values);
             } else {
-                p->kernels->decode_log8(c->codes + row * c->dim + k, 0, n, from_bfloat16(c->scale[row]), NULL, 0,
-                                        c->tables->level, values);
+                p->kernels->decode_log8(e.codes + k, 0, n, scale, NULL, 0, c->tables->level, values);
             }
             if (values == window) {
                 p->kernels->narrow[p->dtype](window, n, out);
@@ -171,6 +240,18 @@ static void decode_rows(void *context, size_t begin, size_t end)
 void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out, float *scale)
 {
     const caching p = {.kernels = kernels, .c = c};
+    if (is_packed(c->codec)) {
+        const size_t groups = ceil_div(c->dim, QINS_CACHE_GROUP);
+        const uint8_t *group = c->group_scale + row * groups;
+        packed_levels(kernels, c, row, n, out);
+        for (size_t i = 0; i < n; i++) {
+            const float of_row = from_bfloat16(c->scale[row + i]);
+            for (size_t g = 0; g < groups; g++) {
+                *scale++ = of_row * group_multiplier(log_bits(c->codec), *group++);
+            }
+        }
+        return;
+    }
     if (c->codec == QINS_log8) {
         kernels->decode_log8(c->codes + row * c->dim, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
     }

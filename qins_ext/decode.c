@@ -23,21 +23,21 @@ void qins_decoder_init(qins_decoder *d, const qins_kernels *kernels, const qins_
 }
 
 /* k may be any column: unpacking starts at its block of 64. */
-static void decode_packed(const qins_decoder *d, size_t row, size_t k, size_t n, float *out)
+void qins_decode_packed(const qins_kernels *kernels, const qins_codes *e, const float *level, size_t row, size_t k,
+                        size_t n, float *out)
 {
     enum { WINDOW = 1024 };
-    const qins_codes *e = d->e;
     const uint8_t *group = group_row(e, row);
     uint8_t codes[WINDOW], scale[WINDOW / 32 + 1];
     while (n > 0) {
         const size_t begin = k / QINS_BLOCK * QINS_BLOCK, before = k - begin, part = least(n, WINDOW - before);
         const size_t first = k / e->group_size;
-        qins_unpack(d->kernels, e, row, begin, before + part, codes);
+        qins_unpack(kernels, e, row, begin, before + part, codes);
         for (size_t g = first; g <= (k + part - 1) / e->group_size; g++) {
             scale[g - first] = log8_group_scale(group[g]);
         }
-        d->kernels->decode_log8(codes + before, k - first * e->group_size, part, float_at(e->scale, row), scale,
-                                e->group_size, d->table, out);
+        kernels->decode_log8(codes + before, k - first * e->group_size, part, float_at(e->scale, row), scale,
+                             e->group_size, level, out);
         k += part;
         n -= part;
         out += part;
@@ -48,7 +48,7 @@ void qins_decode_span(const qins_decoder *d, size_t row, size_t k, size_t n, flo
 {
     const qins_codes *e = d->e;
     if (is_packed(e->codec)) {
-        decode_packed(d, row, k, n, out);
+        qins_decode_packed(d->kernels, e, d->table, row, k, n, out);
         return;
     }
     const uint8_t *codes = e->codes + row * e->cols + k;

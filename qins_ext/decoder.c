@@ -9,7 +9,7 @@
 #include "sizes.h"
 
 /* A thread's part of attention has at least GRAIN products: a few microseconds of work. */
-enum { GRAIN = 32768, TOKENS_AT_ONCE = 64 };
+enum { GRAIN = 32768, TOKENS_AT_ONCE = 64, MOST_SCALES = TOKENS_AT_ONCE * QINS_DECODER_HEAD_DIM / QINS_CACHE_GROUP };
 
 /* Score of a masked key; finite, so that differences of such scores are not NaN. */
 #define UNSEEN (-1e30f)
@@ -152,10 +152,7 @@ static size_t row_at(const run *r, size_t sequence, size_t head, size_t token)
     return (sequence * r->layer->kv_heads + head) * r->call->room + token;
 }
 
-static int holds_codes(const qins_decoder_store *s)
-{
-    return s->kind == QINS_STORE_GOLDEN || s->kind == QINS_STORE_LOG8;
-}
+static int holds_codes(const qins_decoder_store *s) { return s->kind >= QINS_STORE_GOLDEN; }
 
 static qins_dtype dtype_of(const run *r, const qins_decoder_store *s)
 {
@@ -164,9 +161,13 @@ static qins_dtype dtype_of(const run *r, const qins_decoder_store *s)
 
 static qins_cache codes_of(const run *r, const qins_decoder_store *s)
 {
+    static const qins_codec CODEC[QINS_STORE_COUNT] = {
+        [QINS_STORE_GOLDEN] = QINS_golden, [QINS_STORE_LOG8] = QINS_log8, [QINS_STORE_LOG6] = QINS_log6,
+        [QINS_STORE_LOG5] = QINS_log5,     [QINS_STORE_LOG4] = QINS_log4,
+    };
     const int golden = s->kind == QINS_STORE_GOLDEN;
     return (qins_cache){
-        .codec = golden ? QINS_golden : QINS_log8,
+        .codec = CODEC[s->kind],
         .heads = r->call->sequences * r->layer->kv_heads,
         .room = r->call->room,
         .dim = r->layer->head_dim,
@@ -174,7 +175,8 @@ static qins_cache codes_of(const run *r, const qins_decoder_store *s)
         .sign = golden ? s->second : NULL,
         .range = golden ? s->third : NULL,
         .scale = golden ? NULL : s->second,
-        .tables = r->call->tables,
+        .group_scale = golden ? NULL : s->third,
+        .tables = &r->call->tables[CODEC[s->kind]],
     };
 }
 
@@ -239,7 +241,7 @@ typedef struct {
 } queries;
 
 /* Rows [row, row + n) of a store, as float32; `window` has room for them. Those of codes are still to be multiplied by
- * scale[i]. */
+ * `scale`, see qins_cache_rows. */
 static const float *kept(const run *r, const qins_decoder_store *s, size_t row, size_t n, float *window, float *scale)
 {
     const size_t dim = r->layer->head_dim;
@@ -277,25 +279,37 @@ static float largest(const float *x, size_t n)
     return most[0];
 }
 
-/* Scores of all keys, straight from log8's codes: keys are the rows of a matrix. Returns -1 if out of memory. */
+/* Scores of all keys, straight from codes of log8's family: keys are the rows of a matrix. Returns -1 if out of memory.
+ */
 static int score_codes(const run *r, size_t begin, size_t total, const queries *some, int batch, float *dense,
                        float *scale, float *scores)
 {
     const size_t dim = r->layer->head_dim;
     const qins_cache c = codes_of(r, &r->call->keys);
-    const qins_codes keys = {
-        .codec = QINS_log8,
-        .rows = total,
-        .cols = dim,
-        .codes = c.codes + begin * dim,
-        .scale = scale,
-        .mu = c.tables->mu,
-    };
-    r->kernels->widen[QINS_BF16](c.scale + begin, total, scale);
+    const qins_codes keys = qins_cache_matrix(r->kernels, &c, begin, total, scale);
     for (int j = 0; j < batch; j++) {
         memcpy(dense + (size_t)j * dim, some->q[j], dim * sizeof *dense);
     }
     return qins_linear(r->kernels, &keys, dense, (size_t)batch, QINS_F32, scores, 1);
+}
+
+/* Adds the values of n tokens of codes, times their scales and the weights of each query. */
+static void weigh_codes(const run *r, const float *values, size_t n, const float *scale, const float *weight,
+                        size_t next, int batch, queries *some)
+{
+    const size_t dim = r->layer->head_dim;
+    const qins_cache c = codes_of(r, &r->call->values);
+    const size_t span = qins_cache_span(&c), groups = ceil_div(dim, span);
+    float scaled[QINS_BATCH * TOKENS_AT_ONCE];
+    for (size_t g = 0, k = 0; g < groups; g++, k += span) {
+        for (size_t j = 0; j < (size_t)batch; j++) {
+            for (size_t i = 0; i < n; i++) {
+                scaled[j * n + i] = weight[j * next + i] * scale[i * groups + g];
+            }
+        }
+        r->kernels->weigh_rows(values + k, n, dim, scaled, n, batch, least(dim - k, span), some->out[0] + k,
+                               QINS_DECODER_HEAD_DIM);
+    }
 }
 
 static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores, float *window,
@@ -304,8 +318,8 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     const qins_decoder_call *call = r->call;
     const qins_decoder_layer *layer = r->layer;
     const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = row_at(r, sequence, kv_head, 0);
-    float scale[TOKENS_AT_ONCE], scaled[QINS_BATCH * TOKENS_AT_ONCE];
-    const int at_once = call->keys.kind == QINS_STORE_LOG8;
+    float scale[MOST_SCALES];
+    const int at_once = call->keys.kind >= QINS_STORE_LOG8;
     if (at_once && score_codes(r, begin, total, some, batch, window, scales, scores) != 0) {
         atomic_store(&r->failed, 1);
         return;
@@ -338,16 +352,12 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *values = kept(r, &call->values, begin + t, n, window, scale), *weight = scores + t;
-        size_t next = total;
+        const float *values = kept(r, &call->values, begin + t, n, window, scale);
         if (holds_codes(&call->values)) {
-            for (size_t i = 0; i < (size_t)batch * n; i++) {
-                scaled[i] = weight[i / n * total + i % n] * scale[i % n];
-            }
-            weight = scaled;
-            next = n;
+            weigh_codes(r, values, n, scale, scores + t, total, batch, some);
+        } else {
+            r->kernels->weigh_rows(values, n, dim, scores + t, total, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
         }
-        r->kernels->weigh_rows(values, n, dim, weight, next, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
     }
     for (int j = 0; j < batch; j++) {
         float *out = r->attended + some->row[j] * layer->heads * dim + some->head[j] * dim;

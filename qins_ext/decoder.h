@@ -32,13 +32,22 @@ typedef struct {
 } qins_decoder_layer;
 
 /* How keys or values are kept: as floats of the call's dtype, or as in cache.c, which takes only finite ones. */
-typedef enum { QINS_STORE_FLOATS, QINS_STORE_FLOAT16, QINS_STORE_GOLDEN, QINS_STORE_LOG8 } qins_store_kind;
+typedef enum {
+    QINS_STORE_FLOATS,
+    QINS_STORE_FLOAT16,
+    QINS_STORE_GOLDEN,
+    QINS_STORE_LOG8,
+    QINS_STORE_LOG6,
+    QINS_STORE_LOG5,
+    QINS_STORE_LOG4,
+    QINS_STORE_COUNT
+} qins_store_kind;
 
 /* sequences x kv_heads x room rows of head_dim elements */
 typedef struct {
     qins_store_kind kind;
     void *data;           /* floats, or codes */
-    void *second, *third; /* golden: signs and ranges; log8: scales */
+    void *second, *third; /* golden: signs and ranges; log8: scales; log6, log5, log4: scales and group scales */
 } qins_decoder_store;
 
 /* What one call works on. Tensors are of one dtype. */
@@ -48,7 +57,7 @@ typedef struct {
     void *y;       /* likewise; may be x */
     size_t sequences, tokens;
     qins_decoder_store keys, values;  /* the new tokens' are written */
-    const qins_log8_tables *tables;   /* of log8 in a store */
+    const qins_cache_tables *tables;  /* by qins_codec, those of log8's family in a store */
     size_t room, past;                /* tokens that a head has room for, and those already there */
     const void *cos, *sin;            /* (sequences or 1) x tokens x rotary_dim, by halves; rotary_dim 0: no rotation */
     size_t rotary_dim, rotary_next;   /* elements from a sequence to the next, 0 if all share one */

@@ -28,5 +28,10 @@ static inline void atomic_raise(atomic_int_least32_t *a, int32_t x)
 
 /* encode_log8.c: returns 0, or 1 if a weight is not finite */
 int qins_encode_log8(qins_encoding *c, int threads);
+/* The scale of a row in groups whose largest magnitude is `most` */
+float qins_grouped_scale(float most);
+/* Fills group scales and codes of `e`, which is one row in groups with a scale, from its e->cols finite elements w. It
+ * compares fewer group scales than qins_encode_log8. */
+void qins_encode_groups(const qins_kernels *kernels, const float *w, const qins_log8_tables *t, qins_codes *e);
 
 #endif

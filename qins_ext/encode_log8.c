@@ -13,7 +13,7 @@ enum { SCALES = 4 };
 /* Candidate multipliers of a group: LESS below and MORE above the smallest one that covers its largest magnitude. Each
  * places the levels differently among the group's weights, and the best of several has up to 10 % less squared error.
  * The search for mu compares sums over many groups, for which fewer candidates suffice. */
-enum { LESS = 2, MORE = 9, MORE_IN_SEARCH = 0 };
+enum { LESS = 2, MORE = 9, MORE_IF_FEW = 0 };
 
 /* The multiplier that stands for a row's largest magnitude. Those above it are the candidates of the largest groups. */
 enum { FULL = 240 };
@@ -91,7 +91,7 @@ static float row_scale(qins_reader *r, const qins_encoding *e, size_t row, size_
 static float group_scale(float scale, int multiplier) { return scale * ((float)multiplier / 256.0f); }
 
 /* The scale of a row in groups whose largest magnitude is `most`: the smallest one of which FULL is not less. */
-static float grouped_scale(float most)
+float qins_grouped_scale(float most)
 {
     if (!searchable(most)) {
         return most;
@@ -133,7 +133,7 @@ static int log8_multipliers(int cover, int more, int *multiplier)
 /* Candidate multipliers of packed codes, in percent of the one that covers the group's largest magnitude: PERCENT with
  * each sign, then steps of NEARER from the best of those. An exhaustive search gains 0.02 to 0.09 dB more. */
 static const int PERCENT[] = {100, 95, 90, 105, 97, 92, 87, 82, 102, 107, 85, 110}, NEARER[] = {-2, -1, 1, 2};
-enum { PERCENTS = 12, PERCENTS_IN_SEARCH = 4, NEARERS = 4 };
+enum { PERCENTS = 12, PERCENTS_IF_FEW = 4, NEARERS = 4 };
 
 static void packed_multipliers(int cover, int around, const int *percent, int count, int sign, int *multiplier)
 {
@@ -162,9 +162,9 @@ static void compare_multipliers(qins_reader *r, const qins_encoding *e, size_t r
 }
 
 /* The multiplier with the smallest squared error of a group, among candidates around the one that covers its largest
- * magnitude. In the search for mu, there are fewer candidates. */
-static int best_multiplier(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
-                           int in_search, double *total)
+ * magnitude: few in the search for mu, and in KV caches, which are encoded while a model runs. */
+static int best_multiplier(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale, int few,
+                           double *total)
 {
     const int packed = is_packed(e->e->codec);
     float most = from_bits32(qins_absmax(r, row, k, n));
@@ -178,17 +178,17 @@ static int best_multiplier(qins_reader *r, const qins_encoding *e, size_t row, s
     int multiplier[QINS_CANDIDATES], best = cover;
     double least_error = DBL_MAX;
     if (!packed) {
-        const int count = log8_multipliers(cover, in_search ? MORE_IN_SEARCH : MORE, multiplier);
+        const int count = log8_multipliers(cover, few ? MORE_IF_FEW : MORE, multiplier);
         compare_multipliers(r, e, row, k, n, scale, multiplier, count, &best, &least_error);
         *total += least_error;
         return best;
     }
-    const int percents = in_search ? PERCENTS_IN_SEARCH : PERCENTS;
+    const int percents = few ? PERCENTS_IF_FEW : PERCENTS;
     for (int sign = 1; sign >= -1; sign -= 2) {
         packed_multipliers(cover, 0, PERCENT, percents, sign, multiplier);
         compare_multipliers(r, e, row, k, n, scale, multiplier, percents, &best, &least_error);
     }
-    if (!in_search) {
+    if (!few) {
         packed_multipliers(cover, abs(best), NEARER, NEARERS, best < 0 ? -1 : 1, multiplier);
         compare_multipliers(r, e, row, k, n, scale, multiplier, NEARERS, &best, &least_error);
     }
@@ -238,6 +238,31 @@ static void grouped_codes(qins_reader *r, const qins_encoding *c, size_t row, fl
     }
 }
 
+/* Group scales and codes of a row whose scale is known */
+static void encode_groups(qins_reader *r, const qins_encoding *c, size_t row, int few)
+{
+    const qins_codes *e = c->e;
+    const int packed = is_packed(e->codec);
+    const float scale = float_at(e->scale, row);
+    double ignored = 0.0;
+    uint8_t *group = e->group_scale + row * ceil_div(e->cols, e->group_size);
+    for (size_t k = 0, g = 0; k < e->cols; k += e->group_size, g++) {
+        const size_t n = least(e->cols - k, e->group_size);
+        const int multiplier = scale > 0.0f ? best_multiplier(r, c, row, k, n, scale, few, &ignored) : 1 + packed;
+        group[g] = stored_multiplier(multiplier, packed);
+    }
+    grouped_codes(r, c, row, scale);
+}
+
+void qins_encode_groups(const qins_kernels *kernels, const float *w, const qins_log8_tables *t, qins_codes *e)
+{
+    const qins_matrix one = {w, QINS_F32, 1, e->cols, 0, sizeof *w};
+    const qins_encoding c = {.kernels = kernels, .w = &one, .e = e, .tables.log8 = t};
+    qins_reader r;
+    qins_reader_init(&r, kernels, &one);
+    encode_groups(&r, &c, 0, 1);
+}
+
 static void log8_rows(void *context, size_t begin, size_t end)
 {
     qins_encoding *c = context;
@@ -258,16 +283,8 @@ static void log8_rows(void *context, size_t begin, size_t end)
             row_codes(&r, row, 0, cols, scale, c->tables.log8, e->codes + row * cols);
             continue;
         }
-        scale = grouped_scale(scale);
-        e->scale[row] = scale;
-        uint8_t *group = e->group_scale + row * ceil_div(cols, e->group_size);
-        for (size_t k = 0, g = 0; k < cols; k += e->group_size, g++) {
-            const size_t n = least(cols - k, e->group_size);
-            const int packed = is_packed(e->codec);
-            const int multiplier = scale > 0.0f ? best_multiplier(&r, c, row, k, n, scale, 0, &ignored) : 1 + packed;
-            group[g] = stored_multiplier(multiplier, packed);
-        }
-        grouped_codes(&r, c, row, scale);
+        e->scale[row] = qins_grouped_scale(scale);
+        encode_groups(&r, c, row, 0);
     }
 }
 
@@ -300,7 +317,7 @@ static void sample_rows(void *context, size_t begin, size_t end)
             (void)row_scale(&r, c, row, s->cols, scale, &s->error[i]);
             continue;
         }
-        scale = grouped_scale(scale);
+        scale = qins_grouped_scale(scale);
         for (size_t k = 0; k < s->cols; k += group_size) {
             size_t n = s->cols - k < group_size ? s->cols - k : group_size;
             (void)best_multiplier(&r, c, row, k, n, scale, 1, &s->error[i]);

@@ -16,9 +16,10 @@ static _Atomic(const qins_kernels *) active;
 
 const qins_kernels *qins_active(void) { return atomic_load(&active); }
 
-/* KV caches in log8 all use one mu: 2 is best for SmolLM2's values, 8 for its keys, and 3 within 0.7 dB of both. */
+/* KV caches all use one mu: in log8, 2 is best for SmolLM2's values, 8 for its keys, and 3 within 0.7 dB of both; in
+ * fewer bits, 2 for values, 4 or more for keys, and 3 within 0.3 dB. */
 #define CACHE_MU 3.0f
-qins_log8_tables qins_cache_tables;
+qins_cache_tables qins_tables_of_caches[QINS_CODEC_COUNT];
 
 /* -- instruction sets and threads --------------------------------------------------------------- */
 
@@ -133,7 +134,10 @@ static int module_exec(PyObject *module)
         return -1;
     }
     if (atomic_load(&active) == NULL) {
-        qins_log8_tables_build(&qins_cache_tables, CACHE_MU, 8);
+        const qins_codec coded[] = {QINS_log8, QINS_log6, QINS_log5, QINS_log4};
+        for (size_t i = 0; i < sizeof coded / sizeof *coded; i++) {
+            qins_cache_tables_build(&qins_tables_of_caches[coded[i]], coded[i], CACHE_MU);
+        }
         atomic_store(&active, qins_isa_at(0));
     }
     PyObject *codecs = tuple_of_names(qins_codec_names, QINS_CODEC_COUNT);

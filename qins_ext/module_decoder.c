@@ -141,7 +141,7 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
         .keys = {(qins_store_kind)a[KEYS_KIND], (void *)a[KEYS], (void *)a[KEYS_SECOND], (void *)a[KEYS_THIRD]},
         .values = {(qins_store_kind)a[VALUES_KIND], (void *)a[VALUES], (void *)a[VALUES_SECOND],
                    (void *)a[VALUES_THIRD]},
-        .tables = &qins_cache_tables,
+        .tables = qins_tables_of_caches,
         .room = a[ROOM],
         .past = a[PAST],
         .cos = (const void *)a[COS],

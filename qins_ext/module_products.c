@@ -168,12 +168,13 @@ static PyObject *cache_at(PyObject *module, PyObject *const *args, Py_ssize_t co
     }
     qins_cache c = {.codec = (qins_codec)a[CODEC], .heads = a[HEADS], .room = a[ROOM], .dim = a[DIM]};
     c.codes = (uint8_t *)a[CODES];
-    c.tables = &qins_cache_tables;
+    c.tables = &qins_tables_of_caches[c.codec];
     if (c.codec == QINS_golden) {
         c.sign = (int8_t *)a[SECOND];
         c.range = (float *)a[THIRD];
     } else {
         c.scale = (uint16_t *)a[SECOND];
+        c.group_scale = (uint8_t *)a[THIRD];
     }
     const qins_kernels *kernels = qins_active();
     int failed = 0;

@@ -74,6 +74,9 @@ static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, si
 
 /* Unpacks columns [k, k + n) of a row; k is a multiple of 64. `codes` has room for n rounded up to 64. */
 void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, size_t k, size_t n, uint8_t *codes);
+/* Decodes columns [k, k + n) of a row; level: see qins_log8_levels. */
+void qins_decode_packed(const qins_kernels *kernels, const qins_codes *e, const float *level, size_t row, size_t k,
+                        size_t n, float *out);
 /* One code in log8's form */
 uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col);
 /* Packs one row of codes, given as sign<<7 | level, with signs relative to those of the group scales. A level that does

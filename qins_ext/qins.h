@@ -460,15 +460,23 @@ int qins_round_with_feedback(const qins_kernels *k, const float *w, const uint32
                              int threads, qins_codes *e);
 
 /* cache.c: keys or values of attention, one range per token and head --------------------------- */
+/* Of log8's family, for one mu: the table that finds levels, and the levels by m (see qins_log8_levels) */
+typedef struct {
+    qins_log8_tables nearest;
+    QINS_ALIGNED(64) float level[QINS_LEVELS];
+} qins_cache_tables;
+void qins_cache_tables_build(qins_cache_tables *t, qins_codec codec, float mu);
+enum { QINS_CACHE_GROUP = 32 }; /* elements of packed codes that share a group scale */
 /* Token t of head h is row h * room + t, with dim elements. Only fields of its codec are set. */
 typedef struct {
-    qins_codec codec; /* golden or log8 */
-    size_t heads, room, dim;
-    uint8_t *codes;                 /* stored, or codes */
-    int8_t *sign;                   /* golden */
-    float *range;                   /* golden: log_min and log_max of each row */
-    uint16_t *scale;                /* log8: bfloat16, of each row */
-    const qins_log8_tables *tables; /* log8 */
+    qins_codec codec;                /* golden, log8, log6, log5 or log4 */
+    size_t heads, room, dim;         /* dim: for packed codes, a multiple of 8 */
+    uint8_t *codes;                  /* stored, codes, or packed codes */
+    int8_t *sign;                    /* golden */
+    float *range;                    /* golden: log_min and log_max of each row */
+    uint16_t *scale;                 /* log8, log6, log5, log4: bfloat16, of each row */
+    uint8_t *group_scale;            /* log6, log5, log4: ceil(dim/32) of each row */
+    const qins_cache_tables *tables; /* log8, log6, log5, log4 */
 } qins_cache;
 /* Encodes x (heads x tokens x dim, dense) as tokens [start, start + tokens). Returns 0, or 1 if x has a non-finite
  * element (the contents of those tokens are then unspecified), or -1 if out of memory. */
@@ -477,8 +485,13 @@ int qins_cache_encode(const qins_kernels *k, const qins_cache *c, const void *x,
 /* Decodes tokens [start, start + tokens) to out: heads x tokens x dim, dense. */
 void qins_cache_decode(const qins_kernels *k, const qins_cache *c, size_t start, size_t tokens, qins_dtype dtype,
                        void *out, int threads);
-/* Decodes rows [row, row + n) to out: n x dim. Values of log8 are still to be multiplied by scale[i], 1 for golden. */
+/* Elements of a row that share one scale of qins_cache_rows: 32 for packed codes, else all */
+size_t qins_cache_span(const qins_cache *c);
+/* Decodes rows [row, row + n) to out: n x dim, with dim at most QINS_WINDOW. The values are still to be multiplied by
+ * scale: n x ceil(dim / span), 1 for golden. */
 void qins_cache_rows(const qins_kernels *k, const qins_cache *c, size_t row, size_t n, float *out, float *scale);
+/* Rows [row, row + n) of log8, log6, log5 or log4 as a matrix, whose scales are written to `scale`. */
+qins_codes qins_cache_matrix(const qins_kernels *k, const qins_cache *c, size_t row, size_t n, float *scale);
 
 /* linear.c: y = x W^T straight from the codes -------------------------------------------------- */
 /* x is batch x cols, y is batch x rows, both dense; float32, bfloat16, float16 or float64 (computed in float32).

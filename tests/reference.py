@@ -100,6 +100,43 @@ def nearest_packed(w: np.ndarray, scale: np.ndarray, mu: float, bits: int) -> np
     return np.abs(values - w.astype(np.float64)[..., None]).argmin(-1)
 
 
+def bfloat16_above(x: np.float32) -> np.float32:
+    """Return the smallest bfloat16 that is not less than x >= 0."""
+    above = (int(np.float32(x).view(np.uint32)) + 0xFFFF) >> 16 << 16
+    return np.uint32(above).view(np.float32)
+
+
+def packed_cache_row(w: np.ndarray, mu: float, bits: int) -> list[dict[int, tuple[np.ndarray, float]]]:
+    """Codes and squared error of each group of 32 in a row of a KV cache, by group_scale.
+
+    The candidates are 100, 95, 90 and 105 % of the smallest multiplier that covers the group, with both signs.
+    """
+    scale = cache_row_scale(w)
+    found = []
+    for group in np.split(w, range(32, len(w), 32)):
+        of_group = np.float32(np.abs(group).max())
+        cover = next(m for m in range(1, 129) if scale * np.float32(m / 128) >= of_group or m == 128)
+        tried = {}
+        for percent in (100, 95, 90, 105):
+            m = min(max((2 * cover * percent // 2 + 50) // 100, 1), 128)
+            for negative in (0, 128):
+                s = scale * np.float32(m / 128) * (-1 if negative else 1)
+                q = nearest_packed(group, np.full(len(group), s), mu, bits)
+                error = ((packed_values(mu, bits).astype(np.float64)[q] * s - group) ** 2).sum()
+                tried[m - 1 + negative] = q, float(error)
+        found.append(tried)
+    return found
+
+
+def cache_row_scale(w: np.ndarray) -> np.float32:
+    """Scale of a row of log6, log5 or log4 in a KV cache: the least bfloat16 of which 120/128 covers the row."""
+    most = np.float32(np.abs(w).max())
+    scale = most * np.float32(256 / 240)
+    while scale * np.float32(240 / 256) < most:
+        scale = np.nextafter(scale, np.float32(np.inf))
+    return bfloat16_above(scale)
+
+
 def encode_golden(w: np.ndarray) -> dict:
     """The seed's encoding, correctly rounded."""
     a = np.abs(w.astype(np.float64))

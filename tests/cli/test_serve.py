@@ -124,13 +124,25 @@ def expected(talking):
     """Return a function that continues words as `qins generate` does."""
     model = qins.load(talking).eval()
 
-    def continued(words, tokens=8, *, coded=False):
+    def continued(words, tokens=8, *, coded=False, codec="log8"):
         ids = torch.tensor([[int(w[1:]) for w in words.split()]])
-        cache = {"past_key_values": qins.QINSCache(model.config)} if coded else {}
+        cache = {"past_key_values": qins.QINSCache(model.config, v_codec=codec)} if coded else {}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, **cache)
         return " ".join(f"w{i}" for i in out[0, ids.shape[1] :].tolist() if i)  # w0 is a special token
 
     return continued
+
+
+@pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
+def test_caches_of_fewer_bits(talking, expected, codec):
+    made = Served(talking, "--kv-cache", codec)
+    try:
+        answer = made.complete("w11 w12 w13")
+        assert answer.choices[0].text.strip() == expected("w11 w12 w13", coded=True, codec=codec)
+    finally:
+        made.process.terminate()
+        assert made.process.wait(20) == 0
+        made.close()
 
 
 def test_what_it_prints(served):

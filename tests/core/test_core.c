@@ -950,33 +950,63 @@ static void outliers(const qins_kernels *k)
     }
 }
 
-/* Rows of a cache, into buffers that end after them: the values that decoding gives, log8's before their scale. */
-static void cache_rows(const qins_kernels *k, qins_codec codec)
+enum { CACHE_ROWS = 5 };
+
+/* A cache of one head, whose arrays end at the ends of buffers */
+static qins_cache cache_at_ends(qins_codec codec, size_t dim, const qins_cache_tables *tables, const guarded *buffers)
 {
-    enum { TOKENS = 5, DIM = 24 };
-    static int8_t sign[TOKENS * DIM];
-    static uint8_t stored[TOKENS * DIM];
-    static float range[2 * TOKENS], whole[TOKENS * DIM];
-    static uint16_t scales[TOKENS];
-    const qins_cache c = {.codec = codec,
-                          .heads = 1,
-                          .room = TOKENS,
-                          .dim = DIM,
-                          .codes = stored,
-                          .sign = sign,
-                          .range = range,
-                          .scale = scales,
-                          .tables = &log8};
-    check(qins_cache_encode(k, &c, weights_small, QINS_F32, 0, TOKENS, 1) == 0, "cache rows, encode", k->name, 0, 0);
-    qins_cache_decode(k, &c, 0, TOKENS, QINS_F32, whole, 1);
-    for (size_t row = 0; row < TOKENS; row++) {
-        const size_t n = TOKENS - row;
-        float *out = room_for(out_a, n * DIM * sizeof *out, 1), *scale = room_for(out_b, n * sizeof *scale, 1);
-        qins_cache_rows(k, &c, row, n, out, scale);
-        for (size_t i = 0; i < n * DIM; i++) {
-            out[i] *= scale[i / DIM];
+    qins_cache c = {.codec = codec, .heads = 1, .room = CACHE_ROWS, .dim = dim, .tables = tables};
+    const size_t groups = (dim + QINS_CACHE_GROUP - 1) / QINS_CACHE_GROUP;
+    c.codes = room_for(buffers[0], CACHE_ROWS * (is_packed(codec) ? dim / 8 * (size_t)log_bits(codec) : dim), 1);
+    if (codec == QINS_golden) {
+        c.sign = room_for(buffers[1], CACHE_ROWS * dim, 1);
+        c.range = room_for(buffers[2], CACHE_ROWS * 2 * sizeof *c.range, 1);
+    } else {
+        c.scale = room_for(buffers[1], CACHE_ROWS * sizeof *c.scale, 1);
+        c.group_scale = is_packed(codec) ? room_for(buffers[2], CACHE_ROWS * groups, 1) : NULL;
+    }
+    return c;
+}
+
+/* Rows of a cache, into buffers that end after them: the values that decoding gives, before their scales. Codes of
+ * log8's family are those of the scalar kernels. */
+static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
+{
+    static const qins_codec SCALED[] = {QINS_log8, QINS_log6, QINS_log5, QINS_log4};
+    static qins_cache_tables tables[QINS_CODEC_COUNT];
+    static float whole[MOST];
+    static char of_scalar[8 * MOST];
+    for (size_t i = 0; tables[QINS_log4].nearest.top == 0 && i < sizeof SCALED / sizeof *SCALED; i++) {
+        qins_cache_tables_build(&tables[SCALED[i]], SCALED[i], 3.0f);
+    }
+    const guarded buffers[] = {in_u, in_v, out_c};
+    const qins_cache c = cache_at_ends(codec, dim, &tables[codec], buffers);
+    for (int scalar = 1; scalar >= 0; scalar--) {
+        const qins_kernels *by = scalar ? &qins_kernels_scalar : k;
+        const int failed_here = qins_cache_encode(by, &c, weights_small, QINS_F32, 0, CACHE_ROWS, 1);
+        check(failed_here == 0, "cache rows, encode", k->name, (size_t)codec, dim);
+        char *to = of_scalar;
+        for (int i = 0; codec != QINS_golden && i < 3; i++) {
+            const char *from = i == 0 ? (char *)c.codes : i == 1 ? (char *)c.scale : (char *)c.group_scale;
+            const size_t bytes = from != NULL ? (size_t)(buffers[i].high - from) : 0;
+            check(scalar || bytes == 0 || memcmp(to, from, bytes) == 0, "cache codes", k->name, (size_t)codec, dim);
+            if (scalar && bytes > 0) {
+                memcpy(to, from, bytes);
+            }
+            to += bytes;
         }
-        check(memcmp(out, whole + row * DIM, n * DIM * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
+    }
+    qins_cache_decode(k, &c, 0, CACHE_ROWS, QINS_F32, whole, 1);
+    const size_t span = qins_cache_span(&c), groups = (dim + span - 1) / span;
+    for (size_t row = 0; row < CACHE_ROWS; row++) {
+        const size_t n = CACHE_ROWS - row;
+        float *out = room_for(out_a, n * dim * sizeof *out, 1);
+        float *scale = room_for(out_b, n * groups * sizeof *scale, 1);
+        qins_cache_rows(k, &c, row, n, out, scale);
+        for (size_t i = 0; i < n * dim; i++) {
+            out[i] *= scale[i / dim * groups + i % dim / span];
+        }
+        check(memcmp(out, whole + row * dim, n * dim * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
     }
 }
 
@@ -1520,8 +1550,14 @@ int main(int argc, char **argv)
         check_exact(k, brief ? 1 : slow ? 6 : 60, check);
         products(k, slow, brief ? 6 : 1);
         outliers(k);
-        cache_rows(k, QINS_log8);
-        cache_rows(k, QINS_golden);
+        static const size_t DIMS[] = {8, 24, 64, 80, 128, 832, 840}; /* the last two need several windows */
+        for (size_t j = 0; j < sizeof DIMS / sizeof *DIMS; j++) {
+            cache_rows(k, QINS_log8, DIMS[j]);
+            cache_rows(k, QINS_golden, DIMS[j]);
+            cache_rows(k, QINS_log6, DIMS[j]);
+            cache_rows(k, QINS_log5, DIMS[j]);
+            cache_rows(k, QINS_log4, DIMS[j]);
+        }
         printf("ran %s\n", k->name);
     }
 #define X(name, guard, features)                                        \

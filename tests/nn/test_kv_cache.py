@@ -65,7 +65,109 @@ def test_log8_rows_against_reference(isa, dim):
             assert at == (0, 0, 0) or reference.snr_db(v[at].numpy(), d[at].numpy()) > 38
 
 
-@pytest.mark.parametrize("v_codec", ["golden", "log8", "float16"])
+PACKED = ["log6", "log5", "log4"]
+
+
+def stored(kept, tokens):
+    """Rows of the first tokens, as the reference's fields."""
+    f = {name: t[:, :, :tokens].flatten(0, 2) for name, t in kept.fields.items()}
+    codes, scale, group = f["codes"].numpy(), f["scale"].float().flatten().numpy(), f["group_scale"].numpy()
+    return {f"codes{reference.BITS[kept.codec]}": codes, "scale": scale, "group_scale": group, "mu": 3.0}
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@pytest.mark.parametrize("dim", [8, 24, 64, 80, 96, 128])
+def test_packed_rows_against_reference(isa, codec, dim):
+    bits = reference.BITS[codec]
+    v = states(2, 2, 9, dim)
+    v[0, 0, 0] = 0
+    v[0, 0, 1] *= 1e-35
+    v[0, 0, 2] *= 1e35
+    v[0, 0, 3, 8:] = 0  # groups of zeros, where there are several
+    v[0, 1, 0] = 1.0
+    v[0, 1, 1, 0] = 3e38
+    cache = qins.QINSKVCache(2, 9, 2, dim, v_codec=codec, k_codec=codec)
+    cache.update(v / 2, v)
+    k, d = cache.get_kv(2)
+    fields, rows = stored(cache._values, 9), d.flatten(0, 2).numpy()
+    np.testing.assert_array_equal(rows, reference.decode_packed(fields, codec, 32))
+    assert cache._values.fields["codes"].shape[-1] == dim * bits // 8
+    for i, row in enumerate(v.flatten(0, 2).numpy()):
+        if i in (0, 1, 2, 10):  # beyond the range in which scales are searched
+            continue
+        assert fields["scale"][i] == reference.cache_row_scale(row)
+        q = reference.unpack(fields[f"codes{bits}"][i : i + 1], bits)[0]
+        for g, tried in enumerate(reference.packed_cache_row(row, 3.0, bits)):
+            codes, error = tried[int(fields["group_scale"][i, g])]
+            assert error <= min(e for _, e in tried.values()) * (1 + 1e-5) + 1e-30
+            assert np.array_equal(codes, q[32 * g : 32 * (g + 1)])
+    assert (d[0, 0, 0] == 0).all()
+    assert torch.isfinite(d).all()
+    torch.testing.assert_close(k[0, 0, 3:], d[0, 0, 3:] / 2, rtol=0, atol=0)  # halves have the same codes
+    for i in (1, 2, *range(4, 9)):
+        assert dim < 64 or reference.snr_db(v[0, 0, i].numpy(), d[0, 0, i].numpy()) > 6 * bits - 6
+
+
+@pytest.mark.parametrize("codec", ["log8", "golden", "float16", *PACKED])
+def test_growing_tokens(codec):
+    """Appended in parts, cropped, reordered and cleared: always what one write of the same tokens holds."""
+    k, v = states(3, 2, 300, 40), states(3, 2, 300, 40, seed=1)
+    whole = GrowingTokens(codec, codec)
+    all_k, all_v = whole.append(k, v)
+    tokens, begin = GrowingTokens(codec, codec), 0
+    for end in (1, 100, 128, 129, 300):
+        got = tokens.append(k[:, :, begin:end], v[:, :, begin:end])
+        assert torch.equal(got[0], all_k[:, :, :end])
+        assert torch.equal(got[1], all_v[:, :, :end])
+        begin = end
+    assert tokens.savings() == whole.savings()
+    tokens.crop(90)
+    got = tokens.append(k[:, :, 90:140], v[:, :, 90:140])
+    assert torch.equal(got[1], all_v[:, :, :140])
+    order = torch.tensor([2, 0, 2])
+    tokens.select(order)
+    got = tokens.append(k[order, :, 140:150], v[order, :, 140:150])
+    assert torch.equal(got[0], all_k[order, :, :150])
+    assert torch.equal(got[1], all_v[order, :, :150])
+    tokens.clear()
+    assert tokens.savings() == (0, 0, 0)
+    assert torch.equal(tokens.append(k[:1], v[:1])[1], all_v[:1])
+
+
+@pytest.mark.parametrize("codec", ["log8", *PACKED])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_states_that_are_not_finite_add_nothing(codec, bad):
+    k = states(2, 3, 5, 16)
+    wrong = k.clone()
+    wrong[1, 2, 3, 4] = bad
+    cache, tokens = qins.QINSKVCache(2, 12, 3, 16, v_codec=codec, k_codec=codec), GrowingTokens(codec, codec)
+    for add in (cache.update, tokens.append):
+        add(k, k)
+        with pytest.raises(ValueError, match="k.*: expected finite values, got 1 NaN or infinite; nothing was added"):
+            add(wrong, k)
+        with pytest.raises(ValueError, match="v.*: expected finite values, got 1 NaN or infinite; nothing was added"):
+            add(k, wrong)
+        add(k, k)
+    assert cache.seq_len == tokens.length == 10
+    want = torch.cat([cache.get_kv(2)[1][:, :, :5]] * 2, 2)
+    for got in (*cache.get_kv(2), *tokens.read(torch.float32, torch.float32)):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+def test_heads_that_cannot_be_packed(codec):
+    message = f"expected a head_dim that is a multiple of 8 for codec '{codec}', got 20"
+    for name in ("k", "v"):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            qins.QINSKVCache(1, 4, 1, 20, **{f"{name}_codec": codec})
+    tokens = GrowingTokens("log8", codec)
+    with pytest.raises(ValueError, match=f"value_states: {message}"):
+        tokens.append(states(1, 2, 3, 16), states(1, 2, 3, 20))
+    assert (tokens.batch, tokens.length, tokens.savings()) == (0, 0, (0, 0, 0))
+    tokens.append(states(2, 2, 3, 20), states(2, 2, 3, 16))
+
+
+@pytest.mark.parametrize("v_codec", ["golden", "log8", "float16", *PACKED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_updates_add_up(v_codec, dtype):
     k, v = states(2, 3, 11, 24, dtype=dtype), states(2, 3, 11, 24, seed=1, dtype=dtype)
@@ -101,7 +203,7 @@ def test_tokens_before_heads():
 def test_threads_and_instruction_sets_agree():
     v = states(4, 8, 100, 64)
     seen = set()
-    for codec in ("golden", "log8"):
+    for codec in ("golden", "log8", *PACKED):
         results = set()
         for name in qins.isas():
             for threads in (1, 3):
@@ -113,7 +215,7 @@ def test_threads_and_instruction_sets_agree():
         assert len(results) == 1
         seen |= results
     qins.set_num_threads(None)
-    assert len(seen) == 2
+    assert len(seen) == 5
 
 
 def test_memory():
@@ -128,6 +230,12 @@ def test_memory():
     assert small["total_bytes"] == 2 * (elements + 2 * rows)
     assert small["compression_float16"] > 1.93
     assert small["compression_float32"] > 3.87
+    for codec in PACKED:
+        cache = qins.QINSKVCache(2, 128, 4, 80, v_codec=codec, k_codec=codec)
+        rows = 2 * 128 * 4
+        saved = cache.memory_savings()
+        assert saved["total_bytes"] == 2 * rows * (10 * reference.BITS[codec] + 2 + 3)
+        assert saved["total_bytes"] == sum(t.numel() * t.element_size() for t in cache._values.fields.values()) * 2
 
 
 def test_errors_change_nothing():

@@ -300,7 +300,7 @@ class Cases:
     def caches(self) -> Iterator[Case]:
         """Yield KV caches, written and read."""
         heads, room, dim, tokens = 4, 50, 64, 40
-        for codec in ("log8", "golden"):
+        for codec in ("log8", "golden", "log5"):
             for dtype in ("float32", "bfloat16"):
                 for threads in (1, 4):
                     x = self.x.reshape(-1)[: heads * tokens * dim].reshape(heads, tokens, dim)

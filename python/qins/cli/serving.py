@@ -12,6 +12,9 @@ class CachedValues(str, enum.Enum):
     """Codec of a KV cache's values."""
 
     log8 = "log8"
+    log6 = "log6"
+    log5 = "log5"
+    log4 = "log4"
     golden = "golden"
 
 

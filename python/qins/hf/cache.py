@@ -96,11 +96,13 @@ class QINSCache(Cache):
     Args:
         config: the model's config; None if every layer has ordinary attention. Sliding-window layers keep all their
             tokens.
-        v_codec: codec of the values: "log8" (1 byte per element), "golden" (2) or "float16".
+        v_codec: codec of the values: "log8" (1 byte per element), "log6", "log5" or "log4" (6, 5 or 4 bits), "golden"
+            (2 bytes) or "float16".
         k_codec: codec of the keys, likewise. Keys determine the attention weights and tolerate less than values.
 
     Raises:
-        ValueError: the codec is unknown, or the model has layers other than attention.
+        ValueError: the codec is unknown, or the model has layers other than attention. The first update raises it if
+            log6, log5 or log4 gets heads whose number of elements is not a multiple of 8.
 
     """
 

@@ -91,7 +91,7 @@ class FusedGate(_Fused):
             want = own(mlp, x)
             if not bool(torch.isfinite(want).all()):  # NaN or infinity cannot be compared
                 return want
-            if got.dtype is not want.dtype or not agree(got, want, want.dtype):
+            if got.dtype is not want.dtype or not agree(got, want, TOLERANCE[want.dtype]):
                 raise UnfitError("its results differ")
             proved.add(x.dtype)
         return got

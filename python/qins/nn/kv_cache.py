@@ -1,4 +1,4 @@
-"""KV caches: keys in float16, values (and optionally keys) as codes with one range per token and head."""
+"""KV caches: keys in float16, values (and optionally keys) as codes with ranges of their own per token and head."""
 
 from __future__ import annotations
 
@@ -7,26 +7,39 @@ from typing import Any
 import torch
 
 from .. import _core
-from ..codec import CODEC_NUMBER, DTYPE_NUMBER
+from ..codec import CODEC_NUMBER, DTYPE_NUMBER, LOG_BITS
 from ..system import get_num_threads
 
 Tensor = torch.Tensor
 
-# The tensors that each codec stores for (batch, heads, tokens, head_dim): dtype, and size of the last dimension (None
-# for head_dim).
-_FIELDS: dict[str, dict[str, tuple[torch.dtype, int | None]]] = {
-    "float16": {"data": (torch.float16, None)},
-    "golden": {"stored": (torch.uint8, None), "sign": (torch.int8, None), "range": (torch.float32, 2)},
-    "log8": {"codes": (torch.uint8, None), "scale": (torch.bfloat16, 1)},
-}
-_STORE = {"float16": 1, "golden": 2, "log8": 3}  # qins_store_kind in decoder.h
+# qins_store_kind in decoder.h
+_STORE = {"float16": 1, "golden": 2, "log8": 3, "log6": 4, "log5": 5, "log4": 6}
+_GROUP_SIZE = 32  # QINS_CACHE_GROUP in qins.h
 
 
 def check_cache_codec(argument: str, codec: str) -> str:
     """Return the name of a KV cache's codec, or raise the ValueError that lists the codecs."""
-    if codec not in _FIELDS:
-        raise ValueError(f"{argument}: expected one of {', '.join(_FIELDS)}, got {codec!r}")
+    if codec not in _STORE:
+        raise ValueError(f"{argument}: expected one of {', '.join(_STORE)}, got {codec!r}")
     return codec
+
+
+def _fields(name: str, codec: str, dim: int) -> dict[str, tuple[torch.dtype, int]]:
+    """Return the tensors that a codec stores for (batch, heads, tokens, head_dim): dtypes and last dimensions."""
+    if codec == "float16":
+        return {"data": (torch.float16, dim)}
+    if codec == "golden":
+        return {"stored": (torch.uint8, dim), "sign": (torch.int8, dim), "range": (torch.float32, 2)}
+    if codec == "log8":
+        return {"codes": (torch.uint8, dim), "scale": (torch.bfloat16, 1)}
+    if dim % 8:
+        raise ValueError(f"{name}: expected a head_dim that is a multiple of 8 for codec {codec!r}, got {dim}")
+    groups = -(-dim // _GROUP_SIZE)
+    return {
+        "codes": (torch.uint8, dim // 8 * LOG_BITS[codec]),
+        "scale": (torch.bfloat16, 1),
+        "group_scale": (torch.uint8, groups),
+    }
 
 
 class _Tokens:
@@ -35,8 +48,8 @@ class _Tokens:
     def __init__(self, name: str, codec: str, batch: int, heads: int, room: int, dim: int) -> None:
         self.name, self.codec, self.dim = name, codec, dim
         self.fields = {
-            field: torch.empty(batch, heads, room, last or dim, dtype=dtype)
-            for field, (dtype, last) in _FIELDS[codec].items()
+            field: torch.empty(batch, heads, room, last, dtype=dtype)
+            for field, (dtype, last) in _fields(name, codec, dim).items()
         }
 
     @property
@@ -119,15 +132,16 @@ class QINSKVCache:
     """A KV cache of fixed size; the prototype's class of that name.
 
     Keys are stored in float16. Values are `golden` codes with one range per token and head: 2 bytes per element and 8
-    per row. With v_codec="log8", values take 1 byte per element and 2 per row; k_codec="log8" does the same for keys.
+    per row. With v_codec="log8", values take 1 byte per element and 2 per row; with "log6", "log5" and "log4", 6, 5 and
+    4 bits per element, 2 bytes per row and 1 per 32 elements. k_codec does the same for keys.
 
     Args:
         max_batch_size: maximum number of sequences.
         max_seq_len: maximum number of tokens per sequence.
         n_heads: heads of keys and values.
-        head_dim: elements per head.
+        head_dim: elements per head; for log6, log5 and log4 a multiple of 8.
         device: must be the CPU.
-        v_codec: codec of the values: "golden", "log8" or "float16".
+        v_codec: codec of the values: "golden", "log8", "log6", "log5", "log4" or "float16".
         k_codec: codec of the keys; same choices.
 
     """
@@ -265,8 +279,9 @@ class GrowingTokens:
         if self._keys is None or self._values is None:
             room = max(self._FIRST_ROOM, tokens)
             self.version += 1
-            self._keys = _Tokens("key_states", self.k_codec, batch, heads, room, k.shape[3])
+            keys = _Tokens("key_states", self.k_codec, batch, heads, room, k.shape[3])
             self._values = _Tokens("value_states", self.v_codec, batch, heads, room, v.shape[3])
+            self._keys = keys  # neither if one is refused
         elif self._keys.batch != batch:
             raise ValueError(f"key_states: expected {self._keys.batch} sequences, as before, got {batch}")
         self.reserve(tokens)

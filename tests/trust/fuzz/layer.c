@@ -45,14 +45,17 @@ static void take_products(input *in, qins_decoder_layer *l, uint32_t flags)
 /* Keys or values: `rows` of `dim` elements, kept in any way. */
 static qins_decoder_store take_store(input *in, size_t rows, size_t dim, size_t item)
 {
-    qins_decoder_store s = {.kind = (qins_store_kind)(take(in, 1) % 4)};
+    qins_decoder_store s = {.kind = (qins_store_kind)(take(in, 1) % QINS_STORE_COUNT)};
+    static const size_t BITS[] = {[QINS_STORE_LOG6] = 6, [QINS_STORE_LOG5] = 5, [QINS_STORE_LOG4] = 4};
     const size_t size = s.kind == QINS_STORE_FLOATS ? item : s.kind == QINS_STORE_FLOAT16 ? 2 : 1;
-    s.data = filled(in, rows * dim * size, 0, in->left / 2);
+    s.kind = s.kind > QINS_STORE_LOG8 && dim % 8 != 0 ? QINS_STORE_LOG8 : s.kind;
+    s.data = filled(in, s.kind > QINS_STORE_LOG8 ? rows * dim / 8 * BITS[s.kind] : rows * dim * size, 0, in->left / 2);
     if (s.kind == QINS_STORE_GOLDEN) {
         s.second = filled(in, rows * dim, 0, in->left / 2);
         s.third = filled(in, rows * 2 * sizeof(float), 0, in->left / 2);
-    } else if (s.kind == QINS_STORE_LOG8) {
+    } else if (s.kind >= QINS_STORE_LOG8) {
         s.second = filled(in, rows * sizeof(uint16_t), 0, in->left / 2);
+        s.third = filled(in, rows * ceil_div(dim, QINS_CACHE_GROUP), 0, in->left / 2);
     }
     return s;
 }
@@ -101,9 +104,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     l.sinks = take_norm(&in, l.heads);
     call.cos = filled(&in, turns * item, 0, in.left / 2);
     call.sin = filled(&in, turns * item, 0, in.left / 2);
-    static qins_log8_tables tables; /* the same for each input */
-    qins_log8_tables_build(&tables, 2.5f, 8);
-    call.tables = &tables;
+    static qins_cache_tables tables[QINS_CODEC_COUNT]; /* the same for each input */
+    for (int i = 0; tables[QINS_log4].nearest.top == 0 && i < QINS_CODEC_COUNT; i++) {
+        if (log_bits((qins_codec)i) > 0) {
+            qins_cache_tables_build(&tables[i], (qins_codec)i, 2.5f);
+        }
+    }
+    call.tables = tables;
     call.keys = take_store(&in, kept, l.head_dim, item);
     call.values = take_store(&in, kept, l.head_dim, item);
     call.x = filled(&in, sequences * tokens * l.hidden * item, 0, in.left / 2);

@@ -89,7 +89,7 @@ def main() -> None:
         found["products"].append(bytes([ISA, F32, 0, 15, 5]) + shape(codec, None) + hostile + fields(e) + x[: 4 * COLS])
     for codec in ("golden", "log9"):
         found["exact"] += [stream(codec, bytes(range(1, 9)), flags) for flags in (8, 24)]
-    for codec in (0, 1):
+    for codec in range(5):
         found["cache"].append(bytes([ISA, F32, codec, 1, 4]) + struct.pack("<HBB", 64, 0, 4) + x[:400])
     for name, inputs in found.items():
         directory = CORPUS / name
