@@ -397,6 +397,14 @@ def test_requests_that_do_not_fit_together_wait(talking, expected):
     assert answers == [expected(" ".join(f"w{i}" for i in p)) for p in prompts]
 
 
+def test_memory_of_a_cache_of_codes(talking):
+    config = transformers.AutoConfig.from_pretrained(talking)
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    floats, codes = (server.Room(str(talking), 2048, False, codec).cache for codec in (None, "log4"))
+    kept = qins.QINSKVCache(1, 2048 * 3 // 2, heads, config.head_dim, v_codec="log4").memory_savings()
+    assert codes == kept["total_bytes"] < floats == 4 * 2 * 2048 * heads * config.head_dim
+
+
 def test_available_memory():
     there = server.available_bytes()
     if there is None:

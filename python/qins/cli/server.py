@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from ..files import open_checkpoint
 from ..hf import QinsConfig, find_source, load_tokenizer, loading, require_causal_lm, require_transformers
+from ..nn import cache_row_bytes
 from ..system import available_bytes
 
 transformers = require_transformers()
@@ -223,19 +224,20 @@ class Room:
         model: directory or hub name.
         cache_tokens: tokens that the cache has room for; None chooses.
         together: whether requests are computed together.
+        kv_cache: codec of the cache's values; None for floats.
 
     Attributes:
         weights: bytes of the checkpoint's tensors.
         tokens: tokens that the cache has room for.
-        cache: bytes of the cache, as floats.
+        cache: bytes of the cache.
         limit: maximum number of tokens of a prompt and its answer.
 
     Raises:
-        ValueError: the machine does not have that much memory.
+        ValueError: the machine does not have that much memory, or heads do not suit the codec.
 
     """
 
-    def __init__(self, model: str, cache_tokens: int | None, together: bool) -> None:
+    def __init__(self, model: str, cache_tokens: int | None, together: bool, kv_cache: str | None) -> None:
         with loading("the config.json of a causal language model", model):
             config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
             config = config.get_text_config(decoder=True)
@@ -243,13 +245,17 @@ class Room:
         heads = getattr(config, "num_key_value_heads", None) or queries
         width = getattr(config, "head_dim", None) or config.hidden_size // max(queries, 1)
         itemsize = (config.dtype or torch.float32).itemsize
-        # keys and values, and the token's column of the mask of a step
-        per_token = (2 * config.num_hidden_layers * heads * width + _BATCH * together) * itemsize
+        rows = config.num_hidden_layers * heads
+        if kv_cache is None:  # keys and values, and the token's column of the mask of a step
+            per_token = (2 * rows * width + _BATCH * together) * itemsize
+        else:  # a cache of codes has room for half as many tokens more than there were when it grew
+            each = cache_row_bytes("keys", "float16", width) + cache_row_bytes("--kv-cache", kv_cache, width)
+            per_token = rows * each * 3 // 2
         positions = getattr(config, "max_position_embeddings", None)
         self.weights = open_checkpoint(find_source(model)).file_bytes
         there = available_bytes()
         left = float("inf") if there is None else there - self.weights
-        self.tokens = cache_tokens or min(_ROOM, max(_PAGE, int(left / 2 / per_token)))
+        self.tokens = cache_tokens or min(_ROOM, max(_PAGE, int(left / 2 / max(per_token, 1))))
         if together:
             self.tokens = -(-self.tokens // _PAGE) * _PAGE
         elif positions is not None:
@@ -311,7 +317,7 @@ class Service:
     ) -> None:
         require_causal_lm(model)
         together = kv_cache is None and continuous_batching is not False
-        self.threads, self.room = threads, Room(model, cache_tokens, together)
+        self.threads, self.room = threads, Room(model, cache_tokens, together, kv_cache)
         self.name = name or (Path(model).resolve().name if Path(model).exists() else model)
         torch.set_num_threads(threads)
         self.tokenizer, loaded = load_tokenizer(model), _load(model, verify)

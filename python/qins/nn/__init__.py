@@ -16,7 +16,7 @@ from .converting import (
 )
 from .embedding import QINSEmbedding
 from .experts import QINSExperts, format_of_experts, projections, stack_sizes
-from .kv_cache import GrowingTokens, QINSKVCache, check_cache_codec, savings
+from .kv_cache import GrowingTokens, QINSKVCache, cache_row_bytes, check_cache_codec, savings
 from .linear import QINSLinear
 from .memory import MemoryReport, memory_report
 from .ops import is_watched, linear, multiply, multiply_codes, numbers_of, set_fused_rows
@@ -40,6 +40,7 @@ __all__ = [
     "WeightComparison",
     "affine",
     "after_conversion",
+    "cache_row_bytes",
     "check_cache_codec",
     "check_finite",
     "choose",

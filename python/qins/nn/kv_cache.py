@@ -42,6 +42,16 @@ def _fields(name: str, codec: str, dim: int) -> dict[str, tuple[torch.dtype, int
     }
 
 
+def cache_row_bytes(name: str, codec: str, dim: int) -> int:
+    """Return the bytes of one head's keys or values of one token, of `dim` elements.
+
+    Raises:
+        ValueError: the codec does not take that many elements.
+
+    """
+    return sum(last * dtype.itemsize for dtype, last in _fields(name, codec, dim).values())
+
+
 class _Tokens:
     """Keys or values of some tokens: tensors of (batch, heads, room, ...) of which the first tokens are in use."""
 
