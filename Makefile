@@ -15,9 +15,9 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard qins_ext/*)
 
 # processes at once: workers of the Python suite (one thread each), builds and runs of the core's tests
 export JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(JOBS) --dist worksteal
 
-.PHONY: demo test check test-all test-python test-rooms test-long test-isas test-transformers test-ray test-vllm test-core test-core-others \
+.PHONY: demo test check test-all test-others test-python test-rooms test-long test-isas test-transformers test-ray test-vllm test-core test-core-others \
     test-sdist test-wheel test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
     trust-platforms trust-mutants \
     lint docs bench measurements clean
@@ -33,7 +33,9 @@ test:
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
 # the longest first, each with one processor
 OTHER_TESTS := test-core-others test-long test-transformers test-pythons test-extras test-isas test-fuzz test-rooms test-wheel
-test-all: test test-sdist
+test-all: test test-sdist test-others
+
+test-others:
 	$(MAKE) --jobs=$(JOBS) --output-sync=target JOBS=1 $(OTHER_TESTS)
 	@echo 'NOT RUN: tests/cluster, on a Ray cluster: make test-ray (minutes; 400 MB of packages)'
 
