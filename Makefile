@@ -58,13 +58,13 @@ test-rooms: $(VENV)/installed-dev
 	    $(PYTEST) -m "not slow and not long" --room $$room --first; \
 	done
 
-# what depends on the instruction set, under each but the best; all of it with AVX2, which most processors have as their
-# best, one case of each test with the others, whose kernels the core's tests compare with the scalar ones
+# what depends on the instruction set, under each but the best; with one case of each test, since the core's tests compare
+# kernels, but all cases of codecs and modules with AVX2, which most processors have as their best
 test-isas: $(VENV)/installed-dev
 	set -e; for isa in $$($(BIN)/python -c 'import qins; print(*qins.isas()[1:])'); do \
 	    echo "== Python suite, $$isa"; \
-	    first=$$(test $$isa = avx2 || echo --first); \
-	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" $$first tests; \
+	    QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" --first tests; \
+	    test $$isa != avx2 || QINS_ISA=$$isa $(PYTEST) -m "not slow and not once and not long" tests/codec tests/nn; \
 	done
 
 # other versions of transformers than constraints.txt has, each in a directory that comes first on the path; of all but
