@@ -102,6 +102,9 @@ def rotations(dtype):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rotation_is_bit_for_bit_the_models(name, monkeypatch):
     model, called = tiny(name), []
+    if not hasattr(rotation(model), "__wrapped__"):
+        assert hasattr(model.model.layers[0].self_attn, "rotary_fn")
+        pytest.skip("NOT RUN: this transformers keeps the function in its modules")
     own, core = rotation(model).__wrapped__, fusing._core.rotate_at
     monkeypatch.setattr(fusing._core, "rotate_at", lambda *args: called.append(core(*args)))
     with torch.no_grad():
@@ -123,7 +126,7 @@ def test_other_rotations_keep_their_operations(monkeypatch):
     here = sys.modules[__name__]
     for own in (transformers.models.cohere.modeling_cohere.apply_rotary_pos_emb, lambda x: x):
         monkeypatch.setattr(here, "apply_rotary_pos_emb", own, raising=False)
-        fusing._fuse_rotation(type("Attention", (), {"__module__": __name__}))
+        fusing._fuse_rotation(type("Attention", (nn.Module,), {"__module__": __name__})())
         assert here.apply_rotary_pos_emb is own
 
 

@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -174,11 +175,16 @@ def _rotates_in_halves(own: Callable[..., Any], fused: Callable[..., Any]) -> bo
     return True
 
 
-def _fuse_rotation(kind: type) -> None:
-    """Let the core rotate queries and keys in a class's attention, of all models: the results are torch's."""
-    there: Any = sys.modules[kind.__module__]
+def _fuse_rotation(attention: nn.Module) -> None:
+    """Let the core rotate queries and keys in a class's attention, of all models: the results are torch's.
+
+    Some versions of transformers keep the function in each module, which could not be pickled without its name.
+    """
+    there: Any = sys.modules[type(attention).__module__]
     own = getattr(there, "apply_rotary_pos_emb", None)
-    if own is None or own.__dict__.get("_qins_wrapped"):
+    if type(own) is not FunctionType or own.__dict__.get("_qins_wrapped"):
+        return
+    if any(value is own for module in attention.modules() for value in vars(module).values()):
         return
     fused = _fused_rotation(own)
     if _rotates_in_halves(own, fused):
@@ -195,4 +201,4 @@ def fuse(module: nn.Module) -> None:
     elif is_reviewed(type(module), "MLP") and ({"gate_proj", "up_proj"} <= children or "gate_up_proj" in children):
         replace(module, FusedGate())
     elif is_reviewed(type(module), "Attention"):
-        _fuse_rotation(type(module))
+        _fuse_rotation(module)
