@@ -119,7 +119,7 @@ static void norm_heads(const run *r, rows y, size_t heads, const float *weight)
 static int rotate(const run *r)
 {
     const qins_decoder_call *call = r->call;
-    const size_t dim = r->layer->head_dim, n = call->rotary_dim, half = n / 2;
+    const size_t dim = r->layer->head_dim, n = call->rotary_dim;
     if (n == 0) {
         return 0;
     }
@@ -131,16 +131,9 @@ static int rotate(const run *r)
         const size_t at = m / call->tokens * call->rotary_next + m % call->tokens * n;
         widen_at(r, call->cos, at, n, cosine);
         widen_at(r, call->sin, at, n, sine);
-        for (int keys = 0; keys < 2; keys++) {
-            float *head = keys ? r->k.at + m * r->k.next : r->q.at + m * r->q.next;
-            for (size_t h = 0; h < (keys ? r->layer->kv_heads : r->layer->heads); h++, head += dim) {
-                for (size_t i = 0; i < half; i++) {
-                    const float a = head[i], b = head[half + i];
-                    head[i] = a * cosine[i] - b * sine[i];
-                    head[half + i] = b * cosine[half + i] + a * sine[half + i];
-                }
-            }
-        }
+        float *q = r->q.at + m * r->q.next, *k = r->k.at + m * r->k.next;
+        r->kernels->rotate[QINS_F32](q, cosine, sine, r->layer->heads, dim, n / 2, q);
+        r->kernels->rotate[QINS_F32](k, cosine, sine, r->layer->kv_heads, dim, n / 2, k);
     }
     qins_scratch_give(room);
     return 0;

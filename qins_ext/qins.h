@@ -323,7 +323,7 @@ typedef struct {
     float (*exp_row)(float *x, size_t n, float most);
     /* out = up * silu(gate), or up * gelu(gate) in its tanh form */
     void (*gate_row)(const float *gate, const float *up, size_t n, int gelu, float *out);
-    /* By dtype but float64; see qins_rotation. Heads are `next` elements apart in x and y */
+    /* By dtype but float64; see qins_rotation. Heads are `next` elements apart in x and y, which may be the same */
     void (*rotate[3])(const void *x, const void *cosine, const void *sine, size_t heads, size_t next, size_t half,
                       void *y);
     /* out[m * next + t] = rows[t] . x[m], n elements. Rows are `stride` apart */

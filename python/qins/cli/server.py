@@ -176,7 +176,7 @@ class _Abandoning:
             answering.cancel()
             listening.cancel()
             await asyncio.wait({answering, listening})
-            for streamer in streamers:
+            for streamer in streamers:  # an answer that ends early may not have waited for its text yet
                 streamer.cancel()
         if not left:
             answering.result()
