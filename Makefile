@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OBJECTS := $(abspath $(VENV)/objects)
 # torch first and alone: the version of the constraints file has a build for CPUs only
 PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -26,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/qins demo $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
 
 # the core with every instruction set that runs here, while packages are installed, and the Python suite with the best
-test:
+test: $(VENV)/installed
 	$(MAKE) --jobs=2 --output-sync=target test-core $(VENV)/installed-dev
 	$(MAKE) test-python
 
@@ -94,8 +95,9 @@ $(VENV)/ray/installed: $(VENV)/installed-dev
 	    'moto[server]==5.2.5'
 	touch $@
 
-test-core:
-	tests/core/run.sh native
+# the objects of the extension
+test-core: $(VENV)/installed
+	QINS_OBJECTS=$(OBJECTS) tests/core/run.sh native
 
 test-core-others:
 	tests/core/run.sh others
@@ -190,7 +192,7 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP_REST) -e '.[all]'
+	QINS_OBJECTS=$(OBJECTS) $(PIP_REST) -e '.[all]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -1,11 +1,9 @@
 """Builds the extension; everything else about the project is in pyproject.toml."""
 
 import os
-import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy
 from setuptools import Extension, setup
@@ -27,33 +25,30 @@ else:
         flags.append("-g0")  # Python's own build flags include -g: twice the time, ten times the bytes
 
 
-# Where there is a better instruction set, the portable one is what the others are tested against: -O3 would double the
-# time of a build.
-HAS_VECTORS = platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
-
-
-def flags_of(source: str) -> list[str]:
-    """Flags of one file, after those of all."""
-    return ["-O2"] if source.endswith("isa_scalar.c") and HAS_VECTORS and sys.platform != "win32" else []
-
-
 class BuildExtension(build_ext):
-    """Compiles as many files at a time as there are processors; setuptools would compile one."""
+    """Compiles as many files at a time as there are processors; setuptools would compile one.
+
+    QINS_OBJECTS: a directory in which object files remain, for the core's tests; else they are temporary.
+    """
+
+    def finalize_options(self) -> None:
+        """Choose where object files go."""
+        objects = os.environ.get("QINS_OBJECTS")
+        if objects is not None:
+            self.build_temp = objects
+            self.force = self.force or not os.path.isdir(objects)
+        super().finalize_options()
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension."""
-        compile_all = self.compiler.compile
-
-        def compile_one(source: str, *args: object, **kwargs: Any) -> list[str]:
-            more = flags_of(source)
-            return compile_all([source], *args, **{**kwargs, "extra_postargs": [*kwargs["extra_postargs"], *more]})
+        compile_files = self.compiler.compile
 
         def compile_in_parallel(sources: list[str], *args: object, **kwargs: object) -> list[str]:
-            first = compile_one(sources[0], *args, **kwargs)  # makes the directories and finds the compiler
+            first = compile_files(sources[:1], *args, **kwargs)  # makes the directories and finds the compiler
             # the longest ones first
             rest = sorted(sources[1:], key=lambda s: "isa_" not in s)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                others = pool.map(lambda source: compile_one(source, *args, **kwargs), rest)
+                others = pool.map(lambda source: compile_files([source], *args, **kwargs), rest)
                 return [*first, *(file for files in others for file in files)]
 
         self.compiler.compile = compile_in_parallel

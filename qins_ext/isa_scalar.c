@@ -1,4 +1,5 @@
 /* Portable C, one lane at a time: the reference that every other instruction set must match. */
+#define ONE_BODY 1
 #include "words.h"
 
 #define ISA scalar
