@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +19,19 @@ def printed(*args, **kwargs):
     result = CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=False, **kwargs)
     assert result.exit_code == 0
     return result.stdout
+
+
+def run(*args):
+    """Run a command; return exit code, stdout and stderr as subprocess.run does."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["qins", *map(str, args)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as e,
+    ):
+        cli.main()
+    return subprocess.CompletedProcess(sys.argv, e.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def as_shell(monkeypatch, capfd, *args):

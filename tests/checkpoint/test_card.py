@@ -149,7 +149,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
-            self.answer({"url": f"{self.server.address}/me/tiny", "name": "me/tiny"})
+            name = "me/" + json.loads(body)["name"]
+            self.answer({"url": f"{self.server.address}/{name}", "name": name})
         elif "/preupload/" in self.path:
             files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
                      for f in json.loads(body)["files"]]  # fmt: skip
@@ -157,7 +158,8 @@ class Hub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    content = base64.b64decode(line["value"]["content"])
+                    self.server.files.setdefault(self.path.split("/")[4], {})[line["value"]["path"]] = content
             url = f"{self.server.address}/me/tiny/commit/" + "1" * 40
             self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": url})
         else:
@@ -180,39 +182,40 @@ def hub():
 
 
 PUSH = """
-import sys, qins, transformers
-{}
-model.push_to_hub("me/tiny", token="hf_x", tags=["small"])
+import qins, transformers
+
+source, out = {!r}, {!r}
+of_codes = qins.load(out)
+while_loading = transformers.LlamaForCausalLM.from_pretrained(source, quantization_config=qins.QinsConfig())
+in_place = transformers.LlamaForCausalLM.from_pretrained(source)
+qins.convert(in_place)
+dequantized = qins.load(out).dequantize()
+for name in ("of_codes", "while_loading", "in_place", "dequantized"):
+    globals()[name].push_to_hub(f"me/{{name}}", token="hf_x", tags=["small"])
 """
 
 
-@pytest.mark.parametrize("how", ["of codes", "while loading", "in place", "dequantized"])
-def test_push_to_hub(source, tmp_path, hub, how):
-    quantize_checkpoint(source, tmp_path / "out")
-    made = {
-        "of codes": f"model = qins.load({str(tmp_path / 'out')!r})",
-        "while loading": "model = transformers.LlamaForCausalLM.from_pretrained("
-        f"{str(source)!r}, quantization_config=qins.QinsConfig())",
-        "in place": f"model = transformers.LlamaForCausalLM.from_pretrained({str(source)!r}); qins.convert(model)",
-        "dequantized": f"model = qins.load({str(tmp_path / 'out')!r}).dequantize()",
-    }
+def test_push_to_hub(source, tmp_path, hub):
+    out = tmp_path / "out"
+    quantize_checkpoint(source, out)
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
                    "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-    command = [sys.executable, "-c", PUSH.format(made[how])]
+    command = [sys.executable, "-c", PUSH.format(str(source), str(out))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    head, text = parts(hub.files["README.md"].decode())
+    assert [*hub.files] == ["of_codes", "while_loading", "in_place", "dequantized"]
+    head, text = parts(hub.files.pop("dequantized")["README.md"].decode())
     assert "small" in head["tags"]
-    if how == "dequantized":
-        assert "codes" not in text
-        return
-    assert head["license"] == "apache-2.0"
-    assert {"qins", "chat"} <= set(head["tags"])
-    assert 'This needs `pip install "qins[hf]"`' in text[:300]
-    assert text.count("# Tiny") == 1
-    (tmp_path / "there").mkdir()
-    for name, content in hub.files.items():
-        (tmp_path / "there" / name).write_bytes(content)
-    pushed = qins.load(tmp_path / "there", verify=True)
-    assert same_state(pushed, qins.load(tmp_path / "out"))
-    assert same_state(pickle.loads(pickle.dumps(copy.deepcopy(pushed))), pushed)
+    assert "codes" not in text
+    for name, files in hub.files.items():
+        head, text = parts(files["README.md"].decode())
+        assert head["license"] == "apache-2.0"
+        assert {"small", "qins", "chat"} <= set(head["tags"])
+        assert 'This needs `pip install "qins[hf]"`' in text[:300]
+        assert text.count("# Tiny") == 1
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+        pushed = qins.load(tmp_path / name, verify=True)
+        assert same_state(pushed, qins.load(out))
+        assert same_state(pickle.loads(pickle.dumps(copy.deepcopy(pushed))), pushed)

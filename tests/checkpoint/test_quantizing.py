@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 
 import pytest
+import terminal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -535,24 +536,20 @@ def test_peak_memory(tmp_path, calibrated):
     assert peak < (380e6 if calibrated else 120e6)
 
 
-def run_cli(*arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "qins.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def test_command_line(source, tmp_path):
-    done = run_cli("quantize", source, tmp_path / "out", "--exclude", "*.k_proj", "--lm-head", "--embeddings", "--json")
+    done = terminal.run(
+        "quantize", source, tmp_path / "out", "--exclude", "*.k_proj", "--lm-head", "--embeddings", "--json"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["layers"] == 12 + 2
     assert result["bytes_after"] < result["bytes_before"]
     assert {s["name"] for s in result["skipped"]} >= {"model.layers.0.self_attn.k_proj"}
-    done = run_cli("quantize", source, tmp_path / "out")
+    done = terminal.run("quantize", source, tmp_path / "out")
     assert done.returncode == 1
     assert "not empty" in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
-    done = run_cli("quantize", source, tmp_path / "x", "--codec", "log7")
+    done = terminal.run("quantize", source, tmp_path / "x", "--codec", "log7")
     assert done.returncode == 1
     assert "expected one of" in done.stderr
 

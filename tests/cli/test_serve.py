@@ -133,7 +133,7 @@ def expected(talking):
     return continued
 
 
-@pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
+@pytest.mark.parametrize("codec", ["log4", *(pytest.param(c, marks=pytest.mark.long) for c in ("log5", "log6"))])
 def test_caches_of_fewer_bits(talking, expected, codec):
     made = Served(talking, "--kv-cache", codec)
     try:
@@ -358,14 +358,14 @@ def test_sigterm_finishes_requests(talking):
     """
     served = Served(talking.parent / "float", "--name", "model", "--no-verify")
     with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(served.complete, "w40", 600)
-        stream = served.complete("w41", 600, stream=True)
+        whole = pool.submit(served.complete, "w40", 300)
+        stream = served.complete("w41", 300, stream=True)
         next(stream)
         time.sleep(0.3)  # the other request has arrived, too
         served.process.send_signal(signal.SIGTERM)
         last = [*stream][-1]
-        assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("length", 600)
-        assert whole.result().usage.completion_tokens == 600
+        assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("length", 300)
+        assert whole.result().usage.completion_tokens == 300
     assert served.process.wait(20) == 0
     with pytest.raises(openai.APIConnectionError):
         served.complete("w9")

@@ -47,7 +47,7 @@ def weights(rows, cols, dtype=np.float32):
     return np.tile(rng.standard_normal((16, cols)).astype(dtype), (-(-rows // 16), 1))[:rows]
 
 
-def encoding(rows=1 << 14):
+def encoding(rows=1 << 13):
     w = weights(rows, 2048)
     codes, groups = np.full((rows, 1024), FILL, np.uint8), np.zeros((rows, 64), np.uint8)
     arrays = (codes, np.zeros(rows, np.float32), groups)
@@ -63,7 +63,7 @@ def feeding(size=4096):
     return codes, lambda: _core.feedback("log8", w, order, factors, arrays, 2.0, 64, qins.get_num_threads())
 
 
-def multiplying(size=4096, batch=8192):
+def multiplying(size=4096, batch=2048):
     e = qins.encode(weights(size, size), group_size=64)
     x, y = weights(batch, size), np.full((batch, size), FILL, np.float32)
     return y, lambda: qins.matmul(x, e, out=y)
@@ -106,7 +106,7 @@ def test_returning(name, threads):
 
     result, call = CALLS[name]()
     qins.set_num_threads(threads)
-    with alarms(handle, 0.05, 0.2):
+    with alarms(handle, 0.02, 0.2):
         call()
     interrupted = result.copy()
     result[...] = FILL

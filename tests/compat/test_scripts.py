@@ -54,6 +54,7 @@ def run(directory, *arguments, cwd=None, env=None):
     return done
 
 
+@pytest.mark.long
 def test_greedy_toy(beside):
     done = run(beside, "greedy_toy.py", "500")
     assert done.returncode == 0
@@ -82,6 +83,7 @@ def test_memory(beside):
     assert "== 2.00x on encoded weights" in done.stdout
 
 
+@pytest.mark.long
 def test_phi35_pattern_a(beside, phi35_hub):
     done = run(beside, "pattern_a_phi35.py", env=phi35_hub)
     assert done.returncode == 0

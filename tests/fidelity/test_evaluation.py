@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import terminal
 import torch
 
 import qins
@@ -52,9 +53,9 @@ def settings(text_file, **more):
 
 
 def command(*args, code=0):
-    run = subprocess.run([sys.executable, "-m", "qins.cli", "eval", *map(str, args)], capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
-    return run
+    done = terminal.run("eval", *args)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def by_hand(reference, model, ids):
@@ -303,7 +304,7 @@ def test_kinds(text_file, tmp_path, name):
     assert all(n == 6 for n in itself.greedy_same)
 
 
-@pytest.mark.parametrize("name", ["t5", "bert", "bert encoder"])
+@pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.long) for n in ("t5", "bert encoder"))])
 def test_other_kinds_made_in_one_run(text_file, tmp_path, name):
     both(tmp_path, name)
     reference = str(tmp_path / "float")
@@ -448,6 +449,7 @@ def pages(report, source, text_file):
     return made
 
 
+@pytest.mark.long
 def test_columns_say_what_they_are(pages):
     heads = {
         name: re.findall(r'<th scope="col">([^<]*)</th>', page.read_text().split("Largest")[0])
@@ -471,6 +473,7 @@ def test_known_figures_have_room_for_their_names():
     assert figure.axes[0].get_xlim()[1] >= 5 * 2.0
 
 
+@pytest.mark.long
 def test_known_figures_stand_beside_one_model(pages):
     """They equal those of docs/measurements.md, and the page names their model and text."""
     from qins.fidelity.report import KNOWN, KNOWN_ENCODER, KNOWN_ENCODER_ON, KNOWN_ON
@@ -537,6 +540,7 @@ def test_report_in_a_browser(report, tmp_path, dark):
     assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
 
 
+@pytest.mark.long
 def test_nothing_scrolls_sideways(pages, tmp_path):
     """No table of any page overflows in a window of 1,200 pixels."""
     for name, page in pages.items():

@@ -126,6 +126,7 @@ def test_gradients(tmp_path):
         assert (got - expected).norm() < 1e-3 * expected.norm()
 
 
+@pytest.mark.long
 def test_refusals(tmp_path):
     """Every rank raises before it reads a weight, so none waits for another."""
     pytest.importorskip("peft")

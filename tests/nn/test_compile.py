@@ -24,6 +24,7 @@ def model(request):
     return model
 
 
+@pytest.mark.long
 def test_compile_whole_model_without_graph_break(model):
     ids = torch.arange(20)[None]
     with torch.no_grad():
