@@ -33,7 +33,8 @@ test: $(VENV)/installed
 
 # every instruction set, compiler, emulated processor, version and package that this machine has a way to test
 # the longest first, each with one processor
-OTHER_TESTS := test-core-others test-long test-transformers test-pythons test-extras test-isas test-fuzz test-rooms test-wheel
+OTHER_TESTS := test-core-others test-long test-transformers test-pythons test-extras test-isas test-fuzz test-rooms test-wheel \
+    docs
 test-all: test test-sdist test-others
 
 test-others:

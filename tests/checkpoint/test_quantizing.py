@@ -419,6 +419,7 @@ def test_killed_before_the_lock_is_deleted(source, tmp_path, monkeypatch):
     assert tree(out) == tree(tmp_path / "undisturbed")
 
 
+@pytest.mark.long
 def test_two_at_once(source, tmp_path):
     """The second process gets an error, the first is not disturbed, and the lock of a killed one does not block."""
     quantize_checkpoint(source, tmp_path / "undisturbed")
@@ -657,6 +658,7 @@ def test_conv1d_in_place_is_reported():
     assert len(report.skipped) == 9
 
 
+@pytest.mark.long
 def test_hostile_quantization_config(tmp_path):
     """For any value of any field, the model loads, or the error names the field."""
     make("llama tied").save_pretrained(tmp_path / "float")

@@ -133,7 +133,8 @@ def expected(talking):
     return continued
 
 
-@pytest.mark.parametrize("codec", ["log4", *(pytest.param(c, marks=pytest.mark.long) for c in ("log5", "log6"))])
+@pytest.mark.long
+@pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
 def test_caches_of_fewer_bits(talking, expected, codec):
     made = Served(talking, "--kv-cache", codec)
     try:

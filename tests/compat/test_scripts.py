@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import long_but
 from torch import nn
 
 import qins
@@ -66,7 +67,7 @@ def test_greedy_toy(beside):
     assert not report.problems
 
 
-@pytest.mark.parametrize("src", ["package", "namespace", "none"])
+@pytest.mark.parametrize("src", long_but(["namespace"], ["package", "namespace", "none"]))
 def test_round_trip(beside, src):
     if src == "package":
         (beside / "src" / "__init__.py").write_text("")
@@ -77,6 +78,7 @@ def test_round_trip(beside, src):
     assert "ALL PASSED" in done.stdout
 
 
+@pytest.mark.long
 def test_memory(beside):
     done = run(beside, "memory.py")
     assert done.returncode == 0

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import terminal
 import torch
+from cases import long_but
 
 import qins
 from qins.fidelity import PEERS, evaluation, metrics
@@ -277,7 +278,7 @@ def both(path, name):
     return model.eval(), quantized
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", long_but(["llama", "t5", "bert encoder", "gpt2"], OTHERS))
 def test_kinds(text_file, tmp_path, name):
     """Every kind of text model is measured, in windows that fit it; the page and the table are written."""
     both(tmp_path, name)
@@ -304,7 +305,8 @@ def test_kinds(text_file, tmp_path, name):
     assert all(n == 6 for n in itself.greedy_same)
 
 
-@pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.long) for n in ("t5", "bert encoder"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["t5", "bert", "bert encoder"])
 def test_other_kinds_made_in_one_run(text_file, tmp_path, name):
     both(tmp_path, name)
     reference = str(tmp_path / "float")

@@ -69,7 +69,9 @@ def test_memory_is_checked_first(saved, monkeypatch):
                 cls.from_pretrained(path / source, **given)
 
 
-@pytest.mark.parametrize(("codec", "most"), [("log8", 0.1), ("golden", 0.1), ("log4", 0.4)])
+@pytest.mark.parametrize(
+    ("codec", "most"), [("log8", 0.1), ("log4", 0.4), pytest.param("golden", 0.1, marks=pytest.mark.long)]
+)
 def test_matrix(saved, codec, most):
     model, path = saved
     cls = type(model)

@@ -326,6 +326,7 @@ def test_autocast(layer):
     assert y.dtype == torch.bfloat16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(layer, grad):
     for op, size in ((torch.ops.qins.linear.default, 300), (torch.ops.qins.linear_backward.default, 200)):
