@@ -80,9 +80,9 @@ static inline float sum_lanes(float *lane)
     return lane[0];
 }
 
-/* Functions marked SPECIALIZED are compiled anew for each combination of some arguments that their callers know, so that
- * sums stay in registers. EACH_BATCH is one body per number of rows of activations; CALL(n) is the body for a constant n.
- * With ONE_BODY, which takes a tenth of the time to compile, both are left to loops. */
+/* Functions marked SPECIALIZED are compiled anew for each combination of some arguments that their callers know, so
+ * that sums stay in registers. EACH_BATCH is one body per number of rows of activations; CALL(n) is the body for a
+ * constant n. With ONE_BODY, which takes a tenth of the time to compile, both are left to loops. */
 #if ONE_BODY
 #define SPECIALIZED static
 #define EACH_BATCH(n, CALL)    \
