@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(JOBS)
 
 .PHONY: demo test check test-all test-others test-python test-rooms test-long test-isas test-transformers test-ray test-vllm test-core test-core-others \
     test-sdist test-wheel test-extras test-pythons test-slow test-fuzz trust trust-faults trust-signals trust-allocations trust-races trust-fuzz \
-    trust-platforms trust-mutants \
+    trust-soak trust-platforms trust-mutants \
     lint docs bench measurements clean
 
 demo: $(VENV)/installed
@@ -137,7 +137,7 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
 # hostile conditions at length; tests/trust has the short form of each, which the suite runs
-trust: trust-faults trust-signals trust-allocations trust-races trust-fuzz
+trust: trust-faults trust-signals trust-allocations trust-races trust-fuzz trust-soak
 
 # every system call on files fails once
 trust-faults: $(VENV)/installed-dev
@@ -156,6 +156,10 @@ trust-races: $(VENV)/installed-dev
 	tests/core/run.sh races
 	$(BIN)/python tests/trust/races.py
 	PIP=$(abspath $(BIN))/pip tests/trust/free_threaded.sh
+
+# an hour of serving and generating, after which memory, threads and files are as they were
+trust-soak: $(VENV)/installed-dev
+	$(BIN)/python tests/trust/soak.py
 
 # other compilers, systems and processors, and other versions of Python, NumPy and torch, each of which is downloaded;
 # gigabytes, so that `trust` does not run it
