@@ -81,7 +81,8 @@ test-transformers: $(VENV)/installed-dev
 	        touch $$there/installed; \
 	    }; \
 	    first=$$(test $$version = $(firstword $(OTHER_TRANSFORMERS)) || echo --first); \
-	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[" $$first $(OTHER_TRANSFORMERS_TESTS); \
+	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[ and not two_at_once and not hostile" \
+	        $$first $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
 # a cluster of several raylets, and an object store, in an environment that adds them to the other one

@@ -74,7 +74,7 @@ if [ "$which" != native ] && [ "$which" != races ]; then
         run "Haswell (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
     fi
     if have musl-gcc; then
-        run "gcc, musl libc" musl-gcc -O1 -static -- # kernels are compiled as for glibc elsewhere
+        run "gcc, musl libc" musl-gcc -O1 -DONE_BODY=1 -static -- # kernels are compiled as for glibc elsewhere
     else
         not_run+=("musl libc (no musl-gcc)")
     fi
