@@ -164,7 +164,7 @@ def test_fewer_bits(loaded, ids):
         nearest = metrics.fidelity(reference, model, windows).kl_mean
         assert nearest < kl
     model = copy.deepcopy(reference)
-    report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 4096), codec="log4")
+    report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 2048), codec="log4")
     assert 8 * report.bytes_after / sum(math.prod(m.shape) for m in report.converted) == pytest.approx(4.3, abs=0.01)
     assert metrics.fidelity(reference, model, windows).kl_mean < 0.4 * nearest
 

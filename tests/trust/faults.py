@@ -181,9 +181,19 @@ def attempt(scenario: Scenario, directory: Path, operation: int = -1, call: int 
         told["usual"] = isinstance(e, (ImportError, OSError, RuntimeError, TypeError, ValueError))  # as the CLI catches
         traceback.print_exc()
     told["seen"], told["fired"] = shim.stop()
-    gc.collect()
-    told["open"] = sorted({p for p in map(_link, os.listdir("/proc/self/fd")) if p.startswith(str(directory))})
+    told["open"] = _open_files(directory)
     return told
+
+
+def _open_files(directory: Path) -> list[str]:
+    """Return the files of a directory that stay open; threads that load tensors may be about to close theirs."""
+    for _ in range(20):
+        gc.collect()
+        found = sorted({p for p in map(_link, os.listdir("/proc/self/fd")) if p.startswith(str(directory))})
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
 
 
 def _link(file: str) -> str:
