@@ -81,7 +81,7 @@ test-transformers: $(VENV)/installed-dev
 	        touch $$there/installed; \
 	    }; \
 	    first=$$(test $$version = $(firstword $(OTHER_TRANSFORMERS)) || echo --first); \
-	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[ and not two_at_once and not hostile" \
+	    PYTHONPATH=$$there $(PYTEST) -W ignore -k "not kill and not test_peak_memory[ and not two_at_once" \
 	        $$first $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
@@ -97,7 +97,7 @@ $(VENV)/ray/installed: $(VENV)/installed-dev
 	    'moto[server]==5.2.5'
 	touch $@
 
-# the objects of the extension
+# with the extension's own objects
 test-core: $(VENV)/installed
 	QINS_OBJECTS=$(OBJECTS) tests/core/run.sh native
 

@@ -33,14 +33,15 @@ class BuildExtension(build_ext):
 
     def finalize_options(self) -> None:
         """Choose where object files go."""
-        objects = os.environ.get("QINS_OBJECTS")
-        if objects is not None:
-            self.build_temp = objects
-            self.force = self.force or not os.path.isdir(objects)
+        self.build_temp = os.environ.get("QINS_OBJECTS", self.build_temp)
         super().finalize_options()
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension."""
+        if "QINS_OBJECTS" in os.environ:  # objects may be missing or old where the extension is new
+            times = [path.stat().st_mtime for path in Path(self.build_temp).glob("qins_ext/*.o")]
+            newest = max((ROOT / source).stat().st_mtime for source in [*ext.sources, *ext.depends])
+            self.force = self.force or min(times, default=0.0) < newest
         compile_files = self.compiler.compile
 
         def compile_in_parallel(sources: list[str], *args: object, **kwargs: object) -> list[str]:

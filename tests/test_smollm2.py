@@ -57,6 +57,7 @@ def test_signal_to_noise(loaded, codec, group, least):
     ("codec", "group", "predictions", "kl", "agree"),
     [
         ("log8", 64, 512, 3e-3, 0.965),
+        pytest.param("log8", 64, 1024, 3e-3, 0.965, marks=LONG),
         pytest.param("golden", None, 1024, 1.6e-2, 0.94, marks=LONG),
         pytest.param("log8", None, 1024, 5e-3, 0.96, marks=LONG),
         pytest.param("log8", 128, 1024, 4e-3, 0.96, marks=LONG),
@@ -118,7 +119,7 @@ def test_fused_and_decoded_paths_agree(loaded, ids):
     assert (decoded.exp() * (decoded - fused)).sum(-1).mean() < 1e-5
 
 
-@pytest.mark.parametrize("group", [64, pytest.param(None, marks=LONG)])
+@pytest.mark.parametrize("group", [64, *(pytest.param(group, marks=LONG) for group in (None, 128))])
 def test_products_of_real_activations(loaded, ids, group):
     """Compare every layer with float64; some activations of the first token are a thousand times the others."""
     seen = {}

@@ -363,6 +363,7 @@ def test_sigterm_finishes_requests(talking):
         stream = served.complete("w41", 300, stream=True)
         next(stream)
         time.sleep(0.3)  # the other request has arrived, too
+        assert not whole.done()
         served.process.send_signal(signal.SIGTERM)
         last = [*stream][-1]
         assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("length", 300)

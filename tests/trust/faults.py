@@ -181,7 +181,8 @@ def attempt(scenario: Scenario, directory: Path, operation: int = -1, call: int 
         told["usual"] = isinstance(e, (ImportError, OSError, RuntimeError, TypeError, ValueError))  # as the CLI catches
         traceback.print_exc()
     told["seen"], told["fired"] = shim.stop()
-    told["open"] = _open_files(directory)
+    # torch does not close a file that it cannot map
+    told["open"] = [] if operation == [*OPERATIONS].index("map") else _open_files(directory)
     return told
 
 
@@ -194,6 +195,10 @@ def _open_files(directory: Path) -> list[str]:
             break
         time.sleep(0.1)
     return found
+
+
+def _still(told) -> str:
+    return f"open files: {told['open']}" if told["open"] else ""
 
 
 def _link(file: str) -> str:
@@ -271,9 +276,7 @@ class Trial:
         if told is None:
             return "killed", self._half_written(True) if fault == KILL else "killed"
         if told["error"] is None:
-            return "right" if told["fired"] else "unreached", self._difference(told["result"]) or self._open(
-                told, operation
-            )
+            return "right" if told["fired"] else "unreached", self._difference(told["result"]) or _still(told)
         # transformers has torch open the file of weights, which does not try again after a signal
         by_torch = self.name.startswith("load") and "unable to open file" in told["error"]
         if fault in SURVIVED and not by_torch:
@@ -283,18 +286,12 @@ class Trial:
         if not self._names_file(told["error"]) and not self.scenario.others:
             return "error", f"names no file: {told['error']}"
         # a file may be left that could not be deleted
-        return "error", self._half_written([*OPERATIONS][operation] in ("unlink", "list", "stat")) or self._open(
-            told, operation
-        )
+        return "error", self._half_written([*OPERATIONS][operation] in ("unlink", "list", "stat")) or _still(told)
 
     def _names_file(self, error: str) -> bool:
         """Return whether an error names a path, or (as shutil.rmtree's) a file."""
         names = {name.rpartition("/")[2] for name in (*self.expected, *tree(self.arena))}
         return str(self.arena) in error or any(f"'{name}'" in error for name in names if name)
-
-    def _open(self, told, operation: int) -> str:
-        # torch does not close a file that it cannot map
-        return f"open files: {told['open']}" if told["open"] and [*OPERATIONS][operation] != "map" else ""
 
     def _difference(self, result, what: str = "") -> str:
         if result != self.result:

@@ -4,9 +4,9 @@
 
 A server answers requests of random lengths from several clients at once, some of whom leave early. Beside it, a process
 loads the model again and again, generates with caches of each kind that grow, shrink and are dropped, and converts a
-small model. After each round, when both are idle, the memory in use (RSS), the threads and the open files of each are
-noted. The first sixth of the time is for warming up. Of what remains, the medians of the first and the last third are
-compared: exits with 1 if memory grew by more than --allowed percent, or threads or files at all.
+small model. After each round of either, its memory in use (RSS), its threads and its open files are noted. The first
+sixth of the time is for warming up. Of what remains, the medians of the first and the last third are compared: exits
+with 1 if memory grew by more than --allowed percent, or threads or files at all.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def ask(address: str, name: str, seed: int) -> None:
 
 
 def keep_asking(watched: Watched, address: str, name: str, until: float) -> None:
-    seed = 0
+    rounds = 0
     with ThreadPoolExecutor(6) as pool:
         while time.monotonic() < until:
-            clients = 1 + seed % 6
-            list(pool.map(lambda s: ask(address, name, s), range(seed, seed + clients)))
-            seed += clients
+            clients = 1 + rounds % 6
+            list(pool.map(lambda s: ask(address, name, s), range(6 * rounds, 6 * rounds + clients)))
+            rounds += 1
             time.sleep(0.5)  # requests of those who left end
             watched.note()
 

@@ -15,9 +15,8 @@ pytestmark = [pytest.mark.once, pytest.mark.skipif(sys.platform != "linux", reas
 
 @pytest.mark.long
 def test_short(tmp_path):
-    for name in ("openai", "transformers.cli.serving"):
-        if importlib.util.find_spec(name.split(".")[0]) is None or importlib.util.find_spec(name) is None:
-            pytest.skip(f"NOT RUN, qins[serve] is not installed: no {name}")
+    for package in ("openai", "transformers.cli.serving"):
+        pytest.importorskip(package, reason=f"NOT RUN, qins[serve] is not installed: no {package}")
     from tiny import make
     from tokens import save_tokenizer
 
