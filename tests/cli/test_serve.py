@@ -10,13 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import serving
 import torch
 import transformers
 
@@ -61,13 +61,7 @@ class Served:
     """A server process."""
 
     def __init__(self, model, *options):
-        command = [sys.executable, "-m", "qins.cli", "serve", str(model), "--port", "0", "--threads", "1", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        lines = []
-        while "SIGTERM" not in (line := self.process.stdout.readline()):
-            assert line, f"it ended with {self.process.wait()}"
-            lines.append(line.strip())
-        self.told, self.url, self.curl = lines
+        self.process, (self.told, self.url, self.curl) = serving.start(model, *options)
         self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
 
     def chat(self, content, tokens=8, **options):

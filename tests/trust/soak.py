@@ -62,19 +62,6 @@ class Watched:
 # -- the server and its clients ----------------------------------------------------------------------
 
 
-def serve(directory: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start a server; return it and its address."""
-    command = [sys.executable, "-m", "qins.cli", "serve", str(directory), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines: list[str] = []
-    while "SIGTERM" not in (line := process.stdout.readline()):
-        if not line:
-            raise RuntimeError(f"the server ended with {process.wait()}")
-        lines.append(line.strip())
-    return process, lines[1]
-
-
 def ask(address: str, name: str, seed: int) -> None:
     """One request; every fourth client leaves while it is answered."""
     import openai
@@ -212,13 +199,15 @@ def main() -> int:
     if arguments.work:
         work(arguments.work)
         return 0
+    import serving
+
     from qins.checkpoint import quantize_checkpoint
     from qins.hf import find_model
 
     with tempfile.TemporaryDirectory() as place:
         codes = Path(place) / "model"
         quantize_checkpoint(find_model(arguments.model), codes)
-        server, address = serve(codes)
+        server, (_, address, _) = serving.start(codes)
         began = time.monotonic()
         until = began + 60 * arguments.minutes
         command = [sys.executable, __file__, "--work", str(codes)]
