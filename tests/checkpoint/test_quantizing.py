@@ -471,6 +471,26 @@ def test_a_lock_whose_file_goes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("put", [None, "another"])
+def test_a_lock_whose_file_goes_before_it_is_looked_at(tmp_path, monkeypatch, put):
+    lock, fstat, looked = tmp_path / "lock", os.fstat, []
+
+    def look(file):
+        if not looked:
+            lock.unlink()
+            if put:
+                lock.write_text(put)
+        looked.append(file)
+        return fstat(file)
+
+    monkeypatch.setattr(os, "fstat", look)
+    with locked(lock, "held"):
+        assert len(looked) == 2
+        with pytest.raises(BlockingIOError, match="held"), locked(lock, "held"):
+            pass
+    assert not lock.exists()
+
+
 def test_another_conversion_is_not_resumed(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

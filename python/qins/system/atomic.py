@@ -55,8 +55,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
         try:
             with naming_file(path):
                 _lock(file, what)
-                if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                    break  # else its holder deleted it meanwhile
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file), path.stat()):
+                        break
+                # its holder deleted it meanwhile
         except BaseException:
             os.close(file)
             raise
