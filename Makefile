@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OBJECTS := $(abspath $(VENV)/objects)
-# torch first and alone: the version of the constraints file has a build for CPUs only
-PIP_TORCH := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-PIP_REST := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# most of torch and transformers is never imported, so Python compiles what is, once
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 OTHER_TRANSFORMERS := 4.57.6 5.0.0 5.19.0
 RAY := 2.60.0
 OTHER_TRANSFORMERS_TESTS := $(patsubst %,tests/%.py,hf/test_quantizer hf/test_experts checkpoint/test_embeddings \
@@ -101,8 +101,8 @@ $(VENV)/ray/installed: $(VENV)/installed-dev
 test-core: $(VENV)/installed
 	QINS_OBJECTS=$(OBJECTS) tests/core/run.sh native
 
-test-core-others:
-	tests/core/run.sh others
+test-core-others: $(VENV)/installed
+	QINS_OBJECTS=$(OBJECTS) tests/core/run.sh others
 
 test-sdist: $(VENV)/installed-dev
 	BIN=$(abspath $(BIN)) tests/sdist.sh
@@ -192,17 +192,27 @@ bench: $(VENV)/installed-dev
 measurements: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/measurements.py --write docs/measurements.md
 
-$(VENV)/torch: constraints.txt
+$(VENV)/python: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_TORCH)
+	$(PIP) setuptools numpy
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch $(SOURCES)
-	QINS_OBJECTS=$(OBJECTS) $(PIP_REST) -e '.[all]'
+# alone: the version of the constraints file has a build for CPUs only
+$(VENV)/torch: $(VENV)/python
+	$(PIP) torch
+	touch $@
+
+$(VENV)/extension: $(VENV)/python $(SOURCES)
+	QINS_OBJECTS=$(OBJECTS) $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/installed: $(SOURCES)
+	$(MAKE) --jobs=2 --output-sync=target $(VENV)/torch $(VENV)/extension
+	$(PIP) 'qins[all]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP_REST) -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 # apart from the others: it needs neither torch nor the extension

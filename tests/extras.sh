@@ -13,7 +13,7 @@ PIP_CACHE_DIR=$("$PYTHON" -m pip cache dir)
 export PIP_CACHE_DIR PIP_DISABLE_PIP_VERSION_CHECK=1
 mkdir "$work/home"
 export HOME="$work/home" QINS_CACHE="$work/cache" HF_HOME="$work/hub" HF_HUB_OFFLINE=1
-unset XDG_CACHE_HOME PYTHONPATH QINS_ISA MAKEFLAGS MFLAGS MAKELEVEL
+unset XDG_CACHE_HOME PYTHONPATH PYTHONDONTWRITEBYTECODE QINS_ISA MAKEFLAGS MFLAGS MAKELEVEL
 
 git clone --quiet "$here" "$work/clone"
 cd "$work/clone"

@@ -26,6 +26,7 @@ openai = pytest.importorskip("openai", reason="NOT RUN, qins[serve] is not insta
 for package in ("fastapi", "uvicorn", "transformers.cli.serving"):
     pytest.importorskip(package, reason=f"NOT RUN, qins[serve] is not installed: no {package}")
 import psutil  # noqa: E402
+from cases import long_but  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from terminal import as_shell  # noqa: E402
@@ -102,7 +103,7 @@ class Served:
         self.process.stdout.close()
 
 
-@pytest.fixture(scope="module", params=["together", "one after another"])
+@pytest.fixture(scope="module", params=long_but(["together"], ["together", "one after another"]))
 def served(request, talking):
     """A server of the model, which computes requests together, or one after another with a KV cache of codes."""
     made = Served(talking, *([] if request.param == "together" else ["--kv-cache", "log8"]))
@@ -346,6 +347,7 @@ def test_a_client_goes_away_at_once(served, stream):
     assert served.becomes_idle()
 
 
+@pytest.mark.long
 def test_sigterm_finishes_requests(talking):
     """Requests in flight, with streaming and without, get all of their answer; then the process ends with code 0.
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from cases import long_but
 
 import qins
 from qins import _core
@@ -72,7 +73,7 @@ def multiplying(size=4096, batch=2048):
 CALLS = {"encode": encoding, "feedback": feeding, "matmul": multiplying}
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", long_but([3], [1, 3]))
 @pytest.mark.parametrize("name", CALLS)
 def test_raising(name, threads):
     """The call ends with the exception, before it has written everything, and the next call is as any other."""
@@ -95,7 +96,7 @@ def test_raising(name, threads):
     assert np.array_equal(again.decode(), qins.encode(weights(64, 128)).decode())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", long_but([3], [1, 3]))
 @pytest.mark.parametrize("name", CALLS)
 def test_returning(name, threads):
     """Handlers that return, and that make calls of their own, do not change the result."""

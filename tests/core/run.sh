@@ -2,11 +2,14 @@
 # Builds and runs the core's test program with several compilers, sanitizers and emulators, JOBS (one per processor) in
 # parallel, and prints the ones that this machine lacks. run.sh native: gcc, every instruction set that runs here; run.sh
 # others: all other builds; run.sh: both. run.sh races: ThreadSanitizer, which takes minutes and is part of neither.
+# QINS_OBJECTS: see build.sh; for gcc's builds without further flags.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export JOBS=${JOBS:-$(nproc)}
+extension=${QINS_OBJECTS:-}
+unset QINS_OBJECTS
 digests=$here/digests.txt
 not_run=()
 jobs=() # process ids, in the order of their output
@@ -46,7 +49,7 @@ which=${1:-all}
 if [ "$which" = races ]; then
     run "gcc, ThreadSanitizer" gcc -O1 -g1 -fsanitize=thread -- setarch -R # it cannot bear all randomized addresses
 elif [ "$which" != others ]; then
-    run "gcc" gcc --
+    QINS_OBJECTS=$extension run "gcc" gcc --
 fi
 if [ "$which" != native ] && [ "$which" != races ]; then
     # -O1 and one sanitizer each: together, in one build, they take three times as long to compile
@@ -60,8 +63,9 @@ if [ "$which" != native ] && [ "$which" != races ]; then
         not_run+=("clang (not installed)")
     fi
     if have qemu-x86_64 && [ "$(uname -m)" = x86_64 ]; then
+        QINS_OBJECTS=$extension run "an x86-64 processor of 2006 (qemu)" gcc -- qemu-x86_64 -cpu Conroe
         # qemu 7.2 treats a gather's index in xmm4 as no index, so the compiler must not use that register
-        run "an x86-64 processor of 2006 (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Conroe
+        run "Haswell (qemu)" gcc -DONE_BODY=1 -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
     else
         not_run+=("x86-64 processors under qemu-x86_64")
     fi
@@ -69,9 +73,6 @@ if [ "$which" != native ] && [ "$which" != races ]; then
         run "AArch64 (qemu)" aarch64-linux-gnu-gcc -- qemu-aarch64 -L /usr/aarch64-linux-gnu
     else
         not_run+=("AArch64 under qemu-aarch64")
-    fi
-    if have qemu-x86_64 && [ "$(uname -m)" = x86_64 ]; then # apart from the other one, whose objects ccache then has
-        run "Haswell (qemu)" gcc -ffixed-xmm4 -- qemu-x86_64 -cpu Haswell
     fi
     if have musl-gcc; then
         run "gcc, musl libc" musl-gcc -O1 -DONE_BODY=1 -static -- # kernels are compiled as for glibc elsewhere

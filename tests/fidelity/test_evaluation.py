@@ -141,6 +141,7 @@ def test_every_codec_and_peer(source, text_file):
     json.dumps(found.to_dict())
 
 
+@pytest.mark.long
 def test_fewer_bits(source, text_file):
     names = ["log8", *evaluation.PACKED, "calibrated to 5.2 bits"]
     found = evaluation.evaluate_all(str(source), names, settings(text_file))

@@ -3,7 +3,7 @@
 from ..system import read_json, read_text  # kept here for those who import them from this room
 from .ahead import ReadAhead
 from .exact import ExactRecorder, check_restorable, exact_bytes, exact_name, is_kept, others_of, remove_parts
-from .gguf import GgufCheckpoint, open_gguf
+from .gguf import GgufCheckpoint, open_gguf, reading_once
 from .inspecting import inspect
 from .inspection_report import InspectionReport
 from .layers import EncodedLayer, encoded_layers, load_layer
@@ -46,6 +46,7 @@ __all__ = [
     "others_of",
     "read_json",
     "read_text",
+    "reading_once",
     "remove_parts",
     "require_decodable",
     "restore_checkpoint",

@@ -5,9 +5,13 @@ transformers' own tables map the names and undo the rearrangements of llama.cpp'
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,28 @@ import torch
 import transformers
 
 from .reading import Checkpoint, StoredTensor
+
+_READING = threading.Lock()
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Let transformers and us read the header of each GGUF file once, by keeping what the gguf package has read.
+
+    transformers reads it anew for a model's configuration, tensors and tokenizer, 7 to 15 s each for a vocabulary of
+    50,000 tokens, and makes the table of tensor names once for each module.
+    """
+    import gguf
+
+    with _READING:
+        own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+        try:
+            for name, reads in own.items():
+                setattr(gguf, name, functools.cache(reads))  # nobody changes what it returns
+            yield
+        finally:
+            for name, reads in own.items():
+                setattr(gguf, name, reads)
 
 
 @dataclass
@@ -60,6 +86,7 @@ class GgufCheckpoint(Checkpoint):
             transformers.AutoTokenizer.from_pretrained(file.parent, **args).save_pretrained(out)
 
 
+@reading_once()
 def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
     """Open a GGUF file as a transformers model; only its header is read.
 
@@ -77,7 +104,7 @@ def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
     )
 
     (file,) = checkpoint.files
-    reader = gguf.GGUFReader(file)
+    reader = gguf.GGUFReader(str(file))
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise ValueError(f"{file}: expected a whole model, got one of several files; join them with gguf-split")
     parsed = load_gguf_checkpoint(str(file), return_tensors=False)  # type: ignore[no-untyped-call]

@@ -105,11 +105,15 @@ def _gguf_to_checkpoint(gguf: Path, directory: Path) -> None:
     import torch
 
     transformers = require_transformers()
+    from ..files import reading_once
+
     args = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**args, dtype=torch.float32)
+    with reading_once():
+        model = transformers.AutoModelForCausalLM.from_pretrained(**args, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**args)
     # the tensors are plain float32 now, but save_pretrained refuses to write them while these are set
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(**args).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
