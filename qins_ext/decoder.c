@@ -139,9 +139,22 @@ static int rotate(const run *r)
     return 0;
 }
 
+static int is_paged(const run *r) { return r->call->pages.slot != NULL; }
+
+/* Number of a sequence's tokens before this call. */
+static size_t past_of(const run *r, size_t sequence)
+{
+    const int32_t *begin = r->call->pages.begin;
+    return is_paged(r) ? (size_t)(begin[sequence + 1] - begin[sequence] - 1) : r->call->past;
+}
+
 /* A head's row in a store. */
 static size_t row_at(const run *r, size_t sequence, size_t head, size_t token)
 {
+    const qins_decoder_pages *p = &r->call->pages;
+    if (is_paged(r)) {
+        return (size_t)p->slot[(size_t)p->begin[sequence] + token] * r->layer->kv_heads + head;
+    }
     return (sequence * r->layer->kv_heads + head) * r->call->room + token;
 }
 
@@ -207,7 +220,7 @@ static int keep(const run *r, rows from, const qins_decoder_store *to)
             if (to->kind == QINS_STORE_FLOAT16 && r->kernels->absmax(row, dim) >= too_large) {
                 return 1;
             }
-            const size_t at = row_at(r, m / tokens, h, r->call->past + m % tokens) * dim;
+            const size_t at = row_at(r, m / tokens, h, past_of(r, m / tokens) + m % tokens) * dim;
             r->kernels->narrow[dtype](row, dim, (char *)to->data + at * size);
         }
     }
@@ -233,21 +246,35 @@ typedef struct {
     size_t row[QINS_BATCH], head[QINS_BATCH];
 } queries;
 
-/* Rows [row, row + n) of a store, as float32; `window` has room for them. Those of codes are still to be multiplied by
- * `scale`, see qins_cache_rows. */
-static const float *kept(const run *r, const qins_decoder_store *s, size_t row, size_t n, float *window, float *scale)
+/* Rows of a head's tokens [t, t + n), as float32 and `next` elements apart; `window` has room for them. Those of codes
+ * are still to be multiplied by `scale`, see qins_cache_rows. */
+static const float *kept(const run *r, const qins_decoder_store *s, size_t sequence, size_t head, size_t t, size_t n,
+                         float *window, float *scale, size_t *next)
 {
-    const size_t dim = r->layer->head_dim;
+    const size_t dim = r->layer->head_dim, row = row_at(r, sequence, head, t);
+    const size_t apart = is_paged(r) ? r->layer->kv_heads : 1; /* rows from a token to the next, in one page */
     const qins_dtype dtype = dtype_of(r, s);
+    *next = dim;
     if (holds_codes(s)) {
         const qins_cache c = codes_of(r, s);
         qins_cache_rows(r->kernels, &c, row, n, window, scale);
         return window;
     }
-    if (dtype == QINS_F32) {
+    size_t in_order = 1;
+    while (is_paged(r) && in_order < n && row_at(r, sequence, head, t + in_order) == row + in_order * apart) {
+        in_order++;
+    }
+    if (dtype == QINS_F32 && (in_order == n || !is_paged(r))) {
+        *next = apart * dim;
         return (const float *)s->data + row * dim;
     }
-    r->kernels->widen[dtype]((const char *)s->data + row * dim * item_size(dtype), n * dim, window);
+    if (!is_paged(r)) {
+        widen_at(r, s->data, row * dim, n * dim, window);
+        return window;
+    }
+    for (size_t i = 0; i < n; i++) {
+        widen_at(r, s->data, row_at(r, sequence, head, t + i) * dim, dim, window + i * dim);
+    }
     return window;
 }
 
@@ -310,18 +337,19 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
 {
     const qins_decoder_call *call = r->call;
     const qins_decoder_layer *layer = r->layer;
-    const size_t dim = layer->head_dim, total = call->past + call->tokens, begin = row_at(r, sequence, kv_head, 0);
+    const size_t dim = layer->head_dim, total = past_of(r, sequence) + call->tokens;
+    size_t next;
     float scale[MOST_SCALES];
     const int at_once = call->keys.kind >= QINS_STORE_LOG8;
-    if (at_once && score_codes(r, begin, total, some, batch, window, scales, scores) != 0) {
+    if (at_once && score_codes(r, row_at(r, sequence, kv_head, 0), total, some, batch, window, scales, scores) != 0) {
         atomic_store(&r->failed, 1);
         return;
     }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
         if (!at_once) {
-            const float *keys = kept(r, &call->keys, begin + t, n, window, scale);
-            r->kernels->score_rows(keys, n, dim, some->q[0], QINS_DECODER_HEAD_DIM, batch, dim, scores + t, total);
+            const float *keys = kept(r, &call->keys, sequence, kv_head, t, n, window, scale, &next);
+            r->kernels->score_rows(keys, n, next, some->q[0], QINS_DECODER_HEAD_DIM, batch, dim, scores + t, total);
         }
         for (int j = 0; j < batch; j++) {
             float *row = scores + (size_t)j * total + t;
@@ -345,11 +373,11 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     }
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *values = kept(r, &call->values, begin + t, n, window, scale);
+        const float *values = kept(r, &call->values, sequence, kv_head, t, n, window, scale, &next);
         if (holds_codes(&call->values)) {
             weigh_codes(r, values, n, scale, scores + t, total, batch, some);
         } else {
-            r->kernels->weigh_rows(values, n, dim, scores + t, total, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
+            r->kernels->weigh_rows(values, n, next, scores + t, total, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
         }
     }
     for (int j = 0; j < batch; j++) {
@@ -366,7 +394,11 @@ static void attend(void *context, size_t begin, size_t end)
     run *r = context;
     const qins_decoder_layer *layer = r->layer;
     const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads;
-    const size_t total = r->call->past + r->call->tokens;
+    size_t total = 0;
+    for (size_t unit = begin; unit < end; unit++) {
+        const size_t its = past_of(r, unit / layer->kv_heads) + r->call->tokens;
+        total = its > total ? its : total;
+    }
     const size_t scores = ceil_div(QINS_BATCH * total, 16) * 16, window = TOKENS_AT_ONCE * dim;
     char *room = qins_scratch_take(sizeof(queries) + (scores + window + total) * sizeof(float));
     if (room == NULL) {
@@ -414,7 +446,8 @@ static int attention(run *r, float *room, int threads)
     if (failed != 0) {
         return failed;
     }
-    const size_t work = (r->call->past + r->call->tokens) * layer->head_dim * layer->heads / layer->kv_heads;
+    const size_t each = is_paged(r) ? r->call->pages.count / r->call->sequences : r->call->past + r->call->tokens;
+    const size_t work = each * layer->head_dim * layer->heads / layer->kv_heads;
     qins_parallel(r->call->sequences * layer->kv_heads, ceil_div(GRAIN, work * r->call->tokens + 1), threads, attend,
                   r);
     if (atomic_load(&r->failed) != 0 ||
@@ -450,11 +483,35 @@ static int gated_products(run *r, float *room, int threads)
     return 0;
 }
 
+static int pages_are_right(const qins_decoder_pages *p, size_t sequences)
+{
+    if (p->slot == NULL) {
+        return 1;
+    }
+    for (size_t s = 0; s < sequences; s++) {
+        if (p->begin[s] < 0 || p->begin[s] >= p->begin[s + 1]) {
+            return 0;
+        }
+    }
+    if ((size_t)p->begin[sequences] > p->count) {
+        return 0;
+    }
+    for (size_t i = 0; i < p->count; i++) {
+        if (p->slot[i] < 0 || (size_t)p->slot[i] >= p->slots) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 int qins_decode_layer(const qins_kernels *kernels, const qins_decoder_layer *layer, const qins_decoder_call *call,
                       int threads)
 {
     run r = {.kernels = kernels, .layer = layer, .call = call, .count = call->sequences * call->tokens};
     atomic_init(&r.failed, 0);
+    if (!pages_are_right(&call->pages, call->sequences)) {
+        return 2;
+    }
     const size_t attended = layer->heads * layer->head_dim, qkv = attended + 2 * layer->kv_heads * layer->head_dim;
     const size_t products = qkv > 2 * layer->inner ? qkv : 2 * layer->inner;
     const size_t all = 3 * layer->hidden + attended + layer->inner + products;

@@ -50,6 +50,14 @@ typedef struct {
     void *second, *third; /* golden: signs and ranges; log8: scales; log6, log5, log4: scales and group scales */
 } qins_decoder_store;
 
+/* Where a paged cache, which all sequences share, has their tokens: those of sequence s, the new one last, in slots
+ * slot[begin[s]] to slot[begin[s + 1] - 1]. A slot is kv_heads rows of a store of floats. */
+typedef struct {
+    const int64_t *slot;  /* NULL: not paged */
+    const int32_t *begin; /* sequences + 1 */
+    size_t count, slots;  /* numbers of slot's elements, and of slots in both stores */
+} qins_decoder_pages;
+
 /* What one call works on. Tensors are of one dtype. */
 typedef struct {
     qins_dtype dtype;
@@ -58,7 +66,8 @@ typedef struct {
     size_t sequences, tokens;
     qins_decoder_store keys, values;  /* the new tokens' are written */
     const qins_cache_tables *tables;  /* by qins_codec, those of log8's family in a store */
-    size_t room, past;                /* tokens that a head has room for, and those already there */
+    size_t room, past;                /* tokens that a head has room for, and those already there; unused if paged */
+    qins_decoder_pages pages;         /* tokens is 1 then, and there is no mask */
     const void *cos, *sin;            /* (sequences or 1) x tokens x rotary_dim, by halves; rotary_dim 0: no rotation */
     size_t rotary_dim, rotary_next;   /* elements from a sequence to the next, 0 if all share one */
     const void *mask;                 /* sequences x tokens x (past + tokens), or NULL */
@@ -66,8 +75,9 @@ typedef struct {
     size_t mask_sequence, mask_token; /* elements from one sequence, or token, to the next */
 } qins_decoder_call;
 
-/* Returns 0, or -1 if out of memory, or 1 if a store that takes only finite keys and values got others; y is then not
- * written. sequences * tokens is at most QINS_DECODER_ROWS; without a mask tokens is 1. */
+/* Returns 0, or -1 if out of memory, or 1 if a store that takes only finite keys and values got others, or 2 if pages
+ * are not of this cache; y is then not written. sequences * tokens is at most QINS_DECODER_ROWS; without a mask tokens
+ * is 1. */
 int qins_decode_layer(const qins_kernels *k, const qins_decoder_layer *layer, const qins_decoder_call *call,
                       int threads);
 

@@ -87,10 +87,10 @@ static PyObject *decoder_layer(PyObject *module, PyObject *args)
 PyDoc_STRVAR(decode_layer_doc,
              "decode_layer(layer, dtype, x, y, sequences, tokens, keys, values, room, past, cos, sin, rotary_dim, "
              "rotary_next, mask, mask_is_bool, mask_sequence, mask_token, threads, keys_kind, keys_second, keys_third, "
-             "values_kind, values_second, values_third, /)\n--\n\n"
-             "Run a layer on a few tokens; see qins_decoder_call in decoder.h. Tensors by address. Checks nothing. The "
-             "last six may be omitted: keys and values are then of `dtype`. Returns whether they were finite where "
-             "their store needs that.");
+             "values_kind, values_second, values_third, slot, begin, slot_count, slots, /)\n--\n\n"
+             "Run a layer on a few tokens; see qins_decoder_call in decoder.h. Tensors by address. Checks nothing but "
+             "pages. The last four may be omitted: nothing is paged then; and the six before them: keys and values are "
+             "then of `dtype`. Returns whether they were finite where their store needs that.");
 
 static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -120,10 +120,14 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
         VALUES_KIND,
         VALUES_SECOND,
         VALUES_THIRD,
+        SLOT,
+        BEGIN,
+        SLOT_COUNT,
+        SLOTS,
         COUNT
     };
     size_t a[COUNT] = {0};
-    const int given = count - 1 == KEYS_KIND ? KEYS_KIND : COUNT;
+    const int given = count - 1 == KEYS_KIND ? KEYS_KIND : count - 1 == SLOT ? SLOT : COUNT;
     if (count < 1) {
         PyErr_SetString(PyExc_TypeError, "decode_layer: expected a layer");
         return NULL;
@@ -144,6 +148,7 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
         .tables = qins_tables_of_caches,
         .room = a[ROOM],
         .past = a[PAST],
+        .pages = {(const int64_t *)a[SLOT], (const int32_t *)a[BEGIN], a[SLOT_COUNT], a[SLOTS]},
         .cos = (const void *)a[COS],
         .sin = (const void *)a[SIN],
         .rotary_dim = a[ROTARY],
@@ -156,6 +161,10 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
     int failed;
     Py_BEGIN_ALLOW_THREADS failed = qins_decode_layer(qins_active(), layer, &call, (int)a[THREADS]);
     Py_END_ALLOW_THREADS if (failed < 0) { return PyErr_NoMemory(); }
+    if (failed == 2) {
+        return PyErr_Format(PyExc_ValueError, "pages: expected slots from 0 to %zu for each sequence, got others",
+                            call.pages.slots - 1);
+    }
     return PyBool_FromLong(failed == 0);
 }
 

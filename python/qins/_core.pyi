@@ -160,6 +160,10 @@ def decode_layer(
     values_kind: int = 0,
     values_second: int = 0,
     values_third: int = 0,
+    slot: int = 0,
+    begin: int = 0,
+    slot_count: int = 0,
+    slots: int = 0,
     /,
 ) -> bool: ...
 def norm_at(dtype: int, x: int, rows: int, n: int, weight: int, epsilon: float, y: int, threads: int, /) -> None: ...

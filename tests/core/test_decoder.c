@@ -228,6 +228,167 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     return right;
 }
 
+/* A paged cache whose slots are in random order, or in order from some slot on for each sequence. */
+enum { SLOTS = 3 * ROOM + 5 };
+
+static void random_slots(int64_t *slot, size_t count, int in_order)
+{
+    int64_t all[SLOTS];
+    for (size_t i = 0; i < SLOTS; i++) {
+        const size_t j = in_order ? i : (size_t)((random_float() + 1.0f) * 0.5f * (float)i);
+        all[i] = all[j];
+        all[j] = (int64_t)i;
+    }
+    memcpy(slot, all + SLOTS - count, count * sizeof *slot);
+}
+
+/* Sequences of different lengths in one paged cache. */
+static int pages_are_right(const qins_kernels *k, const setup *s, size_t longest, int in_order)
+{
+    enum { SEQUENCES = 3, CACHE = SLOTS * KV_HEADS * DIM, PLAIN = SEQUENCES * KV_HEADS * ROOM * DIM };
+    const size_t past[SEQUENCES] = {longest, 0, longest / 2};
+    float *paged[2], *plain[2], x[SEQUENCES * HIDDEN], y[SEQUENCES * HIDDEN], turn[2][SEQUENCES * ROTARY];
+    int64_t slot[SLOTS];
+    int32_t begin[SEQUENCES + 1] = {0};
+    for (size_t i = 0; i < SEQUENCES; i++) {
+        begin[i + 1] = begin[i] + (int32_t)past[i] + 1;
+    }
+    random_slots(slot, (size_t)begin[SEQUENCES], in_order);
+    fill(x, SEQUENCES * HIDDEN, 0.0f, 1.0f);
+    fill(turn[0], SEQUENCES * ROTARY, 0.0f, 1.0f);
+    fill(turn[1], SEQUENCES * ROTARY, 0.0f, 1.0f);
+    for (int i = 0; i < 2; i++) {
+        paged[i] = malloc(2 * CACHE * sizeof(float));
+        plain[i] = malloc(PLAIN * sizeof(float));
+        fill(paged[i], CACHE, 0.0f, 1.0f);
+        memcpy(paged[i] + CACHE, paged[i], CACHE * sizeof(float));
+        for (size_t q = 0; q < SEQUENCES; q++) {
+            for (size_t t = 0; t < past[q]; t++) {
+                for (size_t h = 0; h < KV_HEADS; h++) {
+                    memcpy(plain[i] + ((q * KV_HEADS + h) * ROOM + t) * DIM,
+                           paged[i] + ((size_t)slot[(size_t)begin[q] + t] * KV_HEADS + h) * DIM, DIM * sizeof(float));
+                }
+            }
+        }
+    }
+    qins_decoder_call call = {
+        .dtype = QINS_F32,
+        .x = x,
+        .y = y,
+        .sequences = SEQUENCES,
+        .tokens = 1,
+        .keys = {.data = paged[0]},
+        .values = {.data = paged[1]},
+        .pages = {slot, begin, (size_t)begin[SEQUENCES], SLOTS},
+        .cos = turn[0],
+        .sin = turn[1],
+        .rotary_dim = ROTARY,
+        .rotary_next = ROTARY,
+    };
+    int right = qins_decode_layer(k, &s->layer, &call, 2) == 0;
+    for (size_t q = 0; q < SEQUENCES; q++) { /* all but the new tokens' slots stay as they were */
+        for (int i = 0; i < 2; i++) {
+            const size_t at = (size_t)slot[begin[q + 1] - 1] * KV_HEADS * DIM;
+            memcpy(paged[i] + CACHE + at, paged[i] + at, KV_HEADS * DIM * sizeof(float));
+        }
+    }
+    right = right && memcmp(paged[0], paged[0] + CACHE, CACHE * sizeof(float)) == 0;
+    right = right && memcmp(paged[1], paged[1] + CACHE, CACHE * sizeof(float)) == 0;
+    for (size_t q = 0; q < SEQUENCES; q++) {
+        double row[HIDDEN], error = 0.0, size = 0.0;
+        for (size_t i = 0; i < HIDDEN; i++) {
+            row[i] = (double)x[q * HIDDEN + i];
+        }
+        call.past = past[q];
+        slow_row(s, &call, q, 0, plain[0], plain[1], row);
+        for (size_t i = 0; i < HIDDEN; i++) {
+            error += ((double)y[q * HIDDEN + i] - row[i]) * ((double)y[q * HIDDEN + i] - row[i]);
+            size += row[i] * row[i];
+        }
+        right = right && error < 1e-6 * size;
+    }
+    /* pages of another cache */
+    const float before = y[0];
+    slot[1] = SLOTS;
+    right = right && qins_decode_layer(k, &s->layer, &call, 1) == 2;
+    slot[1] = -1;
+    right = right && qins_decode_layer(k, &s->layer, &call, 1) == 2;
+    slot[1] = 0;
+    call.pages.count--;
+    right = right && qins_decode_layer(k, &s->layer, &call, 1) == 2;
+    call.pages.count++;
+    begin[1] = begin[2];
+    right = right && qins_decode_layer(k, &s->layer, &call, 1) == 2;
+    begin[0] = -1;
+    right = right && qins_decode_layer(k, &s->layer, &call, 1) == 2 && memcmp(&before, y, sizeof before) == 0;
+    for (int i = 0; i < 2; i++) {
+        free(paged[i]);
+        free(plain[i]);
+    }
+    return right;
+}
+
+/* Whether a paged cache of any dtype gives, bit for bit, what the same states one after another do. */
+static int pages_change_nothing(const qins_kernels *k, const setup *s, qins_dtype dtype, size_t past, int in_order)
+{
+    enum { SEQUENCES = 3, ROW = KV_HEADS * DIM };
+    const size_t size = dtype == QINS_F32 ? 4 : 2, total = past + 1;
+    float x[SEQUENCES * HIDDEN], turn[SEQUENCES * ROTARY], states[ROW];
+    float of_x[SEQUENCES * HIDDEN], of_turn[SEQUENCES * ROTARY], y[2][SEQUENCES * HIDDEN];
+    int64_t slot[SLOTS];
+    int32_t begin[SEQUENCES + 1];
+    char *paged[2], *plain[2];
+    for (size_t i = 0; i <= SEQUENCES; i++) {
+        begin[i] = (int32_t)(i * total);
+    }
+    random_slots(slot, SEQUENCES * total, in_order);
+    fill(x, SEQUENCES * HIDDEN, 0.0f, 1.0f);
+    fill(turn, SEQUENCES * ROTARY, 0.0f, 1.0f);
+    k->narrow[dtype](x, SEQUENCES * HIDDEN, of_x);
+    k->narrow[dtype](turn, SEQUENCES * ROTARY, of_turn);
+    for (int i = 0; i < 2; i++) {
+        paged[i] = malloc(SLOTS * ROW * size);
+        plain[i] = malloc(SEQUENCES * KV_HEADS * ROOM * DIM * size);
+        for (size_t q = 0; q < SEQUENCES; q++) {
+            for (size_t t = 0; t < past; t++) {
+                char *there = paged[i] + (size_t)slot[q * total + t] * ROW * size;
+                fill(states, ROW, 0.0f, 1.0f);
+                k->narrow[dtype](states, ROW, there);
+                for (size_t h = 0; h < KV_HEADS; h++) {
+                    memcpy(plain[i] + ((q * KV_HEADS + h) * ROOM + t) * DIM * size, there + h * DIM * size, DIM * size);
+                }
+            }
+        }
+    }
+    memset(y, 0, sizeof y);
+    qins_decoder_call call = {
+        .dtype = dtype,
+        .x = of_x,
+        .y = y[0],
+        .sequences = SEQUENCES,
+        .tokens = 1,
+        .keys = {.data = plain[0]},
+        .values = {.data = plain[1]},
+        .room = ROOM,
+        .past = past,
+        .cos = of_turn,
+        .sin = of_turn,
+        .rotary_dim = ROTARY,
+        .rotary_next = ROTARY,
+    };
+    int right = qins_decode_layer(k, &s->layer, &call, 1) == 0;
+    call.y = y[1];
+    call.keys.data = paged[0];
+    call.values.data = paged[1];
+    call.pages = (qins_decoder_pages){slot, begin, SEQUENCES * total, SLOTS};
+    right = right && qins_decode_layer(k, &s->layer, &call, 3) == 0 && memcmp(y[0], y[1], sizeof y[0]) == 0;
+    for (int i = 0; i < 2; i++) {
+        free(paged[i]);
+        free(plain[i]);
+    }
+    return right;
+}
+
 /* Whether keys that float16 cannot hold are told, and the result left alone. */
 static int overflow_is_told(const qins_kernels *k, const setup *s)
 {
@@ -436,6 +597,7 @@ void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const
 {
     static const size_t GROUP[] = {0, 16, 32, 64, 32};
     static const qins_codec CODEC[] = {QINS_log8, QINS_log8, QINS_log8, QINS_log8, QINS_log5};
+    static const qins_dtype DTYPE[] = {QINS_F32, QINS_F16, QINS_BF16};
     static const size_t LENGTH[] = {1, 15, 48, 70, 511, 513, 1100}; /* the last ones around the pieces of gates */
     for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
         check_between(k, LENGTH[i], check);
@@ -448,6 +610,15 @@ void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const
                 check(layer_is_right(k, s, 1, 1, past, 0), "decoder layer, a token", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 3, 1, past, 0), "decoder layer, sequences", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 2, 4, past, 1), "decoder layer, masked", k->name, GROUP[g], past);
+            }
+            for (int in_order = 0; in_order < 2; in_order++) {
+                for (size_t past = 1; past < ROOM; past += 19) {
+                    check(pages_are_right(k, s, past, in_order), "decoder layer, paged", k->name, GROUP[g], past);
+                    for (int d = 0; d < 3; d++) {
+                        check(pages_change_nothing(k, s, DTYPE[d], past, in_order), "decoder layer, paged dtypes",
+                              k->name, GROUP[g], past);
+                    }
+                }
             }
             if (!fused) { /* keys are a product of their own */
                 check(overflow_is_told(k, s), "decoder layer, overflow", k->name, GROUP[g], 0);

@@ -11,12 +11,11 @@ import pytest
 import torch
 from cases import long_but
 from torch import nn
-from torch.nn.functional import log_softmax
 
 import qins
 
 transformers = pytest.importorskip("transformers")
-from tiny import COMMON  # noqa: E402
+from families import FAMILIES, SIZES, converted, divergence, family, layers_of, proved, without_steps  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
 from transformers.cache_utils import StaticLayer  # noqa: E402
 
@@ -24,67 +23,11 @@ from qins.hf import decoding, layer_description  # noqa: E402
 
 pytestmark = pytest.mark.once  # one test forces every instruction set
 
-WINDOW = 8
-SIZES = COMMON | {"num_key_value_heads": 2, "num_hidden_layers": 4}
-FAMILIES = {
-    "Llama": {"attention_bias": True, "mlp_bias": True},
-    "Mistral": {"sliding_window": WINDOW, "head_dim": 16},
-    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
-    "Qwen3": {"head_dim": 24},
-    "SmolLM3": {},
-    "Gemma": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16},
-    "Gemma3": {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
-    "Phi3": {"partial_rotary_factor": 0.5},
-    "Olmo2": {},
-    "Mixtral": {"num_local_experts": 4, "sliding_window": WINDOW},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
-    "GptOss": {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW,
-        "layer_types": ["full_attention", "sliding_attention"] * 2, "attention_bias": True,
-    },
-    "GraniteMoe": {"num_local_experts": 4, "residual_multiplier": 0.5},
-    "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
-}  # fmt: skip
 # for families where not every layer runs whole, MLP included: whether each layer does
 WHOLE = {n: [False] * 4 for n in ("Mixtral", "GptOss", "GraniteMoe")} | {"Qwen3Moe": [False, True, False, False]}
 # transformers 4 passes these models' layers the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
 COUNTED = "cumulative_length" in StaticLayer.__annotations__
-
-
-def family(name, **more):
-    """Return a tiny random quantized model of a family, with norms and biases far from their initial values."""
-    torch.manual_seed(0)
-    kind = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
-    config = kind(**{**SIZES, **FAMILIES[name], **more})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    for key, p in model.named_parameters():
-        if "norm" in key:
-            nn.init.normal_(p, 0.1 if "Gemma" in name else 0.8, 0.2)
-        elif key.endswith(("bias", "sinks")):
-            nn.init.normal_(p, 0.0, 0.1)
-    return converted(model)
-
-
-def converted(model):
-    qins.convert(model, exclude=())
-    return model
-
-
-def layers_of(model):
-    return [m for m in model.modules() if "_qins_step" in m.__dict__]
-
-
-def without_steps(model):
-    for layer in layers_of(model):
-        layer.__dict__["_qins_step"] = None
-    for module in model.modules():
-        module.__dict__.pop("_qins_fused", None)
-
-
-def proved(model):
-    return [len(layer._qins_step._proved) if layer._qins_step else 0 for layer in layers_of(model)]
 
 
 def texts(batch=1, tokens=40, padding=0, seed=1):
@@ -108,12 +51,6 @@ def logits(model, ids, mask, prompt=12, at_once=1, cache=None):
             ).logits
         )  # fmt: skip
     return torch.cat([out[0][:, -1:], *out[1:]], 1)
-
-
-def divergence(a, b):
-    """Return the largest KL divergence of a prediction, in nats."""
-    a, b = log_softmax(a.double(), -1), log_softmax(b.double(), -1)
-    return float((b.exp() * (b - a)).sum(-1).max())
 
 
 @pytest.mark.parametrize("at_once", [1, 4])

@@ -20,10 +20,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from .. import _core
 from ..codec import DTYPE_NUMBER, LOG_BITS
 from ..system import get_num_threads, switch
+from . import paging
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
 from .growing_cache import CodedRoom, Room, room_for
 from .layer_description import LayerDescription, describe, mlp_of
+from .paging import Pages, is_paged, pages_of
 from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
 
 Tensor = torch.Tensor
@@ -63,10 +65,11 @@ class LayerStep(Replacement):
 
         """
         cache, mask, rotation = (given.get(n) for n in ("past_key_values", "attention_mask", "position_embeddings"))
-        if type(cache) not in _CACHES or layer.training or not may_replace():
+        paged = cache is None and is_paged(given.get("cache"))
+        if not (paged or type(cache) in _CACHES) or layer.training or not may_replace():
             return None
         for name, value in given.items():
-            if name not in _KNOWN and value:
+            if name not in _KNOWN and not (paged and name in paging.NAMES) and value:
                 return None
         about = self._about
         if about is None or self._layer is not layer or not about.is_current():
@@ -76,6 +79,8 @@ class LayerStep(Replacement):
             self._layer, self._about = layer, (about := describe(layer))
         if _is_observed(about.modules) or (about.rotates and type(rotation) is not tuple):
             return None
+        if paged:
+            return self._run_paged(about, own, x, given)
         assert cache is not None
         kept: Any = cache.layers[about.index] if about.index < len(cache.layers) else None
         room: Room | CodedRoom | None = getattr(kept, "_qins_room", None)
@@ -90,6 +95,51 @@ class LayerStep(Replacement):
             return None
         y = self._finish(about, called)
         return (y,) if self._in_tuple else y
+
+    def _run_paged(self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
+        """Return what the layer returns for one token of each request in a paged cache; None as for `run`."""
+        rotation = given.get("position_embeddings")
+        if x.dim() != 3 or x.dtype not in TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
+            return None
+        if x.shape[2] != about.hidden or (about.rotates and not _rotates(rotation, x, about.rotary_most)):
+            return None
+        pages = pages_of(given, about.index, x, (about.kv_heads, about.head_dim))
+        if pages is None:
+            return None
+        kind = x.dtype, x.shape[1] > 1, type(given["cache"])
+        if kind in self._proved:
+            y = self._finish(about, self._call_paged(about, x, pages, rotation))
+            return (y,) if self._in_tuple else y
+        result = own(self._layer, x, **given)
+        self._in_tuple = isinstance(result, tuple)
+        want = result[0] if self._in_tuple else result
+        if self._in_tuple and len(result) != 1:
+            raise UnfitError("it returns more than hidden states")
+        if not bool(torch.isfinite(want).all()):
+            return result
+        states = pages.new_states()
+        got, tolerance = self._finish(about, self._call_paged(about, x, pages, rotation)), TOLERANCE[x.dtype]
+        agreed = all(agree(a, b, tolerance) for a, b in zip(pages.new_states(), states, strict=True))
+        if not agreed or not agree(got - x, want - x, tolerance):
+            pages.put(states)
+            self.give_up(self._layer, "its results differ")
+            return result
+        self._proved.add(kind)
+        return result
+
+    def _call_paged(self, about: LayerDescription, x: Tensor, pages: Pages, rotation: Any) -> Tensor:
+        """Return the hidden states after what the core computes."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        cos_at = sin_at = rotary_dim = 0
+        if about.rotates:
+            (cos_at, sin_at, rotary_dim, _), _in_use = _rotation(rotation, x.dtype, about.halves)
+        _core.decode_layer(
+            about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), x.shape[1], 1,
+            pages.keys.data_ptr(), pages.values.data_ptr(), 0, 0, cos_at, sin_at, rotary_dim, rotary_dim, 0, 0, 0, 0,
+            get_num_threads(), 0, 0, 0, 0, 0, 0, *pages.numbers(),
+        )  # fmt: skip
+        return y
 
     def _finish(self, about: LayerDescription, x: Tensor) -> Tensor:
         """Run the part of the layer after attention that the core does not support, if there is one."""
@@ -243,7 +293,7 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
         return None
     if mask is None and isinstance(kept, StaticLayer):  # the modules would attend to what is not written yet
         return None
-    if about.rotates and not _rotates(rotation, x, about.head_dim // (2 if about.halves else 1)):
+    if about.rotates and not _rotates(rotation, x, about.rotary_most):
         return None
     codecs = (kept.tokens.k_codec, kept.tokens.v_codec) if isinstance(kept, QINSLayer) else ()
     return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept), codecs

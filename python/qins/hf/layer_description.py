@@ -71,6 +71,11 @@ class LayerDescription:
     _config: Any
     _implementation: str
 
+    @property
+    def rotary_most(self) -> int:
+        """Most cosines that a token may have."""
+        return self.head_dim // (2 if self.halves else 1)
+
     def is_current(self) -> bool:
         """Return whether the layer's modules and parameters are still the described ones."""
         if self._config._attn_implementation != self._implementation:
@@ -222,7 +227,7 @@ def _describe(layer: Any) -> LayerDescription:
     attention, mlp_name = layer.self_attn, mlp_of(layer)
     mlp = layer._modules[mlp_name]
     config, implementation = attention.config, attention.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation.removeprefix("paged|") not in ("sdpa", "eager"):
         raise UnfitError(f"attention implementation {implementation}")
     names = {n for n, m in layer._modules.items() if m is not None and not _harmless(m)}
     of_norms = _NORMS.get(frozenset(names - {"self_attn", mlp_name}))

@@ -1,0 +1,79 @@
+"""The paged cache of transformers' continuous batching, as decode steps read and write it: in place, without a copy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+# What continuous batching passes to decoder layers beyond what `generate` does.
+NAMES = {"cache", "read_index", "write_index", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+         "block_table", "is_causal", "logits_indices", "logits_processor_args"}  # fmt: skip
+
+
+class Pages:
+    """Where a layer's keys and values are, for a call with one new token for each of several requests.
+
+    Attributes:
+        keys, values: (slots, heads, head_dim); a slot is what one token has.
+        slot: the slots of all requests' tokens, the new one last in each request's.
+        begin: (requests + 1); where each request's slots begin.
+
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor, begin: Tensor) -> None:
+        self.keys, self.values, self.slot, self.begin = keys, values, slot, begin
+
+    def written(self) -> Tensor:
+        """Return the slots of the new tokens."""
+        return self.slot[self.begin[1:].long() - 1]
+
+    def new_states(self) -> tuple[Tensor, Tensor]:
+        """Return copies of the new tokens' keys and values."""
+        at = self.written()
+        return self.keys[at], self.values[at]
+
+    def put(self, states: tuple[Tensor, Tensor]) -> None:
+        """Overwrite the new tokens' keys and values."""
+        at = self.written()
+        self.keys[at], self.values[at] = states
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Return what `_core.decode_layer` takes."""
+        slots = min(len(self.keys), len(self.values))
+        return self.slot.data_ptr(), self.begin.data_ptr(), len(self.slot), slots
+
+
+def is_paged(cache: Any) -> bool:
+    """Return whether this is a paged cache; if so, transformers' module with its class has been imported."""
+    module = sys.modules.get("transformers.generation.continuous_batching.cache")
+    return module is not None and type(cache) is module.PagedAttentionCache
+
+
+def pages_of(given: dict[str, Any], index: int, x: Tensor, shape: tuple[int, int]) -> Pages | None:
+    """Return the pages of a call, or None if the layer's own forward must run.
+
+    Args:
+        given: the layer's arguments, with a paged cache.
+        index: the layer's index in the cache.
+        x: hidden states, (1, tokens of all requests, hidden).
+        shape: number of heads of keys, and of elements of a head.
+
+    """
+    from transformers.generation.continuous_batching.cache_allocators.full_attention import FullAttentionCacheAllocator
+
+    allocator = given["cache"].layer_to_allocator.get(index)
+    if type(allocator) is not FullAttentionCacheAllocator or given.get("block_table") is not None:
+        return None
+    if given.get("max_length_q") != 1 or len(x) != 1 or len(given["cu_seq_lens_q"]) != x.shape[1] + 1:
+        return None  # some request has several tokens
+    slot, begin = given["read_index"][allocator.index], given["cu_seq_lens_k"][allocator.layer_type]
+    keys, values = allocator._kv_token_views[index]
+    fits = len(slot) > 0 and slot.dtype is torch.int64 and slot.is_contiguous()
+    fits = fits and len(begin) == x.shape[1] + 1 and begin.dtype is torch.int32 and begin.is_contiguous()
+    for states in (keys, values):
+        fits = fits and states.dtype is x.dtype and states.shape[1:] == shape and states.is_contiguous()
+    return Pages(keys, values, slot, begin) if fits else None
