@@ -1,7 +1,7 @@
 """What layers compute between their products in calls that are no decode steps, in one operation of the core each.
 
-A prefill, a batch that is too large for a step, and continuous batching run a layer's own forward. In it, a norm is six
-operations of torch, a gate two and rotary embedding ten; in bfloat16 they take as long as a small model's products.
+A prefill and a batch that is too large for a step run a layer's own forward. In it, a norm is six operations of torch,
+a gate two and rotary embedding ten; in bfloat16 they take as long as a small model's products.
 """
 
 from __future__ import annotations
