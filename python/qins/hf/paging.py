@@ -64,9 +64,13 @@ def pages_of(given: dict[str, Any], index: int, x: Tensor, shape: tuple[int, int
 
     """
     from transformers.generation.continuous_batching.cache_allocators.full_attention import FullAttentionCacheAllocator
+    from transformers.generation.continuous_batching.cache_allocators.sliding_attention import (
+        SlidingAttentionCacheAllocator,
+    )
 
     allocator = given["cache"].layer_to_allocator.get(index)
-    if type(allocator) is not FullAttentionCacheAllocator or given.get("block_table") is not None:
+    slides = type(allocator) is SlidingAttentionCacheAllocator
+    if not (slides or type(allocator) is FullAttentionCacheAllocator) or given.get("block_table") is not None:
         return None
     if given.get("max_length_q") != 1 or len(x) != 1 or len(given["cu_seq_lens_q"]) != x.shape[1] + 1:
         return None  # some request has several tokens
@@ -76,4 +80,26 @@ def pages_of(given: dict[str, Any], index: int, x: Tensor, shape: tuple[int, int
     fits = fits and len(begin) == x.shape[1] + 1 and begin.dtype is torch.int32 and begin.is_contiguous()
     for states in (keys, values):
         fits = fits and states.dtype is x.dtype and states.shape[1:] == shape and states.is_contiguous()
-    return Pages(keys, values, slot, begin) if fits else None
+    if not fits:
+        return None
+    return Pages(keys, values, _with_new(given, allocator.index, slot, begin) if slides else slot, begin)
+
+
+_last_slots: tuple[Any, dict[int, Tensor]] = (None, {})
+
+
+def _with_new(given: dict[str, Any], index: int, slot: Tensor, begin: Tensor) -> Tensor:
+    """Return the slots of a layer with a sliding window with those of the new tokens, which transformers writes last.
+
+    A new token takes the slot of the one that has just left the window. Made once for all layers.
+    """
+    global _last_slots
+    call, found = _last_slots  # read once: another thread may replace it
+    if call is not given["read_index"]:
+        call, found = given["read_index"], {}
+        _last_slots = call, found
+    if index not in found:
+        filled = slot.clone()
+        filled[begin[1:].long() - 1] = given["write_index"][index]
+        found[index] = filled
+    return found[index]
