@@ -268,12 +268,10 @@ static const float *kept(const run *r, const qins_decoder_store *s, size_t seque
         *next = apart * dim;
         return (const float *)s->data + row * dim;
     }
-    if (!is_paged(r)) {
-        widen_at(r, s->data, row * dim, n * dim, window);
-        return window;
-    }
-    for (size_t i = 0; i < n; i++) {
-        widen_at(r, s->data, row_at(r, sequence, head, t + i) * dim, dim, window + i * dim);
+    const size_t size = dim * item_size(dtype);
+    for (size_t i = 0, at_once = is_paged(r) ? 1 : n; i < n; i += at_once) {
+        const char *from = (const char *)s->data + row_at(r, sequence, head, t + i) * size;
+        r->kernels->widen[dtype](from, at_once * dim, window + i * dim);
     }
     return window;
 }

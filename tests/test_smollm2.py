@@ -156,7 +156,7 @@ def test_a_shuffled_layer_is_noticed(loaded, ids):
 @pytest.mark.once
 def test_fewer_bits(loaded, ids):
     reference, _ = loaded
-    windows = metrics.windows(ids, 512)
+    windows = metrics.windows(ids, 256)
     for codec, snr, kl in (("log6", 35.4, 4e-2), ("log5", 29.1, 2e-1), ("log4", 23.1, 0.9)):
         model = copy.deepcopy(reference)
         report = qins.convert(model, codec)
@@ -165,7 +165,7 @@ def test_fewer_bits(loaded, ids):
         nearest = metrics.fidelity(reference, model, windows).kl_mean
         assert nearest < kl
     model = copy.deepcopy(reference)
-    report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 2048), codec="log4")
+    report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 1024), codec="log4")
     assert 8 * report.bytes_after / sum(math.prod(m.shape) for m in report.converted) == pytest.approx(4.3, abs=0.01)
     assert metrics.fidelity(reference, model, windows).kl_mean < 0.4 * nearest
 
@@ -179,10 +179,10 @@ def _power(model, name):
 def test_calibration(tmp_path):
     """On unseen text, calibrated codes are far closer than Q8_0 with fewer bits; on another kind of text, no worse."""
     text, path = metrics.sample_text(), find_model()
-    second_half = Calibration(text[len(text) // 2 :], 4096)
+    second_half = Calibration(text[len(text) // 2 :], 2048)
     result = quantize_checkpoint(path, tmp_path / "out", calibration=second_half)
     assert result["layers"] == 210
-    settings = evaluation.Settings(text[: len(text) // 4], 1024, new_tokens=4)
+    settings = evaluation.Settings(text[: len(text) // 4], 512, new_tokens=4)
     english = evaluation.evaluate_all(path, ["log8", "Q8_0"], settings).measured
     english += evaluation.evaluate_one(str(tmp_path / "out"), path, settings).measured
     nearest, q8, calibrated = (m.comparison.summary() for m in english)
@@ -191,7 +191,7 @@ def test_calibration(tmp_path):
     assert calibrated.top1 > nearest.top1
     assert english[0].bits == pytest.approx(english[2].bits)
     assert english[2].bits < 8.18 < english[1].bits
-    settings = evaluation.Settings(inspect.getsource(inspect), 512, new_tokens=4)
+    settings = evaluation.Settings(inspect.getsource(inspect), 256, new_tokens=4)
     nearest = evaluation.evaluate_all(path, ["log8"], settings).measured[0].comparison.summary()
     calibrated = evaluation.evaluate_one(str(tmp_path / "out"), path, settings).measured[0].comparison.summary()
     assert calibrated.kl_mean < nearest.kl_mean

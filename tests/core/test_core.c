@@ -1507,7 +1507,7 @@ int main(int argc, char **argv)
     }
     /* best: brief, and the best instruction set alone, for emulated processors whose sets all run here natively, too */
     const int best = argc > 2 && strcmp(argv[2], "--best") == 0;
-    const int brief = best || (argc > 2 && strcmp(argv[2], "--brief") == 0), slow = argc > 2 || SANITIZED;
+    const int all_brief = best || (argc > 2 && strcmp(argv[2], "--brief") == 0), slow = argc > 2 || SANITIZED;
     features();
     factors();
     tables();
@@ -1526,6 +1526,7 @@ int main(int argc, char **argv)
     out_a = guard(MOST * 8), out_b = guard(MOST * 8), out_c = guard(MOST * 8), out_d = guard(MOST * 8);
     for (size_t i = 0; i < (best ? 1 : qins_isa_count()); i++) {
         const qins_kernels *k = qins_isa_at(i);
+        const int brief = all_brief || (argc > 2 && i > 0); /* emulated: in full, the best set alone */
         for (size_t n = 0; n <= 100; n += brief ? 9 : 1) {
             kernels_at(k, n, 0);
             kernels_at(k, n, 1);
