@@ -116,7 +116,7 @@ def test_killed_and_resumed(source, tmp_path):
             done = {p.name for p in (out / "qins-calibration").glob("*.safetensors")}
             if len(done) >= 2 * after:
                 break
-            time.sleep(0.002)
+            time.sleep(0.02)
         if run.poll() is None:
             os.kill(run.pid, signal.SIGKILL)
             kills += 1

@@ -129,7 +129,7 @@ def expected(talking):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("codec", ["log6", "log5", "log4"])
+@pytest.mark.parametrize("codec", ["log6", "log4"])
 def test_caches_of_fewer_bits(talking, expected, codec):
     made = Served(talking, "--kv-cache", codec)
     try:
