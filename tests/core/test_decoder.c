@@ -246,7 +246,7 @@ static void random_slots(int64_t *slot, size_t count, int in_order)
 static int pages_are_right(const qins_kernels *k, const setup *s, size_t longest, int in_order)
 {
     enum { SEQUENCES = 3, CACHE = SLOTS * KV_HEADS * DIM, PLAIN = SEQUENCES * KV_HEADS * ROOM * DIM };
-    const size_t past[SEQUENCES] = {longest, 0, longest / 2};
+    const size_t past[SEQUENCES] = {longest, longest / 2, 0}; /* the last one is not the longest */
     float *paged[2], *plain[2], x[SEQUENCES * HIDDEN], y[SEQUENCES * HIDDEN], turn[2][SEQUENCES * ROTARY];
     int64_t slot[SLOTS];
     int32_t begin[SEQUENCES + 1] = {0};
