@@ -13,7 +13,6 @@ pytest.importorskip(
     "transformers.generation.continuous_batching.cache_allocators", reason="NOT RUN: transformers < 5.23"
 )
 from families import FAMILIES, divergence, family, layers_of, without_steps  # noqa: E402
-from transformers.generation.continuous_batching.cache import PagedAttentionCache  # noqa: E402
 
 from qins import _core  # noqa: E402
 from qins.hf import decoding, paging  # noqa: E402
@@ -45,7 +44,7 @@ def answers(model, prompts, tokens):
 def paged_steps(model):
     """Return whether each layer has proved its step in a paged cache."""
     kinds = [layer._qins_step._proved if layer._qins_step else () for layer in layers_of(model)]
-    return [any(k[-1] is PagedAttentionCache for k in of_layer) for of_layer in kinds]
+    return [any(paging.Pages in k for k in of_layer) for of_layer in kinds]
 
 
 def prompts(*lengths):
@@ -115,7 +114,7 @@ def test_a_step_that_differs_is_dropped(monkeypatch, caplog):
     assert got == want
 
 
-def test_what_a_hook_sees_is_the_modules(monkeypatch):
+def test_what_a_hook_sees_is_the_modules():
     model = family("Llama")
     answers(model, prompts(9), 4)
     calls = []
@@ -139,6 +138,6 @@ def test_pages_of_another_cache(slot, begin):
         _core.decode_layer(
             about.core, 0, x.data_ptr(), x.data_ptr(), 1, 1, states[0].data_ptr(), states[1].data_ptr(), 0, 0,
             turns.data_ptr(), turns.data_ptr(), about.head_dim, about.head_dim, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0,
-            *pages.numbers(),
+            *pages.pages,
         )  # fmt: skip
     assert not states.any()

@@ -79,10 +79,12 @@ class LayerStep(Replacement):
             self._layer, self._about = layer, (about := describe(layer))
         if _is_observed(about.modules) or (about.rotates and type(rotation) is not tuple):
             return None
+        kept: Any
         if paged:
-            return self._run_paged(about, own, x, given)
-        assert cache is not None
-        kept: Any = cache.layers[about.index] if about.index < len(cache.layers) else None
+            kept = pages_of(given, about.index, x)
+        else:
+            assert cache is not None
+            kept = cache.layers[about.index] if about.index < len(cache.layers) else None
         room: Room | CodedRoom | None = getattr(kept, "_qins_room", None)
         if room is None or not room.is_as_left(kept, self, x, mask):
             kind = _kind(about, kept, x, mask, rotation)
@@ -95,51 +97,6 @@ class LayerStep(Replacement):
             return None
         y = self._finish(about, called)
         return (y,) if self._in_tuple else y
-
-    def _run_paged(self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any]) -> Any:
-        """Return what the layer returns for one token of each request in a paged cache; None as for `run`."""
-        rotation = given.get("position_embeddings")
-        if x.dim() != 3 or x.dtype not in TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
-            return None
-        if x.shape[2] != about.hidden or (about.rotates and not _rotates(rotation, x, about.rotary_most)):
-            return None
-        pages = pages_of(given, about.index, x, (about.kv_heads, about.head_dim))
-        if pages is None:
-            return None
-        kind = x.dtype, x.shape[1] > 1, type(given["cache"])
-        if kind in self._proved:
-            y = self._finish(about, self._call_paged(about, x, pages, rotation))
-            return (y,) if self._in_tuple else y
-        result = own(self._layer, x, **given)
-        self._in_tuple = isinstance(result, tuple)
-        want = result[0] if self._in_tuple else result
-        if self._in_tuple and len(result) != 1:
-            raise UnfitError("it returns more than hidden states")
-        if not bool(torch.isfinite(want).all()):
-            return result
-        states = pages.new_states()
-        got, tolerance = self._finish(about, self._call_paged(about, x, pages, rotation)), TOLERANCE[x.dtype]
-        agreed = all(agree(a, b, tolerance) for a, b in zip(pages.new_states(), states, strict=True))
-        if not agreed or not agree(got - x, want - x, tolerance):
-            pages.put(states)
-            self.give_up(self._layer, "its results differ")
-            return result
-        self._proved.add(kind)
-        return result
-
-    def _call_paged(self, about: LayerDescription, x: Tensor, pages: Pages, rotation: Any) -> Tensor:
-        """Return the hidden states after what the core computes."""
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        cos_at = sin_at = rotary_dim = 0
-        if about.rotates:
-            (cos_at, sin_at, rotary_dim, _), _in_use = _rotation(rotation, x.dtype, about.halves)
-        _core.decode_layer(
-            about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), x.shape[1], 1,
-            pages.keys.data_ptr(), pages.values.data_ptr(), 0, 0, cos_at, sin_at, rotary_dim, rotary_dim, 0, 0, 0, 0,
-            get_num_threads(), 0, 0, 0, 0, 0, 0, *pages.numbers(),
-        )  # fmt: skip
-        return y
 
     def _finish(self, about: LayerDescription, x: Tensor) -> Tensor:
         """Run the part of the layer after attention that the core does not support, if there is one."""
@@ -159,6 +116,8 @@ class LayerStep(Replacement):
         """Return the layer's own result; if the step's agrees, use the step for this kind of call from now on."""
         other = _copy(kept)
         result = self._by_modules(about, own, x, given, other)
+        if isinstance(kept, Pages):  # which the modules have written to themselves
+            other = _states(kept)
         self._in_tuple = isinstance(result, tuple)
         want = result[0] if isinstance(result, tuple) else result
         if isinstance(result, tuple) and len(result) != 1:
@@ -192,6 +151,8 @@ class LayerStep(Replacement):
         self, about: LayerDescription, own: Callable[..., Any], x: Tensor, given: dict[str, Any], kept: Any
     ) -> Any:
         """Return the layer's own result with another cache layer in its place."""
+        if isinstance(kept, Pages):
+            return own(self._layer, x, **given)
         beside = copy.copy(given["past_key_values"])
         beside.layers = [*beside.layers]
         beside.layers[about.index] = kept
@@ -199,15 +160,17 @@ class LayerStep(Replacement):
 
     def _call(self, about: LayerDescription, x: Tensor, kept: Any, mask: Tensor | None, rotation: Any) -> Tensor | None:
         """Return the hidden states after what the core computes; None if a quantized cache cannot hold its states."""
-        sequences, tokens, _ = x.shape
+        paged = isinstance(kept, Pages)
+        sequences, tokens = (x.shape[1], 1) if paged else x.shape[:2]  # of each request one token
         x = x.contiguous()
         y = torch.empty_like(x)
-        room, past = room_for(kept, tokens)
+        room, past = (kept, 0) if paged else room_for(kept, tokens)
         cos_at = sin_at = rotary_dim = rotary_next = 0
         if about.rotates:
             (cos_at, sin_at, rotary_dim, rotary_next), _in_use = _rotation(rotation, x.dtype, about.halves)
+            rotary_next = rotary_dim if paged else rotary_next
         mask_at = is_bool = mask_sequence = mask_token = 0
-        if mask is not None:
+        if mask is not None and not paged:  # a paged cache's only separates requests
             mask_at, is_bool = mask.data_ptr(), int(mask.dtype == torch.bool)
             mask_sequence, mask_token = mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
         keys, values = room.stores()
@@ -215,7 +178,7 @@ class LayerStep(Replacement):
             about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
             keys[1], values[1], room.size, past,
             cos_at, sin_at, rotary_dim, rotary_next, mask_at, is_bool, mask_sequence, mask_token,
-            get_num_threads(), keys[0], *keys[2:], values[0], *values[2:],
+            get_num_threads(), keys[0], keys[2], keys[3], values[0], values[2], values[3], *room.pages,
         )  # fmt: skip
         if not finite:
             return None
@@ -260,7 +223,9 @@ def _copy(kept: Any) -> Any:
 
 def _restore(kept: Any, other: Any) -> None:
     """Make a cache layer what its copy has become."""
-    if isinstance(kept, StaticLayer):  # whose tensors stay where they are
+    if isinstance(kept, Pages):
+        kept.put(other)
+    elif isinstance(kept, StaticLayer):  # whose tensors stay where they are
         for name in _OF_STATIC:
             getattr(kept, name).copy_(getattr(other, name))
     else:
@@ -268,7 +233,11 @@ def _restore(kept: Any, other: Any) -> None:
 
 
 def _states(kept: Any) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of a cache layer."""
+    """Return the keys and values of a cache layer, or those of a paged cache's new tokens."""
+    if isinstance(kept, Pages):
+        return kept.new_states()
+    if isinstance(kept, tuple):  # which were those
+        return kept
     if isinstance(kept, QINSLayer):
         return kept.tokens.read(torch.float32, torch.float32)
     return kept.keys, kept.values
@@ -284,13 +253,19 @@ def _is_observed(modules: list[nn.Module]) -> bool:
 
 def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: Any) -> tuple[Any, ...] | None:
     """Return the kind of call, each of which is verified once, or None if the layer's own forward must run."""
-    if type(kept) not in _LAYERS or getattr(kept, "record_past", False):
+    if not (type(kept) in _LAYERS or isinstance(kept, Pages)) or getattr(kept, "record_past", False):
         return None
     if x.dim() != 3 or x.dtype not in TOLERANCE or not x.is_cpu or x.shape[0] * x.shape[1] > MOST_ROWS:
         return None
-    keys = _attended(kept, x, (x.shape[0], about.kv_heads, about.head_dim))
-    if keys == 0 or x.shape[2] != about.hidden or not _mask_fits(mask, x, keys):
+    if x.shape[2] != about.hidden:
         return None
+    if isinstance(kept, Pages):
+        if not kept.fit(x, (about.kv_heads, about.head_dim)):
+            return None
+    else:
+        keys = _attended(kept, x, (x.shape[0], about.kv_heads, about.head_dim))
+        if keys == 0 or not _mask_fits(mask, x, keys):
+            return None
     if mask is None and isinstance(kept, StaticLayer):  # the modules would attend to what is not written yet
         return None
     if about.rotates and not _rotates(rotation, x, about.rotary_most):

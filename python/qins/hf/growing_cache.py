@@ -30,6 +30,8 @@ class Room:
 
     """
 
+    pages: tuple[int, int, int, int] = 0, 0, 0, 0  # not paged: see Pages
+
     def __init__(self, keys: Tensor, values: Tensor, end: int) -> None:
         self.keys, self.values, self.begin, self.end = keys, values, 0, end
         self.size, self.row_bytes = keys.shape[2], keys.shape[3] * keys.element_size()
@@ -70,6 +72,8 @@ class Room:
 class CodedRoom:
     """The same of a QINSCache's layer."""
 
+    pages: tuple[int, int, int, int] = 0, 0, 0, 0  # not paged: see Pages
+
     def __init__(self, tokens: GrowingTokens) -> None:
         self.tokens, self.version = tokens, tokens.version
         self._keys, self._values, self.size = tokens.stores
@@ -100,6 +104,8 @@ class CodedRoom:
 
 class StaticRoom:
     """The same of a StaticCache's layer, which keeps its memory and counts its tokens itself."""
+
+    pages: tuple[int, int, int, int] = 0, 0, 0, 0  # not paged: see Pages
 
     def __init__(self, kept: Any) -> None:
         self._keys, self._values, self.size = kept.keys, kept.values, kept.max_cache_len

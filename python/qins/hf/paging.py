@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .growing_cache import Store
+
 Tensor = torch.Tensor
 
 # What continuous batching passes to decoder layers beyond what `generate` does.
@@ -27,24 +29,44 @@ class Pages:
     def __init__(self, keys: Tensor, values: Tensor, slot: Tensor, begin: Tensor) -> None:
         self.keys, self.values, self.slot, self.begin = keys, values, slot, begin
 
-    def written(self) -> Tensor:
-        """Return the slots of the new tokens."""
-        return self.slot[self.begin[1:].long() - 1]
+    def fit(self, x: Tensor, shape: tuple[int, int]) -> bool:
+        """Return whether the core can use these pages; shape: number of heads, and of elements of a head."""
+        for states in (self.keys, self.values):
+            if states.dtype is not x.dtype or states.shape[1:] != shape or not states.is_contiguous():
+                return False
+        slot, begin = self.slot, self.begin
+        if slot.dtype is not torch.int64 or begin.dtype is not torch.int32 or len(begin) != x.shape[1] + 1:
+            return False
+        return len(slot) > 0 and slot.is_contiguous() and begin.is_contiguous()
+
+    # As of a Room, see growing_cache.
+
+    size = 0
+
+    def stores(self) -> tuple[Store, Store]:
+        """Return where keys and values are."""
+        return (0, self.keys.data_ptr(), 0, 0), (0, self.values.data_ptr(), 0, 0)
+
+    @property
+    def pages(self) -> tuple[int, int, int, int]:
+        """Where each request's tokens are, as `_core.decode_layer` takes it."""
+        slots = min(len(self.keys), len(self.values))
+        return self.slot.data_ptr(), self.begin.data_ptr(), len(self.slot), slots
+
+    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+        """Do nothing: transformers counts the tokens."""
+
+    # For verifying a step: the modules write to the same cache.
 
     def new_states(self) -> tuple[Tensor, Tensor]:
         """Return copies of the new tokens' keys and values."""
-        at = self.written()
+        at = self.slot[self.begin[1:].long() - 1]
         return self.keys[at], self.values[at]
 
     def put(self, states: tuple[Tensor, Tensor]) -> None:
         """Overwrite the new tokens' keys and values."""
-        at = self.written()
+        at = self.slot[self.begin[1:].long() - 1]
         self.keys[at], self.values[at] = states
-
-    def numbers(self) -> tuple[int, int, int, int]:
-        """Return what `_core.decode_layer` takes."""
-        slots = min(len(self.keys), len(self.values))
-        return self.slot.data_ptr(), self.begin.data_ptr(), len(self.slot), slots
 
 
 def is_paged(cache: Any) -> bool:
@@ -53,14 +75,13 @@ def is_paged(cache: Any) -> bool:
     return module is not None and type(cache) is module.PagedAttentionCache
 
 
-def pages_of(given: dict[str, Any], index: int, x: Tensor, shape: tuple[int, int]) -> Pages | None:
-    """Return the pages of a call, or None if the layer's own forward must run.
+def pages_of(given: dict[str, Any], index: int, x: Tensor) -> Pages | None:
+    """Return the pages of a call, or None if they are not such that each request has one new token.
 
     Args:
         given: the layer's arguments, with a paged cache.
         index: the layer's index in the cache.
         x: hidden states, (1, tokens of all requests, hidden).
-        shape: number of heads of keys, and of elements of a head.
 
     """
     from transformers.generation.continuous_batching.cache_allocators.full_attention import FullAttentionCacheAllocator
@@ -73,16 +94,12 @@ def pages_of(given: dict[str, Any], index: int, x: Tensor, shape: tuple[int, int
     if not (slides or type(allocator) is FullAttentionCacheAllocator) or given.get("block_table") is not None:
         return None
     if given.get("max_length_q") != 1 or len(x) != 1 or len(given["cu_seq_lens_q"]) != x.shape[1] + 1:
-        return None  # some request has several tokens
-    slot, begin = given["read_index"][allocator.index], given["cu_seq_lens_k"][allocator.layer_type]
-    keys, values = allocator._kv_token_views[index]
-    fits = len(slot) > 0 and slot.dtype is torch.int64 and slot.is_contiguous()
-    fits = fits and len(begin) == x.shape[1] + 1 and begin.dtype is torch.int32 and begin.is_contiguous()
-    for states in (keys, values):
-        fits = fits and states.dtype is x.dtype and states.shape[1:] == shape and states.is_contiguous()
-    if not fits:
         return None
-    return Pages(keys, values, _with_new(given, allocator.index, slot, begin) if slides else slot, begin)
+    slot, begin = given["read_index"][allocator.index], given["cu_seq_lens_k"][allocator.layer_type]
+    if slides and len(slot) > 0:
+        slot = _with_new(given, allocator.index, slot, begin)
+    keys, values = allocator._kv_token_views[index]
+    return Pages(keys, values, slot, begin)
 
 
 _last_slots: tuple[Any, dict[int, Tensor]] = (None, {})
