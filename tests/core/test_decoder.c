@@ -162,6 +162,22 @@ static void slow_row(const setup *s, const qins_decoder_call *call, size_t seque
     }
 }
 
+/* Whether y is what the row x of a call becomes. */
+static int row_is_right(const setup *s, const qins_decoder_call *call, size_t sequence, size_t token, float *keys,
+                        float *values, const float *x, const float *y)
+{
+    double row[HIDDEN], error = 0.0, size = 0.0;
+    for (size_t i = 0; i < HIDDEN; i++) {
+        row[i] = (double)x[i];
+    }
+    slow_row(s, call, sequence, token, keys, values, row);
+    for (size_t i = 0; i < HIDDEN; i++) {
+        error += ((double)y[i] - row[i]) * ((double)y[i] - row[i]);
+        size += row[i] * row[i];
+    }
+    return error < 1e-6 * size; /* products of log8: 1e-4 each */
+}
+
 static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, size_t tokens, size_t past, int masked)
 {
     enum { CACHE = MOST_ROWS * KV_HEADS * ROOM * DIM };
@@ -212,16 +228,7 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     right = right && memcmp(y[0], y[1], sequences * tokens * HIDDEN * sizeof(float)) == 0;
     right = right && memcmp(keys + CACHE, keys + 2 * CACHE, cache * sizeof *keys) == 0;
     for (size_t m = 0; right && m < sequences * tokens; m++) {
-        double row[HIDDEN], error = 0.0, size = 0.0;
-        for (size_t i = 0; i < HIDDEN; i++) {
-            row[i] = (double)x[m * HIDDEN + i];
-        }
-        slow_row(s, &call, m / tokens, m % tokens, keys, values, row);
-        for (size_t i = 0; i < HIDDEN; i++) {
-            error += ((double)y[0][m * HIDDEN + i] - row[i]) * ((double)y[0][m * HIDDEN + i] - row[i]);
-            size += row[i] * row[i];
-        }
-        right = error < 1e-6 * size; /* products of log8: 1e-4 each */
+        right = row_is_right(s, &call, m / tokens, m % tokens, keys, values, x + m * HIDDEN, y[0] + m * HIDDEN);
     }
     free(keys);
     free(values);
@@ -295,17 +302,8 @@ static int pages_are_right(const qins_kernels *k, const setup *s, size_t longest
     right = right && memcmp(paged[0], paged[0] + CACHE, CACHE * sizeof(float)) == 0;
     right = right && memcmp(paged[1], paged[1] + CACHE, CACHE * sizeof(float)) == 0;
     for (size_t q = 0; q < SEQUENCES; q++) {
-        double row[HIDDEN], error = 0.0, size = 0.0;
-        for (size_t i = 0; i < HIDDEN; i++) {
-            row[i] = (double)x[q * HIDDEN + i];
-        }
         call.past = past[q];
-        slow_row(s, &call, q, 0, plain[0], plain[1], row);
-        for (size_t i = 0; i < HIDDEN; i++) {
-            error += ((double)y[q * HIDDEN + i] - row[i]) * ((double)y[q * HIDDEN + i] - row[i]);
-            size += row[i] * row[i];
-        }
-        right = right && error < 1e-6 * size;
+        right = right && row_is_right(s, &call, q, 0, plain[0], plain[1], x + q * HIDDEN, y + q * HIDDEN);
     }
     /* pages of another cache */
     const float before = y[0];
