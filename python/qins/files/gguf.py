@@ -22,7 +22,7 @@ import transformers
 
 from .reading import Checkpoint, StoredTensor
 
-_READING = threading.Lock()
+_READING = threading.RLock()
 
 
 @contextmanager
