@@ -196,7 +196,7 @@ measurements: $(VENV)/installed-dev
 
 $(VENV)/python: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools numpy
+	$(PIP) pip setuptools numpy
 	touch $@
 
 # alone: the version of the constraints file has a build for CPUs only

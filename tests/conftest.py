@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import os
 import sys
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 import qins
+
+# Names that are no directories are looked for on the hub, half a minute long where it cannot be reached.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 class Hidden(importlib.abc.MetaPathFinder):
@@ -53,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         first.setdefault((item.path, getattr(item, "function", item)), item)
     config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
     items[:] = first.values()
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what imports have made from garbage collection, which looks at half a million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
