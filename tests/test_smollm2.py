@@ -17,6 +17,7 @@ from qins.fidelity import evaluation, metrics
 from qins.hf import Calibration, find_model, load_causal_lm
 
 LONG = [pytest.mark.once, pytest.mark.long]
+FEWER = {"log6": 35.3, "log5": 29.0, "log4": 23.0}  # signal-to-noise ratios; these codecs have a zero
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,21 @@ def layers(model):
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("codec", "group", "least"),
-    [("golden", None, 37.4), ("log8", None, 43.6), ("log8", 128, 45.5), ("log8", 64, 46.4), ("log8", 32, 47.8)],
+    [
+        ("golden", None, 37.4),
+        ("log8", None, 43.6),
+        ("log8", 128, 45.5),
+        ("log8", 64, 46.4),
+        ("log8", 32, 47.8),
+        *(pytest.param(codec, 32, least, marks=pytest.mark.long) for codec, least in FEWER.items()),
+    ],
 )
 def test_signal_to_noise(loaded, codec, group, least):
     signal = noise = 0.0
     for module in layers(loaded[0].model.layers[::6]).values():
         w = module.weight.detach()
         q = torch.from_numpy(qins.encode(w, codec, group_size=group).decode())
-        assert torch.equal(torch.signbit(q), torch.signbit(w))
+        assert torch.equal(torch.signbit(q), torch.signbit(w)) or codec in FEWER
         assert codec == "golden" or not q[w == 0].any()
         signal += float(w.double().square().sum())
         noise += float((w - q).double().square().sum())
@@ -157,21 +165,15 @@ def test_a_shuffled_layer_is_noticed(loaded, ids):
 def test_fewer_bits(loaded, ids):
     reference, _ = loaded
     windows = metrics.windows(ids, 256)
-    for codec, snr, kl in (("log6", 35.4, 4e-2), ("log5", 29.1, 2e-1), ("log4", 23.1, 0.9)):
+    for codec, kl in (("log6", 4e-2), ("log4", 0.9)):
         model = copy.deepcopy(reference)
-        report = qins.convert(model, codec)
-        noise = sum(10 ** (-m.snr_db / 10) * _power(reference, m.name) for m in report.converted)
-        assert 10 * math.log10(sum(_power(reference, m.name) for m in report.converted) / noise) >= snr
+        qins.convert(model, codec)
         nearest = metrics.fidelity(reference, model, windows).kl_mean
         assert nearest < kl
     model = copy.deepcopy(reference)
-    report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 1024), codec="log4")
+    report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 512), codec="log4")
     assert 8 * report.bytes_after / sum(math.prod(m.shape) for m in report.converted) == pytest.approx(4.3, abs=0.01)
     assert metrics.fidelity(reference, model, windows).kl_mean < 0.4 * nearest
-
-
-def _power(model, name):
-    return float(model.get_submodule(name).weight.detach().double().square().sum())
 
 
 @pytest.mark.long
@@ -179,7 +181,7 @@ def _power(model, name):
 def test_calibration(tmp_path):
     """On unseen text, calibrated codes are far closer than Q8_0 with fewer bits; on another kind of text, no worse."""
     text, path = metrics.sample_text(), find_model()
-    second_half = Calibration(text[len(text) // 2 :], 2048)
+    second_half = Calibration(text[len(text) // 2 :], 1024)
     result = quantize_checkpoint(path, tmp_path / "out", calibration=second_half)
     assert result["layers"] == 210
     settings = evaluation.Settings(text[: len(text) // 4], 512, new_tokens=4)

@@ -63,10 +63,10 @@ _GREEDY = """
 import copy, json, sys, torch, qins
 from qins.fidelity import metrics
 from qins.hf import load_causal_lm
-codecs, prompts = json.loads(sys.argv[1])
+codecs, prompts, tokens = json.loads(sys.argv[1])
 original, tokenizer = load_causal_lm("microsoft/Phi-3.5-mini-instruct")
 def greedy(model):
-    return [metrics.greedy(model, tokenizer(p, return_tensors="pt").input_ids, 15)[0].tolist() for p in prompts]
+    return [metrics.greedy(model, tokenizer(p, return_tensors="pt").input_ids, tokens)[0].tolist() for p in prompts]
 print(json.dumps({"tokens": greedy(original)}))
 for codec, group in codecs:
     model = copy.deepcopy(original)
@@ -74,17 +74,19 @@ for codec, group in codecs:
     print(json.dumps({"layers": layers, "model": qins.memory_report(model).compression, "tokens": greedy(model)}))
 """
 
-# Least compression of the encoded layers (the seed expected 4x with quantization enabled), and least number of the 165
+# Least compression of the encoded layers (the seed expected 4x with quantization enabled), and least share of the
 # tokens of all prompts that match the float model's. After a first difference all others may differ, and so small a
-# model has many near-ties. Measured: 165 (golden, log9), 154 (log8, per row), 163 (log8), 136 (rational).
-LEAST = {"golden": (1.99, 130), "log9": (3.5, 130), "log8": (3.9, 110), "rational": (3.95, 90)}
+# model has many near-ties. Measured with 15 tokens of 11 prompts: 165 of 165 (golden, log9), 154 (log8, per row),
+# 163 (log8), 136 (rational).
+LEAST = {"golden": (1.99, 0.8), "log9": (3.5, 0.8), "log8": (3.9, 0.7), "rational": (3.95, 0.55)}
+TOKENS = 8
 
 
 @pytest.mark.long
 @pytest.mark.once
 def test_real_weights_by_the_hubs_name(phi35_hub):
     done = subprocess.run(
-        [sys.executable, "-c", _GREEDY, json.dumps([CODECS, phi.PROMPTS])],
+        [sys.executable, "-c", _GREEDY, json.dumps([CODECS, phi.PROMPTS[:6], TOKENS])],
         capture_output=True, text=True, env={**os.environ, **phi35_hub},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -94,12 +96,12 @@ def test_real_weights_by_the_hubs_name(phi35_hub):
             sum(a == b for a, b in zip(got, expected, strict=True))
             for got, expected in zip(result["tokens"], reference["tokens"], strict=True)
         ]
-        compression, tokens = LEAST[codec]
+        compression, share = LEAST[codec]
         figures = f"layers {result['layers']:.3f}x, model {result['model']:.3f}x"
-        print(f"{codec}/{group}: {figures}, {sum(same)} of {15 * len(same)} tokens, {same[0]} of 15 of the first")
+        print(f"{codec}/{group}: {figures}, {sum(same)} of {TOKENS * len(same)} tokens")
         assert result["layers"] >= compression, codec
         assert result["model"] < result["layers"], codec
-        assert sum(same) >= tokens, codec
+        assert sum(same) >= share * TOKENS * len(same), codec
 
 
 _FULL_SHAPE = """

@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZE = ("-fsanitize=thread", "-g1", "-DONE_BODY=1")  # see tests/core/build.sh
+FAST = ("-O1", "-DONE_BODY=1")  # fast to compile: see tests/core/build.sh
+SANITIZE = ("-fsanitize=thread", "-g1")
 ASK = """
 import json, numpy, sysconfig
 v = sysconfig.get_config_vars()
@@ -50,9 +51,9 @@ def build(compiler: str, about: dict[str, object], brief: bool, work: Path) -> N
 
     def compile_one(source: Path) -> Path:
         target = work / "objects" / f"{source.stem}.o"
-        flags = ["-O1", *SANITIZE]
+        flags = [*FAST, *SANITIZE]
         if source.name.startswith("isa_"):
-            flags = ["-O1"] if brief else ["-O0" if source.name == "isa_scalar.c" else "-O1", *SANITIZE]
+            flags = list(FAST) if brief else ["-O0", *flags[1:]] if source.name == "isa_scalar.c" else flags
         subprocess.run(
             [compiler, "-std=c11", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *flags, *includes, "-c", source,
              "-o", target], check=True,

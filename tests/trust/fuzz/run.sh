@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fuzzing: run.sh RUNS [TARGET...]. RUNS for each target, beginning with the corpus; targets: the C files here, and the
 # readers of readers.py as read_NAME. Memory is bounded: inputs have at most 4 KiB, and one allocation of the core, whose
-# shapes they choose, at most 64 MiB. A failing input is kept in $OUT. The environment may set PYTHON, OUT and SECONDS_EACH
-# (a limit for each target; 0: none).
+# shapes they choose, at most 64 MiB. A failing input is kept in $OUT. The environment may set PYTHON, OUT, SECONDS_EACH
+# (a limit for each target; 0: none) and SEED (of the targets in C; without it, each run takes other inputs).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 runs=${1:?"run.sh RUNS [TARGET...]"}
@@ -31,7 +31,7 @@ one() { # TARGET
         return
     fi
     mkdir -p "$out/found/$1"
-    "$out/bin/$1" -runs="$runs" -max_total_time="$limit" -max_len=4096 -len_control=20 -timeout=60 \
+    "$out/bin/$1" -seed="${SEED:-0}" -runs="$runs" -max_total_time="$limit" -max_len=4096 -len_control=20 -timeout=60 \
         -malloc_limit_mb=64 -rss_limit_mb=2048 -artifact_prefix="$out/failing-$1-" -print_final_stats=1 -verbosity=0 \
         "$out/found/$1" "$here/corpus/$1" >"$log" 2>&1 || { tail -40 "$log"; return 1; }
     echo "$1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") runs in $((SECONDS - begun)) s"
