@@ -282,10 +282,11 @@ def test_headless(tmp_path):
     assert same_state(transformers.LlamaModel.from_pretrained(tmp_path / "out"), model)
 
 
-def test_settings(source, tmp_path):
+def test_settings(source, tmp_path, capsys):
     config = qins.QinsConfig(group_size=32, exclude=["*.self_attn.*"], overrides={"*.up_proj": {"codec": "golden"}})
-    result = quantize_checkpoint(source, tmp_path / "out", config)
+    result = quantize_checkpoint(source, tmp_path / "out", config, show_progress=True)
     assert result["layers"] == 6
+    assert "encoding to golden, log8" in capsys.readouterr().err
     layer = qins.load(tmp_path / "out").model.layers[0]
     assert layer.mlp.up_proj.codec == "golden"
     assert layer.mlp.down_proj.group_size == 32

@@ -326,11 +326,12 @@ def test_caches_that_share_memory_stay_apart(model):
 
 @pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
 @pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("prompt", [4, 12])  # of sliding windows a half, and more than all
 @pytest.mark.parametrize(
-    ("name", "batch", "padding"), [("Llama", 1, 0), ("Qwen3", 3, 4), ("Gemma2", 1, 0), ("GptOss", 3, 4)]
+    ("name", "batch", "padding"), [("Llama", 1, 0), ("Qwen3", 3, 3), ("Gemma2", 1, 0), ("GptOss", 3, 3)]
 )
-def test_static_caches(name, batch, padding, at_once):
-    """Layers with a sliding window keep their modules; others write to the cache's own tensors, also the last token."""
+def test_static_caches(name, batch, padding, prompt, at_once):
+    """Steps write to the cache's own tensors, also the last token; a full window takes one token at a time."""
     model = family(name)
     ids, mask = texts(batch, padding=padding)
 
@@ -338,18 +339,23 @@ def test_static_caches(name, batch, padding, at_once):
         cache = StaticCache(model.config, max_cache_len=ids.shape[1])
         first = logits(model, ids[:, :12], mask, cache=cache)
         where = [layer.keys.data_ptr() for layer in cache.layers]
-        found = logits(model, ids, mask, at_once=at_once, cache=cache) if not cache.reset() else first
+        for layer in layers_of(model):
+            if layer._qins_step:
+                layer._qins_step._proved.clear()
+        found = logits(model, ids, mask, prompt, at_once, cache) if not cache.reset() else first
         assert [layer.keys.data_ptr() for layer in cache.layers] == where
         full = [layer for layer in cache.layers if type(layer) is StaticLayer]
         assert all(int(layer.cumulative_length) == ids.shape[1] for layer in full)
-        return found, [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        counts = [(int(layer.cumulative_length), getattr(layer, "cumulative_length_int", 0)) for layer in cache.layers]
+        return found, [t for layer in cache.layers for t in (layer.keys, layer.values)], counts
 
-    got, states = run()
-    assert [n > 0 for n in proved(model)] == [
-        type(layer) is StaticLayer for layer in StaticCache(model.config, 8).layers
-    ]
+    got, states, counts = run()
+    of_window = {(4, 1): 2, (4, 4): 1, (12, 1): 1, (12, 4): 0}[prompt, at_once]  # kinds of calls: with room or without
+    layers = StaticCache(model.config, 8).layers
+    assert proved(model) == [1 if type(layer) is StaticLayer else of_window for layer in layers]
     without_steps(model)
-    want, kept = run()
+    want, kept, counted = run()
+    assert counts == counted
     assert divergence(got, want) < 1e-8
     for a, b in zip(states, kept, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()

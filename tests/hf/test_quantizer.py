@@ -181,7 +181,6 @@ def test_what_is_quantized(tiny):
     assert sum(isinstance(m, qins.QINSLinear) for m in only.modules()) == 6
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 leaves casting to quantizers, ours to all")
 def test_floats_that_transformers_keeps_in_float32(tmp_path):
     make("t5").save_pretrained(tmp_path)
     cls = transformers.T5ForConditionalGeneration

@@ -257,7 +257,8 @@ def _quantize(
             work.encode(planned.modules, rounding)
         others = others_of(directory_of(checkpoint), copied_names(checkpoint)) if exact else {}
         conversion = Conversion(checkpoint, planned, exact, store, others)
-        with progress(f"encoding to {config.codec}", total, show_progress, in_bytes=True) as advance:
+        codecs = ", ".join(sorted({o.codec for o in planned.encoded})) or config.codec  # a plan's are several
+        with progress(f"encoding to {codecs}", total, show_progress, in_bytes=True) as advance:
             checksums = shards(conversion, destination, advance)
         for file in checkpoint.files if exact else ():
             if file not in planned.names and not destination.has(exact_name(file.name)):  # part of other files' tensors

@@ -21,7 +21,7 @@ def quantize(
     ] = "log8",
     group_size: Annotated[
         int | None,
-        typer.Option(help="Inputs that share a scale: default 64, or 32 (log6, log5, log4); 0: per-row scales."),
+        typer.Option(help="Inputs that share a scale: default 64, or 32 (log6, log5, log4); 0: per-row scales (log8)."),
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of modules to quantize; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to skip; may be repeated.")] = None,

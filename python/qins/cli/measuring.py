@@ -21,7 +21,7 @@ def demo(
     codec: Annotated[str, typer.Option(help="log8, log6, log5, log4, log9 or golden.")] = "log8",
     group_size: Annotated[
         int | None,
-        typer.Option(help="Inputs that share a scale: default 64, or 32 (log6, log5, log4); 0: per-row scales."),
+        typer.Option(help="Inputs that share a scale: default 64, or 32 (log6, log5, log4); 0: per-row scales (log8)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of English text to compare on.")] = 2048,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("qins-demo.png"),

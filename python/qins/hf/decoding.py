@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from .. import _core
 from ..codec import DTYPE_NUMBER, LOG_BITS
@@ -23,7 +30,7 @@ from ..system import get_num_threads, switch
 from . import paging
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
-from .growing_cache import CodedRoom, Room, room_for
+from .growing_cache import CodedRoom, Room, is_full, room_for
 from .layer_description import LayerDescription, describe, mlp_of
 from .paging import Pages, is_paged, pages_of
 from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
@@ -36,7 +43,7 @@ MOST_ROWS = _core.DECODER_ROWS
 # largest, and softmax may magnify that.
 _OF_CODED_KEYS = 1e-3
 _CACHES = (DynamicCache, QINSCache, StaticCache)
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer, StaticLayer)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer, StaticLayer, StaticSlidingWindowLayer)
 _OF_STATIC = ("keys", "values", "cumulative_length")  # tensors that a StaticLayer writes to
 # Arguments that a step accepts; a call with any other truthy argument runs the modules.
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"}
@@ -228,6 +235,7 @@ def _restore(kept: Any, other: Any) -> None:
     elif isinstance(kept, StaticLayer):  # whose tensors stay where they are
         for name in _OF_STATIC:
             getattr(kept, name).copy_(getattr(other, name))
+        kept.__dict__.update({n: v for n, v in other.__dict__.items() if n not in _OF_STATIC})
     else:
         kept.__dict__.update(other.__dict__)
 
@@ -271,16 +279,19 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
     if about.rotates and not _rotates(rotation, x, about.rotary_most):
         return None
     codecs = (kept.tokens.k_codec, kept.tokens.v_codec) if isinstance(kept, QINSLayer) else ()
-    return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept), codecs
+    full = isinstance(kept, StaticSlidingWindowLayer) and is_full(kept)
+    return x.dtype, x.shape[0] > 1, x.shape[1] > 1, None if mask is None else mask.dtype, type(kept), codecs, full
 
 
 def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
     """Return the number of keys that a mask covers, or 0 if the core cannot use a cache layer.
 
-    `wanted` has the sequences, heads and elements of a head. A StaticCache's masks cover all its memory.
+    `wanted` has the sequences, heads and elements of a head. A StaticCache's masks cover all its memory. An empty cache
+    is for the modules: a prompt's padding sees no key at all, which they and the core answer differently.
     """
     if isinstance(kept, QINSLayer):
-        return kept.tokens.length + x.shape[1] if kept.tokens.shapes == (wanted, wanted) else 0
+        length = kept.tokens.length
+        return length + x.shape[1] if length > 0 and kept.tokens.shapes == (wanted, wanted) else 0
     keys, values = kept.keys, kept.values
     if not kept.is_initialized or keys is None or keys.dim() != 4 or keys.dtype != x.dtype or values.dtype != x.dtype:
         return 0
@@ -290,7 +301,10 @@ def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
     if not isinstance(kept, StaticLayer):
         return size + x.shape[1] if size > 0 else 0
     written = getattr(kept, "cumulative_length", None)  # which older transformers do not count
-    has_room = isinstance(written, Tensor) and int(written) + x.shape[1] <= size
+    has_room = isinstance(written, Tensor) and 0 < int(written) <= size - x.shape[1]
+    if isinstance(kept, StaticSlidingWindowLayer):
+        written = getattr(kept, "cumulative_length_int", None)  # likewise
+        has_room = isinstance(written, int) and (0 < written <= size - x.shape[1] or (is_full(kept) and x.shape[1] == 1))
     return size if has_room and keys.is_contiguous() and values.is_contiguous() else 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ..nn import GrowingTokens
 from .cache import QINSLayer
@@ -119,11 +119,32 @@ class StaticRoom:
         kept.cumulative_length.add_(x.shape[1])
 
 
+class SlidingRoom(StaticRoom):
+    """The same of one with a sliding window, which drops its first token for each new one when it is full."""
+
+    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+        """Count the tokens of x, as transformers does: in the tensor only until the window is full."""
+        if not is_full(kept):
+            super().leave(kept, step, x, past)
+        kept.cumulative_length_int += x.shape[1]
+
+
+def is_full(kept: Any) -> bool:
+    """Return whether a StaticCache's sliding window has no room for another token."""
+    return bool(kept.cumulative_length_int >= kept.max_cache_len)
+
+
 def room_for(kept: Any, tokens: int) -> tuple[Room | CodedRoom | StaticRoom, int]:
     """Return memory with room for this many tokens after a cache layer's own, and the number of its own.
 
-    A StaticCache's layer must have the room already.
+    A StaticCache's layer must have the room already, or be a full window, for one token.
     """
+    if isinstance(kept, StaticSlidingWindowLayer):
+        if not is_full(kept):
+            return SlidingRoom(kept), kept.cumulative_length_int
+        for states in (kept.keys, kept.values):
+            states[:, :, :-1] = states[:, :, 1:].clone()
+        return SlidingRoom(kept), kept.max_cache_len - 1
     if isinstance(kept, StaticLayer):
         return StaticRoom(kept), int(kept.cumulative_length)
     if isinstance(kept, QINSLayer):

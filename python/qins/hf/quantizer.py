@@ -303,8 +303,16 @@ def _is_loaded(tensor: torch.Tensor | None) -> bool:
     return _VERSION < 5 or bool(getattr(tensor, "_is_hf_initialized", False))
 
 
+def _in_float32(model: nn.Module, dtype: torch.dtype | None) -> list[nn.Parameter]:
+    """Return the parameters that transformers 4 keeps in float32 in a model of this dtype."""
+    of = {"_keep_in_fp32_modules": (torch.float16,), "_keep_in_fp32_modules_strict": (torch.float16, torch.bfloat16)}
+    parts = [n for attribute, dtypes in of.items() if dtype in dtypes for n in getattr(model, attribute, None) or ()]
+    return [p for name, p in model.named_parameters() if any(f".{part}." in f".{name}." for part in parts)]
+
+
 def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Cast what a checkpoint stores; non-persistent buffers, such as RoPE frequencies, keep their dtype."""
+    in_float32 = [(p, p.data) for p in _in_float32(model, dtype)]
     kept = [
         (m, n, m._buffers[n])
         for m in model.modules()
@@ -312,5 +320,7 @@ def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
         for n in m._non_persistent_buffers_set
     ]
     model.to(dtype)
+    for parameter, data in in_float32:
+        parameter.data = data
     for module, name, buffer in kept:
         module._buffers[name] = buffer
