@@ -70,7 +70,7 @@ test-isas: $(VENV)/installed-dev
 	done
 
 # other versions of transformers than constraints.txt has, each in a directory that comes first on the path; of all but
-# the first, which differs most, one case of each test, and no measuring of memory
+# the first, which differs most, one case of each test that is not long
 test-transformers: $(VENV)/installed-dev
 	set -e; for version in $(OTHER_TRANSFORMERS); do \
 	    echo "== transformers $$version"; \
@@ -81,10 +81,10 @@ test-transformers: $(VENV)/installed-dev
 	            transformers==$$version numpy==$$numpy; \
 	        touch $$there/installed; \
 	    }; \
-	    less=$$(test $$version = $(firstword $(OTHER_TRANSFORMERS)) || echo --first $(addprefix --deselect tests/hf/,\
-	        test_quantizer.py::test_peak_memory_while_loading test_experts.py::test_peak_memory_while_loading)); \
-	    PYTHONPATH=$$there $(PYTEST) -W ignore $$less \
-	        -k "not kill and not test_peak_memory[ and not two_at_once and not hostile and not every_instruction_set" \
+	    less=$$(test $$version = $(firstword $(OTHER_TRANSFORMERS)) || echo --first); \
+	    PYTHONPATH=$$there $(PYTEST) -W ignore $$less -m "not slow$${less:+ and not long}" \
+	        -k "not kill and not test_peak_memory[ and not two_at_once and not hostile and not every_instruction_set and \
+	            not quantized_caches" \
 	        $(OTHER_TRANSFORMERS_TESTS); \
 	done
 
@@ -130,7 +130,7 @@ trust-fuzz: $(VENV)/installed-dev
 
 # the short form of the targets in C, the same each time; that of the readers is in the Python suite
 test-fuzz:
-	SEED=1 KERNELS=-DONE_BODY=1 SECONDS_EACH=10 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
+	SEED=1 KERNELS=-DONE_BODY=1 SECONDS_EACH=6 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
 
 # vLLM's plug-in, in an environment of its own: vLLM pins other versions than constraints.txt. No other command runs
 # this, since it downloads 0.7 GB.

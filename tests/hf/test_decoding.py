@@ -530,6 +530,27 @@ def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog, wrong, codec
     assert divergence(got, want) < 1e-8
 
 
+@pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
+@pytest.mark.parametrize("prompt", [4, 12])
+def test_a_static_cache_after_a_step_that_differs(monkeypatch, prompt):
+    """It is what the modules make of it, with room in the sliding window or without."""
+    ids, mask = texts(tokens=20)
+
+    def run(model):
+        cache = StaticCache(model.config, max_cache_len=20)
+        found = logits(model, ids, mask, prompt, cache=cache)
+        return found, [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+    model, other = family("Mistral"), family("Mistral")
+    without_steps(model)
+    monkeypatch.setattr(layer_description, "activation_of", lambda mlp: 1)  # gelu instead of silu
+    (want, kept), (got, states) = run(model), run(other)
+    assert not any(proved(other))
+    assert divergence(got, want) < 1e-8
+    for a, b in zip(states, kept, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
 def test_layers_of_other_kinds_keep_their_modules(caplog):
     caplog.set_level(logging.INFO, "qins")
     torch.manual_seed(0)

@@ -304,7 +304,9 @@ def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
     has_room = isinstance(written, Tensor) and 0 < int(written) <= size - x.shape[1]
     if isinstance(kept, StaticSlidingWindowLayer):
         written = getattr(kept, "cumulative_length_int", None)  # likewise
-        has_room = isinstance(written, int) and (0 < written <= size - x.shape[1] or (is_full(kept) and x.shape[1] == 1))
+        has_room = isinstance(written, int) and (
+            0 < written <= size - x.shape[1] or (is_full(kept) and x.shape[1] == 1)
+        )
     return size if has_room and keys.is_contiguous() and values.is_contiguous() else 0
 
 

@@ -143,6 +143,7 @@ def room_for(kept: Any, tokens: int) -> tuple[Room | CodedRoom | StaticRoom, int
         if not is_full(kept):
             return SlidingRoom(kept), kept.cumulative_length_int
         for states in (kept.keys, kept.values):
+            assert states is not None
             states[:, :, :-1] = states[:, :, 1:].clone()
         return SlidingRoom(kept), kept.max_cache_len - 1
     if isinstance(kept, StaticLayer):
