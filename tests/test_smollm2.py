@@ -17,7 +17,7 @@ from qins.fidelity import evaluation, metrics
 from qins.hf import Calibration, find_model, load_causal_lm
 
 LONG = [pytest.mark.once, pytest.mark.long]
-FEWER = {"log6": 35.3, "log5": 29.0, "log4": 23.0}  # signal-to-noise ratios; these codecs have a zero
+FEWER = {"log6": 35.4, "log5": 29.1, "log4": 23.1}  # signal-to-noise ratios; these codecs have a zero
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def test_signal_to_noise(loaded, codec, group, least):
     for module in layers(loaded[0].model.layers[::6]).values():
         w = module.weight.detach()
         q = torch.from_numpy(qins.encode(w, codec, group_size=group).decode())
-        assert torch.equal(torch.signbit(q), torch.signbit(w)) or codec in FEWER
+        wrong = torch.signbit(q) != torch.signbit(w)
+        assert not wrong[q != 0].any() if codec in FEWER else not wrong.any()
         assert codec == "golden" or not q[w == 0].any()
         signal += float(w.double().square().sum())
         noise += float((w - q).double().square().sum())
@@ -165,7 +166,7 @@ def test_a_shuffled_layer_is_noticed(loaded, ids):
 def test_fewer_bits(loaded, ids):
     reference, _ = loaded
     windows = metrics.windows(ids, 256)
-    for codec, kl in (("log6", 4e-2), ("log4", 0.9)):
+    for codec, kl in (("log6", 4e-2), ("log5", 2e-1), ("log4", 0.9)):
         model = copy.deepcopy(reference)
         qins.convert(model, codec)
         nearest = metrics.fidelity(reference, model, windows).kl_mean
