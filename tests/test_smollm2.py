@@ -67,7 +67,7 @@ def test_signal_to_noise(loaded, codec, group, least):
     [
         ("log8", 64, 256, 3e-3, 0.965),
         pytest.param("log8", 64, 768, 3e-3, 0.965, marks=LONG),
-        pytest.param("golden", None, 512, 1.6e-2, 0.94, marks=LONG),
+        pytest.param("golden", None, 1024, 1.6e-2, 0.94, marks=LONG),
         pytest.param("log8", None, 512, 5e-3, 0.96, marks=LONG),
         pytest.param("log8", 128, 512, 4e-3, 0.96, marks=LONG),
     ],
