@@ -11,8 +11,12 @@ trap 'rm -rf "$objects"' EXIT
 compile() { # FILE FLAGS...
     local file=$1
     shift
-    # gcc spends most of the whole time in taking apart the scalar kernels' arrays
-    case "$compiler $file" in *clang*) ;; *isa_scalar.c) set -- "$@" -fno-tree-sra ;; esac
+    # as in setup.py; and gcc spends most of the whole time in taking apart the scalar kernels' arrays
+    case "$compiler $file" in
+    *clang*) ;;
+    *isa_scalar.c) set -- "$@" -fno-tree-sra ;;
+    *isa_*) set -- "$@" -fno-gcse ;;
+    esac
     case "$file $*" in
     # a sanitizer makes the compiler take ten times as long for kernels of which each case is compiled on its own
     *-fsanitize*) set -- "$@" -DSANITIZED=1 -DONE_BODY=1 ;;
