@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OBJECTS := $(abspath $(VENV)/objects)
 # most of torch and transformers is never imported, so Python compiles what is, once
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP_OPTIONS := install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/pip $(PIP_OPTIONS)
 unexport PYTHONDONTWRITEBYTECODE
 OTHER_TRANSFORMERS := 4.57.6 5.0.0 5.19.0
 RAY := 2.60.0
@@ -53,11 +54,12 @@ test-python: $(VENV)/installed-dev
 test-long: $(VENV)/installed-dev
 	$(PYTEST) -m long tests
 
-# each room's tests, with their first parameters only and the rooms above it hidden
+# the first test of each file of each room, with the rooms above it hidden; tests/test_rooms.py looks at the imports of
+# the others
 test-rooms: $(VENV)/installed-dev
 	set -e; for room in $(ROOMS); do \
 	    echo "== $$room, without the rooms above it"; \
-	    $(PYTEST) -m "not slow and not long" --room $$room --first; \
+	    $(PYTEST) -m "not slow and not long" --room $$room --first=test; \
 	done
 
 # what depends on the instruction set, under each but the best; with one case of each test, since the core's tests compare
@@ -118,7 +120,7 @@ test-extras:
 
 # all CPythons but the one that the Python suite runs with
 test-pythons: $(VENV)/installed-dev
-	tests/pythons.sh $$($(BIN)/python -c 'import sys; print(*(f"3.{n}" for n in range(10, 15) if n != sys.version_info[1]))')
+	PIP=$(abspath $(BIN))/pip tests/pythons.sh $$($(BIN)/python -c 'import sys; print(*(f"3.{n}" for n in range(10, 15) if n != sys.version_info[1]))')
 
 # a million runs of each target; ATHERIS: what guides the readers' inputs, where it has a wheel for this Python
 FUZZ_RUNS ?= 1000000
@@ -219,9 +221,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 # apart from the others: it needs neither torch nor the extension
-$(VENV)/installed-docs: requirements-docs.txt constraints.txt
-	$(PYTHON) -m venv $(VENV)/docs
-	$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-docs.txt
+$(VENV)/installed-docs: requirements-docs.txt $(VENV)/python
+	$(PYTHON) -m venv --without-pip $(VENV)/docs
+	$(BIN)/pip --python $(VENV)/docs/bin/python $(PIP_OPTIONS) -r requirements-docs.txt
 	touch $@
 
 # torch first, as above. Of torchvision and its like pip finds builds for CUDA, which cannot be imported beside it; vLLM

@@ -54,14 +54,15 @@ expect "Paris" "$bin/python" -c "
 from transformers import pipeline
 print(pipeline('text-generation', '$work/out')('The capital of France is', max_new_tokens=4, do_sample=False))"
 
+pip="$bin/pip" # newer and faster than the one that comes with Python
 make_venv() { # make_venv NAME: make an environment, and set bin to its directory of programs
     bin="$work/$1/bin"
-    "$PYTHON" -m venv "$work/$1"
+    "$PYTHON" -m venv --without-pip "$work/$1"
 }
 "$bin/pip" wheel --quiet --no-deps -w "$work/wheel" "$work/clone" # once for all environments
 qins=$(echo "$work"/wheel/qins-*.whl)
 # most of what torch and transformers have is never imported, so nothing is compiled beforehand
-install() { "$bin/pip" install --quiet --no-compile -c "$here/constraints.txt" "$@"; }
+install() { "$pip" --python "$bin/python" install --quiet --no-compile -c "$here/constraints.txt" "$@"; }
 echo "== . alone"
 make_venv numpy
 install "$qins"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests that need only NumPy with every CPython from 3.10 to 3.14 found in PATH or by pyenv, each in its own
 # environment; prints the versions that were not found. pythons.sh VERSION...: only these. NUMPY: the version of NumPy
-# to run with, instead of the newest; the extension is built with the newest in any case, as wheels are.
+# to run with, instead of the newest; the extension is built with the newest in any case, as wheels are. PIP: what
+# installs into the environments.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -27,10 +28,10 @@ for version in "${versions[@]}"; do
         continue
     fi
     echo "== NumPy suite, CPython $version"
-    "$python" -m venv "$work/$version"
+    "$python" -m venv --without-pip "$work/$version"
     # no constraints: for an old Python, the last releases of packages are older
-    pip=("$work/$version/bin/pip" install --quiet --disable-pip-version-check)
-    "${pip[@]}" "numpy${NUMPY:+==$NUMPY}" pytest hypothesis ml_dtypes
-    "${pip[@]}" "$work"
+    pip=("${PIP:-pip}" --python "$work/$version/bin/python" --disable-pip-version-check install --quiet --no-compile)
+    "${pip[@]}" "numpy${NUMPY:+==$NUMPY}" pytest hypothesis ml_dtypes setuptools
+    if [ -n "${NUMPY:-}" ]; then "${pip[@]}" "$work"; else "${pip[@]}" --no-build-isolation "$work"; fi
     (cd "$work" && "$work/$version/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" test_array.py test_feedback.py test_ways.py)
 done

@@ -5,9 +5,9 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "== sdist"
-"$BIN/python" -m build --sdist --outdir "$work" "$here" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
-"$BIN/python" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check "$work"/qins-*.tar.gz
+"$BIN/python" -m build --sdist --no-isolation --outdir "$work" "$here" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+"$BIN/python" -m venv --without-pip "$work/venv"
+"$BIN/pip" --python "$work/venv/bin/python" install --quiet --disable-pip-version-check "$work"/qins-*.tar.gz
 cd "$work"
 "$work/venv/bin/python" - <<'PY'
 import sys

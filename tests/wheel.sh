@@ -20,14 +20,15 @@ unzipped=$("$BIN/python" -m zipfile -l "$wheel")
 for part in _core. py.typed _core.pyi data/constitution.txt data/report.html LICENSE; do
     grep -q "$part" <<<"$unzipped" || { echo "not in the wheel: $part"; exit 1; }
 done
-"$BIN/python" -m venv "$work/venv"
+"$BIN/python" -m venv --without-pip "$work/venv"
+pip=("$BIN/pip" --python "$work/venv/bin/python" --disable-pip-version-check install --quiet --no-compile)
 mkdir "$work/bin" "$work/away"
 for tool in env bash sh ls uname; do ln -s "$(command -v $tool)" "$work/bin/$tool"; done
 cp "$here"/tests/{conftest,reference}.py "$here"/tests/codec/test_{array,feedback,ways}.py "$work/away"
 cd "$work/away"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check -c "$here/constraints.txt" numpy pytest hypothesis ml_dtypes
+"${pip[@]}" -c "$here/constraints.txt" numpy pytest hypothesis ml_dtypes
 export PATH="$work/bin"  # nothing that compiles
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-index --no-deps "$wheel"
+"${pip[@]}" --no-index --no-deps "$wheel"
 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" -o markers="slow
 once" .
 echo "${wheel##*/}: the NumPy tests pass with it"

@@ -1547,7 +1547,7 @@ int main(int argc, char **argv)
         dots(k, brief);
         packed_dots(k);
         between_products(k);
-        check_decoder(k, check);
+        check_decoder(k, slow, check);
         check_exact(k, brief ? 1 : slow ? 6 : 60, check);
         products(k, slow, brief ? 6 : 1);
         outliers(k);

@@ -4,6 +4,6 @@
 
 #include "qins.h"
 
-void check_decoder(const qins_kernels *k, void (*check)(int, const char *, const char *, size_t, size_t));
+void check_decoder(const qins_kernels *k, int slow, void (*check)(int, const char *, const char *, size_t, size_t));
 
 #endif

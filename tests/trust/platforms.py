@@ -288,7 +288,9 @@ def setup_refuses(what: str, patch: str) -> Callable[[Path], str]:
 
 def python_suite(version: str, numpy: str = "") -> Callable[[Path], str]:
     def run(work: Path) -> str:
-        text = output_of(ROOT / "tests/pythons.sh", version, NUMPY=numpy)
+        text = output_of(
+            ROOT / "tests/pythons.sh", version, NUMPY=numpy, PIP=str(Path(sys.executable).with_name("pip"))
+        )
         missing = re.search(r"NOT RUN: (CPython .*)", text)
         if missing:
             raise NotRunError(missing.group(1))

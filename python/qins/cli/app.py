@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import signal
 import sys
 from typing import Annotated
@@ -83,6 +85,8 @@ def _end(number: int, frame: object) -> None:
 
 def main() -> None:
     """Run the command line; a user error is one line on stderr and exit code 1, not a traceback."""
+    # at its end Python looks for garbage in all that torch and transformers have made: a second
+    atexit.register(gc.freeze)
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as it is after nohup
         signal.signal(signal.SIGINT, _end)
