@@ -36,7 +36,7 @@ def test_smollm2_end_to_end(tmp_path):
     assert "Paris" in tokenizer.decode(out[0])
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     tuned = peft.get_peft_model(loaded, config).train()
-    ids = tokenizer(metrics.sample_text(), return_tensors="pt").input_ids[:, :128]
+    ids = tokenizer(metrics.sample_text(), return_tensors="pt").input_ids[:, :64]
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "trainer"), max_steps=5, learning_rate=2e-3, per_device_train_batch_size=1,
         logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", lr_scheduler_type="constant",

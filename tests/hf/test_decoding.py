@@ -362,6 +362,32 @@ def test_static_caches(name, batch, padding, prompt, at_once):
 
 
 @pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
+@pytest.mark.parametrize("prompt", [4, 12])  # of sliding windows a half, and more than all
+@torch.no_grad()
+def test_what_is_not_compared_is_in_a_static_cache_once(prompt):
+    """A first step whose result is NaN leaves a cache as the modules make it."""
+    model = family("Gemma2")
+    ids, mask = texts()
+    x = model.get_input_embeddings()(ids[:, prompt : prompt + 1])
+    x[..., 3] = float("nan")
+
+    def run():
+        cache = StaticCache(model.config, max_cache_len=ids.shape[1])
+        logits(model, ids[:, :prompt], mask, prompt, cache=cache)
+        assert model(inputs_embeds=x, past_key_values=cache, use_cache=True).logits.isnan().all()
+        return [
+            {n: v for n, v in vars(layer).items() if "cumulative" in n or n in ("keys", "values")}
+            for layer in cache.layers
+        ]
+
+    got = run()
+    assert proved(model) == [0] * len(got)
+    without_steps(model)
+    for a, b in zip(got, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
 def test_generate_with_a_static_cache(how):
     model = family("Llama", initializer_range=0.2)

@@ -300,13 +300,15 @@ def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
         return 0
     if not isinstance(kept, StaticLayer):
         return size + x.shape[1] if size > 0 else 0
-    written = getattr(kept, "cumulative_length", None)  # which older transformers do not count
-    has_room = isinstance(written, Tensor) and 0 < int(written) <= size - x.shape[1]
+    # older transformers do not count
     if isinstance(kept, StaticSlidingWindowLayer):
-        written = getattr(kept, "cumulative_length_int", None)  # likewise
+        written = getattr(kept, "cumulative_length_int", None)
         has_room = isinstance(written, int) and (
             0 < written <= size - x.shape[1] or (is_full(kept) and x.shape[1] == 1)
         )
+    else:
+        written = getattr(kept, "cumulative_length", None)
+        has_room = isinstance(written, Tensor) and 0 < int(written) <= size - x.shape[1]
     return size if has_room and keys.is_contiguous() and values.is_contiguous() else 0
 
 
