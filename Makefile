@@ -59,7 +59,7 @@ test-long: $(VENV)/installed-dev
 test-rooms: $(VENV)/installed-dev
 	set -e; for room in $(ROOMS); do \
 	    echo "== $$room, without the rooms above it"; \
-	    $(PYTEST) -m "not slow and not long" --room $$room --first=test; \
+	    $(PYTEST) -m "not slow and not long" --room $$room --first-test; \
 	done
 
 # what depends on the instruction set, under each but the best; with one case of each test, since the core's tests compare

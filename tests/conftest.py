@@ -30,10 +30,8 @@ class Hidden(importlib.abc.MetaPathFinder):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--room", help="run the tests of this room of the package, with those above it hidden")
-    parser.addoption(
-        "--first", choices=("parameters", "test"), nargs="?", const="parameters",
-        help="run each test with its first parameters only, or the first test of each file only",
-    )  # fmt: skip
+    parser.addoption("--first", action="store_true", help="run each test with its first parameters only")
+    parser.addoption("--first-test", action="store_true", help="run the first test of each file only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,12 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # a test that -m or -k leaves out is not the first one
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    of_what = config.getoption("first")
-    if not of_what:
+    of_file = config.getoption("first_test")
+    if not of_file and not config.getoption("first"):
         return
     first: dict[tuple[Path, object], pytest.Item] = {}
     for item in items:
-        first.setdefault((item.path, getattr(item, "function", item) if of_what == "parameters" else None), item)
+        first.setdefault((item.path, None if of_file else getattr(item, "function", item)), item)
     config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
     items[:] = first.values()
 

@@ -193,12 +193,19 @@ def test_fewer_bits(loaded, remembered, ids):
     for codec, kl in (("log6", 4e-2), ("log5", 2e-1), ("log4", 0.9)):
         model = copy.deepcopy(loaded[0])
         qins.convert(model, codec)
-        nearest = metrics.fidelity(remembered, model, windows).kl_mean
-        assert nearest < kl
-    model = copy.deepcopy(loaded[0])
+        assert metrics.fidelity(remembered, model, windows).kl_mean < kl
+    # calibrating takes a minute for all 30 layers
+    reference = copy.deepcopy(loaded[0])
+    reference.model.layers = reference.model.layers[:10]
+    model = copy.deepcopy(reference)
+    qins.convert(model, "log4")
+    nearest = metrics.fidelity(reference, model, windows).kl_mean
+    model = copy.deepcopy(reference)
     report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 512), codec="log4")
     assert 8 * report.bytes_after / sum(math.prod(m.shape) for m in report.converted) == pytest.approx(4.3, abs=0.01)
-    assert metrics.fidelity(remembered, model, windows).kl_mean < 0.4 * nearest
+    calibrated = metrics.fidelity(reference, model, windows).kl_mean
+    print(f"log4 of ten layers: KL {nearest:.2e}, calibrated {calibrated:.2e}")
+    assert calibrated < 0.5 * nearest  # measured: 0.39; of all layers 0.25
 
 
 @pytest.mark.long
@@ -209,7 +216,8 @@ def test_calibration(tmp_path):
     second_half = Calibration(text[len(text) // 2 :], 1024)
     result = quantize_checkpoint(path, tmp_path / "out", calibration=second_half)
     assert result["layers"] == 210
-    settings = evaluation.Settings(text[: len(text) // 4], 512, new_tokens=4)
+    # the reference's answers are recorded there for both
+    settings = evaluation.Settings(text[: len(text) // 4], 512, new_tokens=4, directory=tmp_path / "english")
     english = evaluation.evaluate_all(path, ["log8", "Q8_0"], settings).measured
     english += evaluation.evaluate_one(str(tmp_path / "out"), path, settings).measured
     nearest, q8, calibrated = (m.comparison.summary() for m in english)
@@ -218,7 +226,7 @@ def test_calibration(tmp_path):
     assert calibrated.top1 > nearest.top1
     assert english[0].bits == pytest.approx(english[2].bits)
     assert english[2].bits < 8.18 < english[1].bits
-    settings = evaluation.Settings(inspect.getsource(inspect), 256, new_tokens=4)
+    settings = evaluation.Settings(inspect.getsource(inspect), 256, new_tokens=4, directory=tmp_path / "code")
     nearest = evaluation.evaluate_all(path, ["log8"], settings).measured[0].comparison.summary()
     calibrated = evaluation.evaluate_one(str(tmp_path / "out"), path, settings).measured[0].comparison.summary()
     assert calibrated.kl_mean < nearest.kl_mean

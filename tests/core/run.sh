@@ -56,7 +56,8 @@ if [ "$which" != native ] && [ "$which" != races ]; then
     # -O1 and one sanitizer each: together, in one build, they take three times as long to compile
     undefined=(-fsanitize=undefined -fno-sanitize-recover=undefined)
     if have clang; then
-        run "clang, UBSan" clang -O1 -g1 "${undefined[@]}" --
+        # the minimal runtime names what is undefined, but not where, and takes half the time to compile
+        run "clang, UBSan" clang -O1 -g1 "${undefined[@]}" -fsanitize-minimal-runtime --
         run "gcc, ASan" gcc -O1 -g1 -fsanitize=address -fno-var-tracking-assignments --
         run "clang" clang -DONE_BODY=1 -- # which trust-platforms compiles as they ship
     else
