@@ -148,7 +148,7 @@ static void packed_multipliers(int cover, int around, const int *percent, int co
 static void compare_multipliers(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
                                 const int *multiplier, int count, int *best, double *least_error)
 {
-    float candidate[QINS_CANDIDATES];
+    float candidate[QINS_CANDIDATES] = {0}; /* for gcc 11, which warns of what a count of 0 would leave */
     double error[QINS_CANDIDATES];
     for (int i = 0; i < count; i++) {
         candidate[i] = group_scale(scale, multiplier[i]);

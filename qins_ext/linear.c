@@ -221,7 +221,7 @@ static void product_blocks(void *context, size_t begin, size_t end)
         size_t row = block * QINS_PANEL, rows = least(e->rows - row, QINS_PANEL);
         float scale[QINS_PANEL] = {0}, out[QINS_FEW][QINS_PANEL];
         for (size_t i = 0; i < rows; i++) {
-            scale[i] = float_at(e->scale, row + i) * (1.0f / QINS_PLANE_MAX);
+            scale[i] = float_at(e->scale, row + i) * (1.0f / (float)QINS_PLANE_MAX);
         }
         const uint8_t *codes = e->codes + row * bytes, *next = codes + (block + 1 < end ? QINS_PANEL * bytes : 0);
         p->kernels->few->multiply(codes, rows, e->cols, scale, group_row(e, row), e->group_size, p->words, p->packed,

@@ -63,7 +63,7 @@ static inline void pack_planes(const uint8_t *q, size_t count, int bits, uint8_t
 /* The value of 1 in planes, in a row of codes at column k. */
 static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)
 {
-    const float scale = float_at(e->scale, row) * (1.0f / QINS_PLANE_MAX);
+    const float scale = float_at(e->scale, row) * (1.0f / (float)QINS_PLANE_MAX);
     const uint8_t *group = group_row(e, row);
     if (group == NULL) {
         return scale;

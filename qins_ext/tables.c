@@ -279,7 +279,7 @@ static void build_factors(qins_log8_words *t, const float *level)
     enum { CHOICES = 128 };
     const int last = last_position(t->bits < 8);
     double mu = (double)t->mu, step = log_1_plus(mu) / last, power[8], smallest = DBL_MAX;
-    double most = QINS_WORD_MAX * (1.0 + mu); /* mu times the `one` at which the word of f(127) is QINS_WORD_MAX */
+    double most = (double)QINS_WORD_MAX * (1.0 + mu); /* mu times the `one` at which f(127) has the largest word */
     most = mu > 0.0 && most < 32767.0 * mu ? most / mu : 32767.0;
     memset(t->a, 0, sizeof t->a); /* all remain 0 for mu = 0 */
     t->c = 0;
@@ -293,7 +293,7 @@ static void build_factors(qins_log8_words *t, const float *level)
         power[h] = qins_exp(step * (16 * h + top - last));
     }
     for (int choice = 0; choice < CHOICES; choice++) {
-        const double one = most * (1.0 - 0.1 * choice / CHOICES);
+        const double one = most * (1.0 - 0.1 * choice / (double)CHOICES);
         const int16_t c = fixed_point(1.0 / (1.0 + mu), one);
         int word[QINS_LEVELS], largest = 0;
         double of_level = 0.0, of_word = 0.0, error = 0.0;

@@ -400,7 +400,7 @@ static int sum_is_right(float out, const float *x, const double *f, const double
         const double v = (double)x[i];
         sum += f[i] * v;
         bound += 1e-4 * s[i] * fabs(v) +
-                 fabs(f[i]) * (0.51 / QINS_X_MAX + 1e-6) * QINS_X_MAX * (double)scale[i / step * QINS_BATCH];
+                 fabs(f[i]) * (0.51 + 1e-6 * (double)QINS_X_MAX) * (double)scale[i / step * QINS_BATCH];
     }
     return fabs((double)out - sum) <= bound;
 }
@@ -683,7 +683,7 @@ static void dots(const qins_kernels *k, int brief)
             sum += fixed[i] * (double)scale;
         }
         check(fabs(sum / exact - 1.0) < 1e-4, "fix_activations", k->name, (size_t)s, 0);
-        const double unit = (double)x[QINS_BLOCK - 1] / QINS_X_MAX;
+        const double unit = (double)x[QINS_BLOCK - 1] / (double)QINS_X_MAX;
         check(fabs((double)scale / unit - 1.0) < 1e-5, "scale of activations", k->name, (size_t)s, 0);
     }
     static const float BAD[] = {NAN, INFINITY, -INFINITY};
@@ -1134,7 +1134,7 @@ static void factors(void)
             const double e = word * (double)t.factor_unit - (double)level[m];
             error += e * e;
         }
-        check(sqrt(error / QINS_LEVELS) < most, "factors", "core", i, 0);
+        check(sqrt(error / (double)QINS_LEVELS) < most, "factors", "core", i, 0);
     }
 }
 
