@@ -11,13 +11,12 @@ from unittest import mock
 
 import pytest
 import typer.main
-import typer.testing
 from typer.testing import CliRunner
 
 from qins import cli
 
 # each call of the command line makes all commands anew, which takes a tenth of a second
-typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 def printed(*args, **kwargs):

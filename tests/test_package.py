@@ -150,12 +150,12 @@ def test_user_errors_are_one_line(tmp_path):
 @pytest.mark.once
 def test_demo(tmp_path):
     picture = tmp_path / "picture.png"
-    run = command("demo", "--tokens", "32", "--json", "--picture", str(picture))
+    run = command("demo", "--tokens", "64", "--json", "--picture", str(picture))
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert result["snr_db"] > 44
-    assert result["fidelity"]["tokens"] == 31
+    assert result["fidelity"]["tokens"] == 63
     assert sum(result["bytes_after"].values()) < sum(result["bytes_before"].values()) / 2
     assert set(result["answers"]) == {"float32", "log8"}
     assert "Paris" in result["answers"]["log8"]

@@ -193,19 +193,12 @@ def test_fewer_bits(loaded, remembered, ids):
     for codec, kl in (("log6", 4e-2), ("log5", 2e-1), ("log4", 0.9)):
         model = copy.deepcopy(loaded[0])
         qins.convert(model, codec)
-        assert metrics.fidelity(remembered, model, windows).kl_mean < kl
-    # calibrating takes a minute for all 30 layers
-    reference = copy.deepcopy(loaded[0])
-    reference.model.layers = reference.model.layers[:10]
-    model = copy.deepcopy(reference)
-    qins.convert(model, "log4")
-    nearest = metrics.fidelity(reference, model, windows).kl_mean
-    model = copy.deepcopy(reference)
+        nearest = metrics.fidelity(remembered, model, windows).kl_mean
+        assert nearest < kl
+    model = copy.deepcopy(loaded[0])
     report = qins.calibrate(model, cut(ids[0, ids.numel() // 2 :], 512), codec="log4")
     assert 8 * report.bytes_after / sum(math.prod(m.shape) for m in report.converted) == pytest.approx(4.3, abs=0.01)
-    calibrated = metrics.fidelity(reference, model, windows).kl_mean
-    print(f"log4 of ten layers: KL {nearest:.2e}, calibrated {calibrated:.2e}")
-    assert calibrated < 0.5 * nearest  # measured: 0.39; of all layers 0.25
+    assert metrics.fidelity(remembered, model, windows).kl_mean < 0.4 * nearest
 
 
 @pytest.mark.long

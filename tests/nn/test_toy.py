@@ -27,15 +27,12 @@ def reference_tokens(model):
 
 @pytest.mark.long
 @pytest.mark.once
-@pytest.mark.parametrize(
-    ("codec", "group", "steps"),
-    [("golden", None, STEPS), ("log9", None, 200), ("log8", None, 200), ("log8", 128, STEPS)],
-)
-def test_greedy_tokens(model, reference_tokens, codec, group, steps):
+@pytest.mark.parametrize(("codec", "group"), [("golden", None), ("log9", None), ("log8", None), ("log8", 128)])
+def test_greedy_tokens(model, reference_tokens, codec, group):
     converted = copy.deepcopy(model)
     report = qins.convert(converted, codec, group_size=group)
     assert len(report.converted) == 6 * toy.LAYERS
-    assert toy.greedy(converted, PROMPT, steps) == reference_tokens[:steps]
+    assert toy.greedy(converted, PROMPT, STEPS) == reference_tokens
     # a random model repeats itself, so equal tokens prove little; the logits must be close too
     ids = torch.randint(toy.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
