@@ -132,7 +132,7 @@ trust-fuzz: $(VENV)/installed-dev
 
 # the short form of the targets in C, the same each time; that of the readers is in the Python suite
 test-fuzz:
-	SEED=1 KERNELS=-DONE_BODY=1 SECONDS_EACH=6 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
+	SEED=1 SHORT=1 SECONDS_EACH=6 tests/trust/fuzz/run.sh 20000 cache decode encode exact layer products
 
 # vLLM's plug-in, in an environment of its own: vLLM pins other versions than constraints.txt. No other command runs
 # this, since it downloads 0.7 GB.
