@@ -237,28 +237,41 @@ static void decode_rows(void *context, size_t begin, size_t end)
     }
 }
 
+/* Values of n consecutive rows of log8's family; returns what they are to be multiplied by, besides their scales. */
+static float levels(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out)
+{
+    if (is_packed(c->codec)) {
+        packed_levels(kernels, c, row, n, out);
+        return 1.0f;
+    }
+    const uint8_t *codes = c->codes + row * c->dim;
+    if (c->words != NULL) {
+        return kernels->word_values(codes, n * c->dim, c->words, out);
+    }
+    kernels->decode_log8(codes, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
+    return 1.0f;
+}
+
 void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out, float *scale)
 {
-    const caching p = {.kernels = kernels, .c = c};
-    if (is_packed(c->codec)) {
-        const size_t groups = ceil_div(c->dim, QINS_CACHE_GROUP);
-        const uint8_t *group = c->group_scale + row * groups;
-        packed_levels(kernels, c, row, n, out);
+    if (c->codec == QINS_golden) {
+        const caching p = {.kernels = kernels, .c = c};
         for (size_t i = 0; i < n; i++) {
-            const float of_row = from_bfloat16(c->scale[row + i]);
-            for (size_t g = 0; g < groups; g++) {
-                *scale++ = of_row * group_multiplier(log_bits(c->codec), *group++);
-            }
+            scale[i] = 1.0f;
+            golden_values(&p, row + i, 0, c->dim, out + i * c->dim);
         }
         return;
     }
-    if (c->codec == QINS_log8) {
-        kernels->decode_log8(c->codes + row * c->dim, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
-    }
+    const float unit = levels(kernels, c, row, n, out);
+    const size_t groups = is_packed(c->codec) ? ceil_div(c->dim, QINS_CACHE_GROUP) : 0;
+    const uint8_t *group = groups > 0 ? c->group_scale + row * groups : NULL;
     for (size_t i = 0; i < n; i++) {
-        scale[i] = c->codec == QINS_log8 ? from_bfloat16(c->scale[row + i]) : 1.0f;
-        if (c->codec != QINS_log8) {
-            golden_values(&p, row + i, 0, c->dim, out + i * c->dim);
+        const float of_row = from_bfloat16(c->scale[row + i]) * unit;
+        if (groups == 0) {
+            *scale++ = of_row;
+        }
+        for (size_t g = 0; g < groups; g++) {
+            *scale++ = of_row * group_multiplier(log_bits(c->codec), *group++);
         }
     }
 }

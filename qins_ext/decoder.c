@@ -172,6 +172,10 @@ static qins_cache codes_of(const run *r, const qins_decoder_store *s)
         [QINS_STORE_LOG5] = QINS_log5,     [QINS_STORE_LOG4] = QINS_log4,
     };
     const int golden = s->kind == QINS_STORE_GOLDEN;
+    const qins_cache_tables *tables = &r->call->tables[CODEC[s->kind]];
+    /* Not of packed codes: the difference would change more of the next layers' codes to neighbors, which are far. */
+    const int by_words =
+        s->kind == QINS_STORE_LOG8 && r->kernels->word_values != NULL && tables->nearest.mu >= r->kernels->least_mu;
     return (qins_cache){
         .codec = CODEC[s->kind],
         .heads = r->call->sequences * r->layer->kv_heads,
@@ -182,7 +186,8 @@ static qins_cache codes_of(const run *r, const qins_decoder_store *s)
         .range = golden ? s->third : NULL,
         .scale = golden ? NULL : s->second,
         .group_scale = golden ? NULL : s->third,
-        .tables = &r->call->tables[CODEC[s->kind]],
+        .tables = tables,
+        .words = by_words ? qins_log8_words_of(tables->nearest.mu, 8, NULL) : NULL,
     };
 }
 
@@ -297,6 +302,21 @@ static float largest(const float *x, size_t n)
     return most[0];
 }
 
+/* Scores of n tokens' keys, at most TOKENS_AT_ONCE. Where they are codes, a row has one scale. */
+static void score_some(const run *r, size_t sequence, size_t kv_head, size_t t, size_t n, const queries *some,
+                       int batch, float *window, float *scores, size_t total)
+{
+    float scale[MOST_SCALES];
+    size_t next;
+    const float *keys = kept(r, &r->call->keys, sequence, kv_head, t, n, window, scale, &next);
+    r->kernels->score_rows(keys, n, next, some->q[0], QINS_DECODER_HEAD_DIM, batch, r->layer->head_dim, scores, total);
+    for (size_t j = 0; holds_codes(&r->call->keys) && j < (size_t)batch; j++) {
+        for (size_t i = 0; i < n; i++) {
+            scores[j * total + i] *= scale[i];
+        }
+    }
+}
+
 /* Scores of all keys, straight from codes of log8's family: keys are the rows of a matrix. Returns -1 if out of memory.
  */
 static int score_codes(const run *r, size_t begin, size_t total, const queries *some, int batch, float *dense,
@@ -338,7 +358,9 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     const size_t dim = layer->head_dim, total = past_of(r, sequence) + call->tokens;
     size_t next;
     float scale[MOST_SCALES];
-    const int at_once = call->keys.kind >= QINS_STORE_LOG8;
+    /* Converting log8's codes to floats costs less than a product of so few columns, where it is done by words. */
+    const int at_once =
+        call->keys.kind > QINS_STORE_LOG8 || (call->keys.kind == QINS_STORE_LOG8 && r->kernels->word_values == NULL);
     if (at_once && score_codes(r, row_at(r, sequence, kv_head, 0), total, some, batch, window, scales, scores) != 0) {
         atomic_store(&r->failed, 1);
         return;
@@ -346,8 +368,7 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
         const size_t n = least(total - t, TOKENS_AT_ONCE);
         if (!at_once) {
-            const float *keys = kept(r, &call->keys, sequence, kv_head, t, n, window, scale, &next);
-            r->kernels->score_rows(keys, n, next, some->q[0], QINS_DECODER_HEAD_DIM, batch, dim, scores + t, total);
+            score_some(r, sequence, kv_head, t, n, some, batch, window, scores + t, total);
         }
         for (int j = 0; j < batch; j++) {
             float *row = scores + (size_t)j * total + t;

@@ -461,6 +461,17 @@ WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
     return w;
 }
 
+#define WORD_VALUES
+WORD void vw_floats(vw w, float *out) /* in the order of the codes; see X_ORDER */
+{
+    for (int i = 0; i < 4; i++) {
+        const __m128i low = _mm256_castsi256_si128(w.v[i]), high = _mm256_extracti128_si256(w.v[i], 1);
+        float *to = out + 32 * (i / 2) + 8 * (i % 2);
+        _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(low)));
+        _mm256_storeu_ps(to + 16, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(high)));
+    }
+}
+
 /* Adds products of 32 weights, four in each of eight lanes. */
 WORD __m256i add_half(__m256i sums, const __m256i *w, const int16_t *x)
 {

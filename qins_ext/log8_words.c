@@ -44,6 +44,8 @@ const qins_log8_words *qins_log8_words_of(float mu, int bits, qins_log8_words *o
             return found;
         }
     }
-    qins_log8_words_build(own, mu, bits);
+    if (own != NULL) {
+        qins_log8_words_build(own, mu, bits);
+    }
     return own;
 }

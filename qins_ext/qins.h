@@ -333,6 +333,8 @@ typedef struct {
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
+    /* Words of n codes of log8; times the result, they are levels. NULL: decode_log8 is as fast */
+    float (*word_values)(const uint8_t *codes, size_t n, const qins_log8_words *t, float *out);
     /* exact.h, n <= QINS_WINDOW: entries of the symbols of the first weights, a multiple of 16; returns their number.
      * NULL: no faster than without */
     size_t (*record)(qins_recording *r, const uint16_t *decoded, const uint8_t *codes, const uint16_t *w, size_t n,
@@ -397,7 +399,8 @@ void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, f
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
 void qins_log8_words_build(qins_log8_words *t, float mu, int bits);
-/* log8_words.c: the words of mu and bits, cached forever; or built in `own` once the cache is full */
+/* log8_words.c: the words of mu and bits, cached forever; or built in `own` (NULL: returns NULL) once the cache is full
+ */
 const qins_log8_words *qins_log8_words_of(float mu, int bits, qins_log8_words *own);
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f
@@ -477,6 +480,7 @@ typedef struct {
     uint16_t *scale;                 /* log8, log6, log5, log4: bfloat16, of each row */
     uint8_t *group_scale;            /* log6, log5, log4: ceil(dim/32) of each row */
     const qins_cache_tables *tables; /* log8, log6, log5, log4 */
+    const qins_log8_words *words;    /* of log8, for qins_cache_rows: its values are near those of decoding; or NULL */
 } qins_cache;
 /* Encodes x (heads x tokens x dim, dense) as tokens [start, start + tokens). Returns 0, or 1 if x has a non-finite
  * element (the contents of those tokens are then unspecified), or -1 if out of memory. */

@@ -972,6 +972,7 @@ static qins_cache cache_at_ends(qins_codec codec, size_t dim, const qins_cache_t
  * log8's family are those of the scalar kernels. */
 static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
 {
+    static qins_log8_words words;
     static const qins_codec SCALED[] = {QINS_log8, QINS_log6, QINS_log5, QINS_log4};
     static qins_cache_tables tables[QINS_CODEC_COUNT];
     static float whole[MOST];
@@ -980,7 +981,7 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
         qins_cache_tables_build(&tables[SCALED[i]], SCALED[i], 3.0f);
     }
     const guarded buffers[] = {in_u, in_v, out_c};
-    const qins_cache c = cache_at_ends(codec, dim, &tables[codec], buffers);
+    qins_cache c = cache_at_ends(codec, dim, &tables[codec], buffers);
     for (int scalar = 1; scalar >= 0; scalar--) {
         const qins_kernels *by = scalar ? &qins_kernels_scalar : k;
         const int failed_here = qins_cache_encode(by, &c, weights_small, QINS_F32, 0, CACHE_ROWS, 1);
@@ -1007,6 +1008,61 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
             out[i] *= scale[i / dim * groups + i % dim / span];
         }
         check(memcmp(out, whole + row * dim, n * dim * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
+    }
+    if (k->word_values == NULL || codec != QINS_log8) {
+        return;
+    }
+    qins_log8_words_build(&words, 3.0f, 8);
+    c.words = &words;
+    for (size_t row = 0; row < CACHE_ROWS; row++) {
+        const size_t n = CACHE_ROWS - row;
+        float *out = room_for(out_a, n * dim * sizeof *out, 1);
+        float *scale = room_for(out_b, n * groups * sizeof *scale, 1);
+        qins_cache_rows(k, &c, row, n, out, scale);
+        int right = 1;
+        for (size_t i = 0; i < n * dim; i++) {
+            float most = 0.0f;
+            for (size_t e = 0; e < dim; e++) {
+                most = fmaxf(most, fabsf(whole[(row + i / dim) * dim + e]));
+            }
+            const float got = out[i] * scale[i / dim * groups + i % dim / span];
+            right &= fabsf(got - whole[row * dim + i]) <= 2e-4f * most;
+        }
+        check(right, "cache rows by words", k->name, (size_t)codec, row);
+    }
+}
+
+/* Values from words: near the levels, for all codes, lengths and alignments. */
+static void word_values(const qins_kernels *k)
+{
+    static const float MU[] = {QINS_FACTORS_MU, 1.5f, 3.0f, 16.0f};
+    static qins_log8_words words;
+    enum { N = 256 };
+    for (size_t m = 0; k->word_values != NULL && m < sizeof MU / sizeof *MU; m++) {
+        float level[QINS_LEVELS];
+        uint8_t all[N];
+        qins_log8_words_build(&words, MU[m], 8);
+        qins_log8_levels(MU[m], 0, level);
+        for (size_t i = 0; i < N; i++) {
+            all[i] = (uint8_t)(37 * i + 11);
+        }
+        for (size_t i = 0; i < N + 64; i++) { /* lengths at the end of memory, then alignments */
+            const size_t n = i < N ? i : N, offset = i - n;
+            char *at = i < N ? room_for(out_a, n * sizeof(float), 1) : out_a.low + offset;
+            memset(out_a.low, 0x5a, i < N ? 0 : 64 + N * sizeof(float) + 64);
+            const uint8_t *from = memcpy(i < N ? room_for(in_u, n, 1) : in_u.low + offset, all, n);
+            const float unit = k->word_values(from, n, &words, (float *)(void *)at);
+            int right = 1;
+            for (size_t j = 0; j < n; j++) {
+                float v;
+                memcpy(&v, at + j * sizeof v, sizeof v);
+                right &= fabsf(v * unit - (all[j] < 128 ? level[all[j]] : -level[all[j] - 128])) <= 2e-4f;
+            }
+            for (size_t j = 0; i >= N && j < 64; j++) {
+                right &= at[N * sizeof(float) + j] == 0x5a && (j >= offset || out_a.low[j] == 0x5a);
+            }
+            check(right, "values from words", k->name, n, offset);
+        }
     }
 }
 
@@ -1552,6 +1608,7 @@ int main(int argc, char **argv)
         products(k, slow, brief ? 6 : 1);
         outliers(k);
         static const size_t DIMS[] = {8, 24, 64, 80, 128, 832, 840}; /* the last two need several windows */
+        word_values(k);
         for (size_t j = 0; j < sizeof DIMS / sizeof *DIMS; j++) {
             cache_rows(k, QINS_log8, DIMS[j]);
             cache_rows(k, QINS_golden, DIMS[j]);

@@ -39,9 +39,9 @@ Tensor = torch.Tensor
 
 # Maximum number of tokens of a step, over all sequences; larger calls run the modules.
 MOST_ROWS = _core.DECODER_ROWS
-# Tolerance for keys in log8, log6, log5 or log4. Scores are then products in fixed point, exact to about 1e-4 of the
-# largest, and softmax may magnify that.
-_OF_CODED_KEYS = 1e-3
+# Tolerance for keys in log8, log6, log5 or log4, or values in log8. Scores are then products in fixed point, exact to
+# about 1e-4 of the largest, and softmax may magnify that; values in log8 are in fixed point, too.
+_OF_CODES = 1e-3
 _CACHES = (DynamicCache, QINSCache, StaticCache)
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, QINSLayer, StaticLayer, StaticSlidingWindowLayer)
 _OF_STATIC = ("keys", "values", "cumulative_length")  # tensors that a StaticLayer writes to
@@ -142,7 +142,8 @@ class LayerStep(Replacement):
             coded = _Coded(kept)
             again = self._by_modules(about, own, x, given, coded)
             agreed = coded.is_as_good_as(other, tolerance)
-            tolerance = max(tolerance, _OF_CODED_KEYS) if kept.tokens.k_codec in LOG_BITS else tolerance
+            if kept.tokens.k_codec in LOG_BITS or kept.tokens.v_codec == "log8":
+                tolerance = max(tolerance, _OF_CODES)
         else:
             states = zip(_states(kept), _states(other), strict=True)
             agreed = all(agree(a, b, tolerance) for a, b in states)
