@@ -358,9 +358,8 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     const size_t dim = layer->head_dim, total = past_of(r, sequence) + call->tokens;
     size_t next;
     float scale[MOST_SCALES];
-    /* Converting log8's codes to floats costs less than a product of so few columns, where it is done by words. */
-    const int at_once =
-        call->keys.kind > QINS_STORE_LOG8 || (call->keys.kind == QINS_STORE_LOG8 && r->kernels->word_values == NULL);
+    /* A product of so few columns costs more than converting codes to floats, where that is done by words. */
+    const int at_once = call->keys.kind >= QINS_STORE_LOG8 && codes_of(r, &call->keys).words == NULL;
     if (at_once && score_codes(r, row_at(r, sequence, kv_head, 0), total, some, batch, window, scales, scores) != 0) {
         atomic_store(&r->failed, 1);
         return;

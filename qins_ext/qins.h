@@ -399,8 +399,7 @@ void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, f
 void qins_golden_values(float log_min, float log_max, float value[256]);
 void qins_golden_tables_build(qins_golden_tables *t, qins_range range);
 void qins_log8_words_build(qins_log8_words *t, float mu, int bits);
-/* log8_words.c: the words of mu and bits, cached forever; or built in `own` (NULL: returns NULL) once the cache is full
- */
+/* log8_words.c: the words of mu and bits, cached forever. Once the cache is full: built in `own`, or NULL without it */
 const qins_log8_words *qins_log8_words_of(float mu, int bits, qins_log8_words *own);
 void qins_golden_factors_build(qins_golden_factors *t, float log_min, float log_max);
 #define QINS_MU_MAX 65536.0f

@@ -968,6 +968,19 @@ static qins_cache cache_at_ends(qins_codec codec, size_t dim, const qins_cache_t
     return c;
 }
 
+/* Values of rows [row, row + n), in a buffer that ends after them */
+static const float *scaled_rows(const qins_kernels *k, const qins_cache *c, size_t row, size_t n)
+{
+    const size_t dim = c->dim, span = qins_cache_span(c), groups = (dim + span - 1) / span;
+    float *out = room_for(out_a, n * dim * sizeof *out, 1);
+    float *scale = room_for(out_b, n * groups * sizeof *scale, 1);
+    qins_cache_rows(k, c, row, n, out, scale);
+    for (size_t i = 0; i < n * dim; i++) {
+        out[i] *= scale[i / dim * groups + i % dim / span];
+    }
+    return out;
+}
+
 /* Rows of a cache, into buffers that end after them: the values that decoding gives, before their scales. Codes of
  * log8's family are those of the scalar kernels. */
 static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
@@ -998,15 +1011,9 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
         }
     }
     qins_cache_decode(k, &c, 0, CACHE_ROWS, QINS_F32, whole, 1);
-    const size_t span = qins_cache_span(&c), groups = (dim + span - 1) / span;
     for (size_t row = 0; row < CACHE_ROWS; row++) {
         const size_t n = CACHE_ROWS - row;
-        float *out = room_for(out_a, n * dim * sizeof *out, 1);
-        float *scale = room_for(out_b, n * groups * sizeof *scale, 1);
-        qins_cache_rows(k, &c, row, n, out, scale);
-        for (size_t i = 0; i < n * dim; i++) {
-            out[i] *= scale[i / dim * groups + i % dim / span];
-        }
+        const float *out = scaled_rows(k, &c, row, n);
         check(memcmp(out, whole + row * dim, n * dim * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
     }
     if (k->word_values == NULL || codec != QINS_log8) {
@@ -1016,17 +1023,16 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
     c.words = &words;
     for (size_t row = 0; row < CACHE_ROWS; row++) {
         const size_t n = CACHE_ROWS - row;
-        float *out = room_for(out_a, n * dim * sizeof *out, 1);
-        float *scale = room_for(out_b, n * groups * sizeof *scale, 1);
-        qins_cache_rows(k, &c, row, n, out, scale);
+        const float *out = scaled_rows(k, &c, row, n), *want = whole + row * dim;
         int right = 1;
-        for (size_t i = 0; i < n * dim; i++) {
+        for (size_t i = 0; i < n * dim; i += dim) {
             float most = 0.0f;
-            for (size_t e = 0; e < dim; e++) {
-                most = fmaxf(most, fabsf(whole[(row + i / dim) * dim + e]));
+            for (size_t e = i; e < i + dim; e++) {
+                most = fmaxf(most, fabsf(want[e]));
             }
-            const float got = out[i] * scale[i / dim * groups + i % dim / span];
-            right &= fabsf(got - whole[row * dim + i]) <= 2e-4f * most;
+            for (size_t e = i; e < i + dim; e++) {
+                right &= fabsf(out[e] - want[e]) <= 2e-4f * most;
+            }
         }
         check(right, "cache rows by words", k->name, (size_t)codec, row);
     }
