@@ -53,11 +53,14 @@ void qins_start_columns(qins_columns *c, size_t row, size_t rows)
 static void decode_column(const qins_codes *e, const qins_log8_words *t, const qins_columns *c, size_t col,
                           float *weight)
 {
+    uint8_t codes[QINS_WORD_ROWS];
+    qins_codes_of_column(e, c->row, c->rows, col, codes);
+    const size_t groups = e->group_size > 0 ? ceil_div(e->cols, e->group_size) : 0;
+    const uint8_t *group = groups > 0 ? group_row(e, c->row) + col / e->group_size : NULL;
     for (size_t i = 0; i < c->rows; i++) {
-        const uint8_t code = qins_code_at(e, c->row + i, col);
-        const float unit = plane_unit(e, t, c->row + i, col);
+        const float unit = plane_unit(e, t, c->row + i, group != NULL ? group + i * groups : NULL);
         const float signs[2] = {unit, -unit}; /* a branch would be mispredicted half the time */
-        weight[i] = signs[code >> 7] * t->plane[code & 127];
+        weight[i] = signs[codes[i] >> 7] * t->plane[codes[i] & 127];
     }
 }
 

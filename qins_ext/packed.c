@@ -31,21 +31,29 @@ void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, s
     }
 }
 
-uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col)
+void qins_codes_of_column(const qins_codes *e, size_t row, size_t rows, size_t col, uint8_t *codes)
 {
+    const size_t row_bytes = code_bytes(e, e->cols);
+    const uint8_t *from = e->codes + row * row_bytes;
     if (!is_packed(e->codec)) {
-        return e->codes[row * e->cols + col];
+        for (size_t i = 0; i < rows; i++) {
+            codes[i] = from[i * row_bytes + col];
+        }
+        return;
     }
+    const int bits = log_bits(e->codec), more = bits - 4; /* bits in the second plane, if there is one */
     const size_t begin = col / QINS_BLOCK * QINS_BLOCK, count = least(e->cols - begin, QINS_BLOCK), at = col - begin;
-    const int bits = log_bits(e->codec);
-    const uint8_t *plane = e->codes + row * code_bytes(e, e->cols) + code_bytes(e, begin);
-    unsigned q = 0;
-    for (int low = 0, width = 4; low < bits; low += width, width = bits - 4) {
-        const size_t bytes = count / 8 * (size_t)width;
-        q |= (plane[at % bytes] >> (at / bytes * (size_t)width) & ((1u << width) - 1)) << low;
-        plane += bytes;
+    const size_t bytes = count / 8 * 4, more_bytes = count / 8 * (size_t)more;
+    const size_t low = at % bytes, high = more > 0 ? bytes + at % more_bytes : 0;
+    const size_t low_shift = at / bytes * 4, high_shift = more > 0 ? at / more_bytes * (size_t)more : 0;
+    const unsigned mask = (1u << more) - 1;
+    const size_t groups = ceil_div(e->cols, e->group_size);
+    const uint8_t *group = group_row(e, row) + col / e->group_size;
+    from += code_bytes(e, begin);
+    for (size_t i = 0; i < rows; i++, from += row_bytes, group += groups) {
+        const unsigned q = (from[low] >> low_shift & 15) | (from[high] >> high_shift & mask) << 4;
+        codes[i] = (uint8_t)(log8_form(q, bits) ^ (*group & 0x80));
     }
-    return (uint8_t)(log8_form(q, bits) ^ (group_row(e, row)[col / e->group_size] & 0x80));
 }
 
 void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed)

@@ -11,6 +11,8 @@
 #ifndef QINS_PACKED_H
 #define QINS_PACKED_H
 
+#include <math.h>
+
 #include "sizes.h"
 
 /* Bits of a code; 0 for codecs that are not of log8's family */
@@ -60,16 +62,12 @@ static inline void pack_planes(const uint8_t *q, size_t count, int bits, uint8_t
     }
 }
 
-/* The value of 1 in planes, in a row of codes at column k. */
-static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, size_t k)
+/* The value of 1 in planes, in a row of codes with this group scale; NULL if the inputs are not grouped. */
+static inline float plane_unit(const qins_codes *e, const qins_log8_words *t, size_t row, const uint8_t *group_scale)
 {
     const float scale = float_at(e->scale, row) * (1.0f / (float)QINS_PLANE_MAX);
-    const uint8_t *group = group_row(e, row);
-    if (group == NULL) {
-        return scale;
-    }
-    const float unit = scale * t->multiplier[group[k / e->group_size]];
-    return unit < 0.0f ? -unit : unit; /* in log8's form, the codes have the sign */
+    /* in log8's form, the codes have the sign */
+    return group_scale != NULL ? fabsf(scale * t->multiplier[*group_scale]) : scale;
 }
 
 /* Unpacks columns [k, k + n) of a row; k is a multiple of 64. `codes` has room for n rounded up to 64. */
@@ -77,8 +75,8 @@ void qins_unpack(const qins_kernels *kernels, const qins_codes *e, size_t row, s
 /* Decodes columns [k, k + n) of a row; level: see qins_log8_levels. */
 void qins_decode_packed(const qins_kernels *kernels, const qins_codes *e, const float *level, size_t row, size_t k,
                         size_t n, float *out);
-/* One code in log8's form */
-uint8_t qins_code_at(const qins_codes *e, size_t row, size_t col);
+/* The codes of one column of rows [row, row + rows), in log8's form */
+void qins_codes_of_column(const qins_codes *e, size_t row, size_t rows, size_t col, uint8_t *codes);
 /* Packs one row of codes, given as sign<<7 | level, with signs relative to those of the group scales. A level that does
  * not exist with its sign becomes the nearest one that does. */
 void qins_pack(const uint8_t *codes, size_t cols, int bits, uint8_t *packed);

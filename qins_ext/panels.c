@@ -72,8 +72,9 @@ static void pack_panels(void *context, size_t begin, size_t end)
 /* The value of 1 in words of a row's weights, for each `each` columns from k on. */
 static void word_factors(const panels *p, size_t row, size_t k, size_t count, float *factor)
 {
-    for (size_t i = 0; i < count; i++) {
-        factor[i] = plane_unit(p->e, p->words, row, k + i * p->each);
+    const uint8_t *group = group_row(p->e, row);
+    for (size_t i = 0; i < count; i++, k += p->each) {
+        factor[i] = plane_unit(p->e, p->words, row, group != NULL ? group + k / p->e->group_size : NULL);
     }
 }
 

@@ -97,7 +97,7 @@ typedef struct {
     float word_unit, factor_unit; /* the value of 1, in levels */
     void *room;                   /* for the allocator: the memory to free */
 } qins_log8_words;
-#define QINS_FACTORS_MU 0.75f /* relative error of a product: about 1e-4 here, less above, 1.6e-4 at 0.5 */
+#define QINS_FACTORS_MU 0.5f /* the least that an encoder chooses; relative error of a product: 1.6e-4, 1e-4 at 0.75 */
 
 /* golden's value(stored) = high[stored >> 4] * low[stored & 15]
  *                      = eighth[0][stored & 7] * eighth[1][stored >> 3 & 7] * eighth[2][stored >> 6],
@@ -300,7 +300,7 @@ typedef struct {
                               int8_t *sign);
     void (*decode_golden_row)(const uint8_t *stored, const int8_t *sign, size_t n, float first, float step, float *out);
     /* Products. Sums depend on the instruction set, but not on how calls group the rows. */
-    float least_mu;   /* the smallest mu for which dot_log8 is exact enough */
+    float least_mu;   /* the smallest mu for which dot_log8 of log8 is exact enough; packed codes may have any */
     size_t word_step; /* columns of activations per scale, see qins_fixed */
     /* Converts n activations, one row of a set. Its steps are `next` words apart, the last one padded with zeros; its
      * scales are QINS_BATCH apart */

@@ -34,7 +34,8 @@ static unsigned kinds_of(const qins_kernels *k, const qins_codes *e)
     kinds |= scale_step(e) > QINS_DEPTH && !is_packed(e->codec) ? PLANED_128 : 0;
     kinds |= !folded(e) ? 0 : is_packed(e->codec) ? FOLDED_PACKED : FOLDED;
     kinds |= group % QINS_DEPTH == 0 && !is_packed(e->codec) ? SINGLE : 0;
-    if (e->mu < k->least_mu || (group % QINS_BLOCK != 0 && group != QINS_BLOCK / 2)) {
+    const int exact = is_packed(e->codec) || e->mu >= k->least_mu; /* words of packed codes come from tables */
+    if (!exact || (group % QINS_BLOCK != 0 && group != QINS_BLOCK / 2)) {
         return kinds | DECODED;
     }
     return kinds | WORDED | (group % k->word_step == 0 ? 0 : WORD_BLOCKS);

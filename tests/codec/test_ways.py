@@ -89,7 +89,25 @@ def test_words_that_are_not_exact_enough_are_not_chosen():
     if "avx2" not in qins.isas():
         pytest.skip("NOT RUN: avx2 does not run on this processor")
     with qins.use_isa("avx2"):
-        assert [_core.way("log8", mu, 0, 1, "float32") for mu in (0.5, 0.75)] == ["FLOATS", "WORDS"]
+        assert [_core.way("log8", mu, 0, 1, "float32") for mu in (0.25, 0.5)] == ["FLOATS", "WORDS"]
+
+
+@pytest.mark.parametrize("codec", reference.BITS)
+def test_words_of_packed_codes_are_exact_enough_for_any_mu(isa, rng, codec):
+    e = qins.encode(rng.normal(0, 0.02, (70, 328)).astype(np.float32), codec, mu=0.0)
+    assert way(e, 1, "float32") == "WORDS"
+    x = rng.normal(size=(1, 328)).astype(np.float32)
+    expected = x.astype(np.float64) @ e.decode().astype(np.float64).T
+    error = qins.matmul(x, e) - expected
+    assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < 1e-4
+
+
+@pytest.mark.parametrize("codec", ["log8", *reference.BITS])
+def test_what_encoders_choose_is_multiplied_in_words(isa, rng, codec):
+    """Uniform weights get the smallest mu. Decoded to floats, they took AVX2 ten times as long."""
+    e = qins.encode(rng.uniform(-0.02, 0.02, (70, 320)).astype(np.float32), codec, group_size=32)
+    assert e.fields["mu"] == 0.5
+    assert way(e, 1, "float32") == "WORDS"
 
 
 def test_unknown_way():

@@ -6,14 +6,16 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=$1 compiler=$2
 shift 2
 core=$here/../../qins_ext
+# by what it says, since a program of another name may call it
+case $("$compiler" --version) in *clang*) is_clang=1 ;; *) is_clang=0 ;; esac
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 compile() { # FILE FLAGS...
     local file=$1
     shift
     # as in setup.py; and gcc spends most of the whole time in taking apart the scalar kernels' arrays
-    case "$compiler $file" in
-    *clang*) ;;
+    case "$is_clang $file" in
+    1*) ;;
     *isa_scalar.c) set -- "$@" -fno-tree-sra ;;
     *isa_*) set -- "$@" -fno-gcse ;;
     esac
@@ -27,7 +29,7 @@ compile() { # FILE FLAGS...
         -Wno-sign-conversion -Werror "$@" -I"$core" -I"$here" -c "$file" -o "$objects/$(basename "$file" .c).o"
 }
 export -f compile
-export compiler core here objects
+export compiler is_clang core here objects
 sources=("$core" "$here")
 [ -z "${QINS_OBJECTS:-}" ] || sources=("$here")
 find "${sources[@]}" -maxdepth 1 -name '*.c' ! -name 'module*.c' ! -name args.c -print0 | sort -z |

@@ -287,7 +287,7 @@ static void unpacking(const qins_kernels *k)
     }
 }
 
-/* Rows of codes: packed, and unpacked whole, in parts and one by one. */
+/* Rows of codes: packed, and unpacked whole, in parts and by columns. */
 static void packing(void)
 {
     enum { ROWS = 3, COLS = 5000 };
@@ -317,7 +317,8 @@ static void packing(void)
                 level = sign == 0 && level == h ? h - 1 : level; /* only exists with the other sign */
                 const int m = level == h ? 127 : level * 128 / h;
                 const uint8_t expected = (uint8_t)((m | (level > 0 ? sign : 0)) ^ flip);
-                right &= whole[c] == expected && qins_code_at(&e, row, c) == expected;
+                right &= whole[c] == expected;
+                levels[row * cols + c] = expected;
             }
             for (size_t begin = 0; begin < cols; begin += 64) {
                 const size_t n = cols - begin < 64 ? cols - begin : 64;
@@ -326,6 +327,14 @@ static void packing(void)
             }
         }
         check(right, "packed codes", "core", cols, size);
+        for (size_t c = 0; c < cols; c++) {
+            const size_t first = c % 2;
+            qins_codes_of_column(&e, first, ROWS - first, c, part);
+            for (size_t row = first; row < ROWS; row++) {
+                right &= part[row - first] == levels[row * cols + c];
+            }
+        }
+        check(right, "a column of packed codes", "core", cols, size);
     }
 }
 
@@ -457,7 +466,8 @@ static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, in
     k->dot_log8(e.codes, rows, n, e.group_scale, group_size, &words, &fixed, batch > QINS_BATCH ? room : NULL, out);
     for (size_t row = 0; row < rows; row++) {
         for (size_t i = 0; i < n; i++) {
-            const uint8_t code = qins_code_at(&e, row, i);
+            uint8_t code;
+            qins_codes_of_column(&e, row, 1, i, &code);
             s[i] = ((e.group_scale[row * groups + i / group_size] & 127) + 1) / 128.0;
             f[i] = (double)level[code & 127] * (code & 128 ? -s[i] : s[i]);
         }
