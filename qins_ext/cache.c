@@ -122,6 +122,11 @@ static void packed_levels(const qins_kernels *kernels, const qins_cache *c, size
 {
     static const uint8_t no_flips[QINS_WINDOW / QINS_CACHE_GROUP];
     const int bits = log_bits(c->codec);
+    if (bits <= kernels->value_bits && c->dim % QINS_BLOCK == 0) {
+        const uint8_t *packed = c->codes + row * (c->dim / 8 * (size_t)bits);
+        kernels->packed_values(packed, n * c->dim, bits, c->tables->packed_value, out);
+        return;
+    }
     const size_t row_bytes = c->dim / 8 * (size_t)bits;
     const size_t unpacked = c->dim % QINS_BLOCK == 0 ? QINS_WINDOW / c->dim : 1; /* rows of whole blocks join */
     const uint8_t *packed = c->codes + row * row_bytes;
@@ -143,6 +148,10 @@ void qins_cache_tables_build(qins_cache_tables *t, qins_codec codec, float mu)
 {
     qins_log8_tables_build(&t->nearest, mu, log_bits(codec));
     qins_log8_levels(mu, is_packed(codec), t->level);
+    for (unsigned q = 0; is_packed(codec) && q < 1u << log_bits(codec); q++) {
+        const uint8_t code = log8_form(q, log_bits(codec));
+        t->packed_value[q] = code < 128 ? t->level[code] : -t->level[code & 127];
+    }
 }
 
 size_t qins_cache_span(const qins_cache *c) { return is_packed(c->codec) ? QINS_CACHE_GROUP : c->dim; }

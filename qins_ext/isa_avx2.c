@@ -461,6 +461,38 @@ WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
     return w;
 }
 
+#define PACKED_VALUES 5
+/* Permutations look up 8 entries; blends read bit 31, to which q is shifted. */
+WORD __m256 packed_value(const __m256 *value, __m256i q, int bits)
+{
+    const __m256 odd = _mm256_castsi256_ps(_mm256_slli_epi32(q, 28));
+    const __m256 r =
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(value[0], q), _mm256_permutevar8x32_ps(value[1], q), odd);
+    if (bits == 4) {
+        return r;
+    }
+    const __m256 upper =
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(value[2], q), _mm256_permutevar8x32_ps(value[3], q), odd);
+    return _mm256_blendv_ps(r, upper, _mm256_castsi256_ps(_mm256_slli_epi32(q, 27)));
+}
+WORD void packed_floats(const uint8_t *packed, size_t n, const float *table, int bits, float *out)
+{
+    __m256 value[4];
+    for (int i = 0; i < 1 << (bits - 3); i++) {
+        value[i] = _mm256_loadu_ps(table + 8 * i);
+    }
+    for (; n > 0; n -= QINS_BLOCK, packed += QINS_BLOCK / 8 * bits) {
+        __m256i q[2];
+        packed_indices(packed, bits, q);
+        for (int i = 0; i < 4; i++, out += 16) {
+            const __m128i some = _mm256_extracti128_si256(q[i / 2], 1), first = _mm256_castsi256_si128(q[i / 2]);
+            const __m128i of = i % 2 ? some : first;
+            _mm256_storeu_ps(out, packed_value(value, _mm256_cvtepu8_epi32(of), bits));
+            _mm256_storeu_ps(out + 8, packed_value(value, _mm256_cvtepu8_epi32(_mm_srli_si128(of, 8)), bits));
+        }
+    }
+}
+
 #define WORD_VALUES
 WORD void vw_floats(vw w, float *out) /* in the order of the codes; see X_ORDER */
 {

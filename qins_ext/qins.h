@@ -97,7 +97,8 @@ typedef struct {
     float word_unit, factor_unit; /* the value of 1, in levels */
     void *room;                   /* for the allocator: the memory to free */
 } qins_log8_words;
-#define QINS_FACTORS_MU 0.5f /* the least that an encoder chooses; relative error of a product: 1.6e-4, 1e-4 at 0.75 */
+#define QINS_FACTORS_MU 0.5f /* the least that an encoder chooses; relative error of a product: 1.6e-4, 1e-4 at 0.75 \
+                              */
 
 /* golden's value(stored) = high[stored >> 4] * low[stored & 15]
  *                      = eighth[0][stored & 7] * eighth[1][stored >> 3 & 7] * eighth[2][stored >> 6],
@@ -333,6 +334,10 @@ typedef struct {
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
+    /* value[q] of n packed codes, whole blocks of 64, which have 4 to value_bits bits; NULL: unpack and decode_log8 are
+     * as fast */
+    int value_bits;
+    void (*packed_values)(const uint8_t *packed, size_t n, int bits, const float *value, float *out);
     /* Words of n codes of log8; times the result, they are levels. NULL: decode_log8 is as fast */
     float (*word_values)(const uint8_t *codes, size_t n, const qins_log8_words *t, float *out);
     /* exact.h, n <= QINS_WINDOW: entries of the symbols of the first weights, a multiple of 16; returns their number.
@@ -462,10 +467,12 @@ int qins_round_with_feedback(const qins_kernels *k, const float *w, const uint32
                              int threads, qins_codes *e);
 
 /* cache.c: keys or values of attention, one range per token and head --------------------------- */
-/* Of log8's family, for one mu: the table that finds levels, and the levels by m (see qins_log8_levels) */
+/* Of log8's family, for one mu: the table that finds levels, the levels by m (see qins_log8_levels), and those of
+ * packed codes with their signs */
 typedef struct {
     qins_log8_tables nearest;
     QINS_ALIGNED(64) float level[QINS_LEVELS];
+    QINS_ALIGNED(64) float packed_value[64];
 } qins_cache_tables;
 void qins_cache_tables_build(qins_cache_tables *t, qins_codec codec, float mu);
 enum { QINS_CACHE_GROUP = 32 }; /* elements of packed codes that share a group scale */

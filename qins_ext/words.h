@@ -30,6 +30,8 @@
  *   packed  optional, for whole blocks of 64 packed codes (see packed.h). If DECODE_PACKED, words without log8's form:
  *           vp_load(t)  vw_decode_packed(const vp *, const uint8_t *packed, int bits)
  *           If UNPACK_BLOCK, log8's form: unpack_block(packed, bits, codes)
+ *           If PACKED_VALUES, the most bits for which it has packed_floats(packed, n, value, bits, out), which looks up
+ *           the values of whole blocks faster than decode_log8
  *   values  WORD_VALUES, if it has vw_floats(vw, float *out), which converts 64 words to floats
  *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles

@@ -1048,6 +1048,35 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
     }
 }
 
+/* Values of packed codes, bit for bit, for all lengths and alignments. */
+static void packed_values(const qins_kernels *k)
+{
+    enum { N = 16 * 64 };
+    static float value[64], expected[N];
+    for (size_t q = 0; q < 64; q++) {
+        value[q] = normal();
+    }
+    for (int bits = 4; bits <= k->value_bits; bits++) {
+        for (size_t i = 0; i < N; i++) {
+            expected[i] = value[code_of_bytes(more, N, i, bits)];
+        }
+        for (size_t i = 0; i <= N / 64 + 64; i++) { /* lengths at the end of memory, then alignments */
+            const size_t n = i <= N / 64 ? 64 * i : N - 64, offset = i - N / 64, bytes = n / 8 * (size_t)bits;
+            const int at_end = i <= N / 64;
+            memset(out_a.low, 0x5a, out_a.room);
+            char *from = at_end ? in_v.high - bytes : in_v.low + offset;
+            char *to = at_end ? out_a.high - n * sizeof *value : out_a.low + offset;
+            memcpy(from, more, bytes);
+            k->packed_values((const uint8_t *)from, n, bits, value, (float *)(void *)to);
+            int right = memcmp(to, expected, n * sizeof *value) == 0;
+            for (const char *p = out_a.low; p < out_a.high; p++) {
+                right &= (p >= to && p < to + n * sizeof *value) || *p == 0x5a;
+            }
+            check(right, "packed_values", k->name, n, (size_t)bits);
+        }
+    }
+}
+
 /* Values from words: near the levels, for all codes, lengths and alignments. */
 static void word_values(const qins_kernels *k)
 {
@@ -1624,6 +1653,7 @@ int main(int argc, char **argv)
         products(k, slow, brief ? 6 : 1);
         outliers(k);
         static const size_t DIMS[] = {8, 24, 64, 80, 128, 832, 840}; /* the last two need several windows */
+        packed_values(k);
         word_values(k);
         for (size_t j = 0; j < sizeof DIMS / sizeof *DIMS; j++) {
             cache_rows(k, QINS_log8, DIMS[j]);
