@@ -41,7 +41,8 @@ static unsigned detect(void)
         features |= QINS_CPU_AVX2;
     }
     /* bits 5 to 7 of XCR0: opmask registers, upper halves of ZMM0-15, ZMM16-31 */
-    if ((xcr0 & 0xe6) == 0xe6 && has(seven[1], 16) && has(seven[1], 17) && has(seven[1], 30) && has(seven[1], 31)) {
+    if ((xcr0 & 0xe6) == 0xe6 && has(one[2], 23) && has(seven[1], 16) && has(seven[1], 17) && has(seven[1], 30) &&
+        has(seven[1], 31)) {
         features |= QINS_CPU_AVX512;
         features |= has(seven[2], 1) ? QINS_CPU_VBMI : 0u;
         features |= has(seven[2], 11) ? QINS_CPU_VNNI : 0u;

@@ -7,8 +7,8 @@
 #include <immintrin.h>
 
 #define ISA amx
-#define FN                                                                                           \
-    QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c," \
+#define FN                                                                                                  \
+    QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c,popcnt," \
                 "amx-tile,amx-int8,amx-bf16")
 #define WORD QINS_ALWAYS_INLINE FN
 

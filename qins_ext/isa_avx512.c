@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #define ISA avx512
-#define FN QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define FN QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
 #define WORD QINS_ALWAYS_INLINE FN
 
 #include "words_avx512.h"

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #define ISA avx512bf16
-#define FN QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c")
+#define FN QINS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c,popcnt")
 #define WORD QINS_ALWAYS_INLINE FN
 
 #define TWO_TABLES 1 /* AMD processors so far: Intel's with BF16 and VBMI also have AMX */
