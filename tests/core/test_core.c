@@ -816,7 +816,7 @@ static void products(const qins_kernels *k, int slow, size_t every)
     } SHAPE[] = {{1, 1, 0, 2.5f},      {5, 70, 64, 2.5f},     {33, 130, 128, 2.5f}, {48, 576, 128, 2.5f},
                  {17, 1100, 64, 2.5f}, {250, 130, 128, 2.5f}, {13, 96, 32, 2.5f},   {16, 64, 0, 0.0f},
                  {31, 640, 192, 4.0f}, {15, 2100, 128, 6.0f}, {3, 4200, 64, 2.5f},  {7, 100, 10, 2.5f},
-                 {2, 4200, 192, 2.5f}, {15, 2170, 32, 2.5f},  {15, 2112, 64, 2.5f}};
+                 {2, 4200, 192, 2.5f}, {15, 2170, 32, 2.5f},  {15, 2112, 64, 2.5f}, {67, 328, 64, 0.5f}};
     for (size_t i = 0; i < sizeof SHAPE / sizeof *SHAPE; i += every) {
         for (int codec = 0; codec < QINS_CODEC_COUNT; codec++) {
             const int packed = is_packed((qins_codec)codec);
