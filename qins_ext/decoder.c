@@ -406,15 +406,21 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     }
 }
 
-/* Attention of KV heads [begin, end), counted over all sequences. */
+/* Batches of queries that share a KV head. */
+static size_t batches_of(const run *r)
+{
+    return ceil_div(r->layer->heads / r->layer->kv_heads * r->call->tokens, QINS_BATCH);
+}
+
+/* Attention of batches [begin, end), counted over the KV heads of all sequences. */
 static void attend(void *context, size_t begin, size_t end)
 {
     run *r = context;
     const qins_decoder_layer *layer = r->layer;
-    const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads;
+    const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads, batches = batches_of(r);
     size_t total = 0;
     for (size_t unit = begin; unit < end; unit++) {
-        const size_t its = past_of(r, unit / layer->kv_heads) + r->call->tokens;
+        const size_t its = past_of(r, unit / batches / layer->kv_heads) + r->call->tokens;
         total = its > total ? its : total;
     }
     const size_t scores = ceil_div(QINS_BATCH * total, 16) * 16, window = TOKENS_AT_ONCE * dim;
@@ -426,20 +432,17 @@ static void attend(void *context, size_t begin, size_t end)
     queries *some = (queries *)(void *)room;
     float *of_scores = (float *)(void *)(room + sizeof *some), *of_window = of_scores + scores;
     for (size_t unit = begin; unit < end; unit++) {
-        const size_t sequence = unit / layer->kv_heads, kv_head = unit % layer->kv_heads;
-        int batch = 0;
-        for (size_t i = 0; i < group * r->call->tokens; i++) {
-            some->row[batch] = sequence * r->call->tokens + i / group;
-            some->head[batch] = kv_head * group + i % group;
-            const float *q = r->q.at + some->row[batch] * r->q.next + some->head[batch] * dim;
+        const size_t sequence = unit / batches / layer->kv_heads, kv_head = unit / batches % layer->kv_heads;
+        const size_t first = unit % batches * QINS_BATCH, batch = least(group * r->call->tokens - first, QINS_BATCH);
+        for (size_t j = 0; j < batch; j++) {
+            some->row[j] = sequence * r->call->tokens + (first + j) / group;
+            some->head[j] = kv_head * group + (first + j) % group;
+            const float *q = r->q.at + some->row[j] * r->q.next + some->head[j] * dim;
             for (size_t k = 0; k < dim; k++) {
-                some->q[batch][k] = q[k] * layer->scaling;
-            }
-            if (++batch == QINS_BATCH || i + 1 == group * r->call->tokens) {
-                attend_some(r, sequence, kv_head, some, batch, of_scores, of_window, of_window + window);
-                batch = 0;
+                some->q[j][k] = q[k] * layer->scaling;
             }
         }
+        attend_some(r, sequence, kv_head, some, (int)batch, of_scores, of_window, of_window + window);
     }
     qins_scratch_give(room);
 }
@@ -465,9 +468,9 @@ static int attention(run *r, float *room, int threads)
         return failed;
     }
     const size_t each = is_paged(r) ? r->call->pages.count / r->call->sequences : r->call->past + r->call->tokens;
-    const size_t work = each * layer->head_dim * layer->heads / layer->kv_heads;
-    qins_parallel(r->call->sequences * layer->kv_heads, ceil_div(GRAIN, work * r->call->tokens + 1), threads, attend,
-                  r);
+    const size_t batches = batches_of(r), queries_of = layer->heads / layer->kv_heads * r->call->tokens;
+    const size_t work = each * layer->head_dim * ceil_div(queries_of, batches);
+    qins_parallel(r->call->sequences * layer->kv_heads * batches, ceil_div(GRAIN, work + 1), threads, attend, r);
     if (atomic_load(&r->failed) != 0 ||
         qins_linear(r->kernels, &layer->o.codes, r->attended, r->count, QINS_F32, r->added, threads) != 0) {
         return -1;

@@ -97,7 +97,7 @@ def test_more_requests_than_a_step_takes():
     given = prompts(*range(4, 23))
     got, seen = answers(model, given, 12)
     rows = {ids.shape[1] for ids, _ in seen}
-    assert max(rows) > _core.DECODER_ROWS
+    assert max(rows) > decoding.MOST_ROWS
     without_steps(model)
     assert got == answers(model, given, 12)[0]
 
