@@ -122,12 +122,11 @@ static void packed_levels(const qins_kernels *kernels, const qins_cache *c, size
 {
     static const uint8_t no_flips[QINS_WINDOW / QINS_CACHE_GROUP];
     const int bits = log_bits(c->codec);
-    if (bits <= kernels->value_bits && c->dim % QINS_BLOCK == 0) {
-        const uint8_t *packed = c->codes + row * (c->dim / 8 * (size_t)bits);
-        kernels->packed_values(packed, n * c->dim, bits, c->tables->packed_value, out);
+    const size_t row_bytes = c->dim / 8 * (size_t)bits;
+    if (bits <= kernels->value_bits) {
+        kernels->packed_values(c->codes + row * row_bytes, n, c->dim, bits, c->tables->packed_value, out);
         return;
     }
-    const size_t row_bytes = c->dim / 8 * (size_t)bits;
     const size_t unpacked = c->dim % QINS_BLOCK == 0 ? QINS_WINDOW / c->dim : 1; /* rows of whole blocks join */
     const uint8_t *packed = c->codes + row * row_bytes;
     uint8_t codes[QINS_WINDOW];

@@ -334,10 +334,9 @@ typedef struct {
      * consecutive m `next` */
     void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
                        size_t n, float *out, size_t out_stride);
-    /* value[q] of n packed codes, whole blocks of 64, which have 4 to value_bits bits; NULL: unpack and decode_log8 are
-     * as fast */
+    /* value[q] of rows of packed codes, of 4 to value_bits bits; NULL: unpack and decode_log8 are as fast */
     int value_bits;
-    void (*packed_values)(const uint8_t *packed, size_t n, int bits, const float *value, float *out);
+    void (*packed_values)(const uint8_t *packed, size_t rows, size_t cols, int bits, const float *value, float *out);
     /* Words of n codes of log8; times the result, they are levels. NULL: decode_log8 is as fast */
     float (*word_values)(const uint8_t *codes, size_t n, const qins_log8_words *t, float *out);
     /* exact.h, n <= QINS_WINDOW: entries of the symbols of the first weights, a multiple of 16; returns their number.

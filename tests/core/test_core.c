@@ -1048,31 +1048,39 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
     }
 }
 
-/* Values of packed codes, bit for bit, for all lengths and alignments. */
-static void packed_values(const qins_kernels *k)
+/* Values of rows of packed codes, bit for bit. */
+static void packed_values_at(const qins_kernels *k, size_t rows, size_t cols, int bits, size_t offset, int at_end)
 {
-    enum { N = 16 * 64 };
-    static float value[64], expected[N];
+    static float value[64], expected[MOST];
+    const size_t n = rows * cols, row_bytes = cols / 8 * (size_t)bits, bytes = rows * row_bytes;
     for (size_t q = 0; q < 64; q++) {
         value[q] = normal();
     }
+    for (size_t i = 0; i < n; i++) {
+        expected[i] = value[code_of_bytes(more + i / cols * row_bytes, cols, i % cols, bits)];
+    }
+    memset(out_a.low, 0x5a, out_a.room);
+    char *from = at_end ? in_v.high - bytes : in_v.low + offset;
+    char *to = at_end ? out_a.high - n * sizeof *value : out_a.low + offset;
+    memcpy(from, more, bytes);
+    k->packed_values((const uint8_t *)from, rows, cols, bits, value, (float *)(void *)to);
+    int right = memcmp(to, expected, n * sizeof *value) == 0;
+    for (const char *p = out_a.low; p < out_a.high; p++) {
+        right &= (p >= to && p < to + n * sizeof *value) || *p == 0x5a;
+    }
+    check(right, "packed_values", k->name, cols, (size_t)bits);
+}
+
+static void packed_values(const qins_kernels *k)
+{
     for (int bits = 4; bits <= k->value_bits; bits++) {
-        for (size_t i = 0; i < N; i++) {
-            expected[i] = value[code_of_bytes(more, N, i, bits)];
-        }
-        for (size_t i = 0; i <= N / 64 + 64; i++) { /* lengths at the end of memory, then alignments */
-            const size_t n = i <= N / 64 ? 64 * i : N - 64, offset = i - N / 64, bytes = n / 8 * (size_t)bits;
-            const int at_end = i <= N / 64;
-            memset(out_a.low, 0x5a, out_a.room);
-            char *from = at_end ? in_v.high - bytes : in_v.low + offset;
-            char *to = at_end ? out_a.high - n * sizeof *value : out_a.low + offset;
-            memcpy(from, more, bytes);
-            k->packed_values((const uint8_t *)from, n, bits, value, (float *)(void *)to);
-            int right = memcmp(to, expected, n * sizeof *value) == 0;
-            for (const char *p = out_a.low; p < out_a.high; p++) {
-                right &= (p >= to && p < to + n * sizeof *value) || *p == 0x5a;
+        for (size_t cols = 8; cols <= 520; cols += cols < 136 ? 8 : 64) {
+            for (size_t rows = 0; rows <= 3; rows++) {
+                packed_values_at(k, rows, cols, bits, 0, 1);
             }
-            check(right, "packed_values", k->name, n, (size_t)bits);
+        }
+        for (size_t offset = 1; offset < 64; offset++) {
+            packed_values_at(k, 2, 96, bits, offset, 0);
         }
     }
 }
