@@ -485,8 +485,8 @@ WORD void packed_floats(const uint8_t *packed, size_t n, const float *table, int
         __m256i q[2];
         packed_indices(packed, bits, q);
         for (int i = 0; i < 4; i++, out += 16) {
-            const __m128i some = _mm256_extracti128_si256(q[i / 2], 1), first = _mm256_castsi256_si128(q[i / 2]);
-            const __m128i of = i % 2 ? some : first;
+            const __m128i low = _mm256_castsi256_si128(q[i / 2]), high = _mm256_extracti128_si256(q[i / 2], 1);
+            const __m128i of = i % 2 ? high : low;
             _mm256_storeu_ps(out, packed_value(value, _mm256_cvtepu8_epi32(of), bits));
             _mm256_storeu_ps(out + 8, packed_value(value, _mm256_cvtepu8_epi32(_mm_srli_si128(of, 8)), bits));
         }

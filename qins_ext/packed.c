@@ -49,10 +49,10 @@ void qins_codes_of_column(const qins_codes *e, size_t row, size_t rows, size_t c
     const unsigned mask = (1u << more) - 1;
     const size_t groups = ceil_div(e->cols, e->group_size);
     const uint8_t *group = group_row(e, row) + col / e->group_size;
-    from += code_bytes(e, begin);
-    for (size_t i = 0; i < rows; i++, from += row_bytes, group += groups) {
-        const unsigned q = (from[low] >> low_shift & 15) | (from[high] >> high_shift & mask) << 4;
-        codes[i] = (uint8_t)(log8_form(q, bits) ^ (*group & 0x80));
+    for (size_t i = 0; i < rows; i++) {
+        const uint8_t *block = from + i * row_bytes + code_bytes(e, begin);
+        const unsigned q = (block[low] >> low_shift & 15) | (block[high] >> high_shift & mask) << 4;
+        codes[i] = (uint8_t)(log8_form(q, bits) ^ (group[i * groups] & 0x80));
     }
 }
 
