@@ -406,18 +406,16 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     }
 }
 
-/* Batches of queries that share a KV head. */
-static size_t batches_of(const run *r)
-{
-    return ceil_div(r->layer->heads / r->layer->kv_heads * r->call->tokens, QINS_BATCH);
-}
+/* The number of queries that share a KV head. */
+static size_t sharing(const run *r) { return r->layer->heads / r->layer->kv_heads * r->call->tokens; }
 
 /* Attention of batches [begin, end), counted over the KV heads of all sequences. */
 static void attend(void *context, size_t begin, size_t end)
 {
     run *r = context;
     const qins_decoder_layer *layer = r->layer;
-    const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads, batches = batches_of(r);
+    const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads;
+    const size_t batches = ceil_div(sharing(r), QINS_BATCH);
     size_t total = 0;
     for (size_t unit = begin; unit < end; unit++) {
         const size_t its = past_of(r, unit / batches / layer->kv_heads) + r->call->tokens;
@@ -433,7 +431,7 @@ static void attend(void *context, size_t begin, size_t end)
     float *of_scores = (float *)(void *)(room + sizeof *some), *of_window = of_scores + scores;
     for (size_t unit = begin; unit < end; unit++) {
         const size_t sequence = unit / batches / layer->kv_heads, kv_head = unit / batches % layer->kv_heads;
-        const size_t first = unit % batches * QINS_BATCH, batch = least(group * r->call->tokens - first, QINS_BATCH);
+        const size_t first = unit % batches * QINS_BATCH, batch = least(sharing(r) - first, QINS_BATCH);
         for (size_t j = 0; j < batch; j++) {
             some->row[j] = sequence * r->call->tokens + (first + j) / group;
             some->head[j] = kv_head * group + (first + j) % group;
@@ -468,8 +466,8 @@ static int attention(run *r, float *room, int threads)
         return failed;
     }
     const size_t each = is_paged(r) ? r->call->pages.count / r->call->sequences : r->call->past + r->call->tokens;
-    const size_t batches = batches_of(r), queries_of = layer->heads / layer->kv_heads * r->call->tokens;
-    const size_t work = each * layer->head_dim * ceil_div(queries_of, batches);
+    const size_t batches = ceil_div(sharing(r), QINS_BATCH);
+    const size_t work = each * layer->head_dim * ceil_div(sharing(r), batches);
     qins_parallel(r->call->sequences * layer->kv_heads * batches, ceil_div(GRAIN, work + 1), threads, attend, r);
     if (atomic_load(&r->failed) != 0 ||
         qins_linear(r->kernels, &layer->o.codes, r->attended, r->count, QINS_F32, r->added, threads) != 0) {

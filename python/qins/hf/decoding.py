@@ -37,7 +37,7 @@ from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, r
 
 Tensor = torch.Tensor
 
-# Maximum number of tokens of a step, over all sequences; larger calls are prompts, which run the modules.
+# Maximum number of tokens of a step, over all sequences; larger calls, most of them prompts, run the modules.
 MOST_ROWS = 16
 # Tolerance for keys in log8, log6, log5 or log4, or values in log8. Scores are then products in fixed point, exact to
 # about 1e-4 of the largest, and softmax may magnify that; values in log8 are in fixed point, too.
