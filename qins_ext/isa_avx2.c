@@ -181,6 +181,7 @@ WORD vf vf_fma(vf x, vf y, vf z)
     vf r = {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
     return r;
 }
+#define SUM_LANES
 WORD float vf_sum(vf x)
 {
     __m256 s = _mm256_add_ps(x.a, x.b);
@@ -461,20 +462,76 @@ WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
     return w;
 }
 
-#define PACKED_VALUES 5
-/* Permutations look up 8 entries; blends read bit 31, to which q is shifted. */
-WORD __m256 packed_value(const __m256 *value, __m256i q, int bits)
+/* The element of a table of 8, 16 or 32 that the low 3, 4 or 5 bits of an index select. Permutations look up 8; blends
+ * read bit 31, to which the index is shifted. */
+WORD __m256 pick_floats(const __m256 *table, __m256i index, int index_bits)
 {
-    const __m256 odd = _mm256_castsi256_ps(_mm256_slli_epi32(q, 28));
-    const __m256 r =
-        _mm256_blendv_ps(_mm256_permutevar8x32_ps(value[0], q), _mm256_permutevar8x32_ps(value[1], q), odd);
-    if (bits == 4) {
-        return r;
+    __m256 r = _mm256_permutevar8x32_ps(table[0], index);
+    if (index_bits > 3) {
+        const __m256 odd = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+        r = _mm256_blendv_ps(r, _mm256_permutevar8x32_ps(table[1], index), odd);
+        if (index_bits > 4) {
+            const __m256 upper = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table[2], index),
+                                                  _mm256_permutevar8x32_ps(table[3], index), odd);
+            r = _mm256_blendv_ps(r, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 27)));
+        }
     }
-    const __m256 upper =
-        _mm256_blendv_ps(_mm256_permutevar8x32_ps(value[2], q), _mm256_permutevar8x32_ps(value[3], q), odd);
-    return _mm256_blendv_ps(r, upper, _mm256_castsi256_ps(_mm256_slli_epi32(q, 27)));
+    return r;
 }
+
+#define FEW_LEVELS
+/* The tree's nodes: two and four repeated in both halves of a register, where a shorter permutation finds them by two
+ * bits of the node; eight and sixteen; and all levels but the last, which is 1. A gather takes longer than the whole
+ * search. */
+typedef struct {
+    __m256i last, root;
+    __m256 two, four, eight[1], sixteen[2], level[4];
+} ve;
+WORD ve ve_load(const qins_log8_tables *t, int bits)
+{
+    const float *split = (const float *)(const void *)t->split; /* only moved, never computed with */
+    ve r;
+    r.last = _mm256_set1_epi32(t->split[0]);
+    r.root = _mm256_set1_epi32(t->split[1]);
+    r.two = _mm256_broadcast_ps((const __m128 *)(const void *)split);
+    r.four = _mm256_broadcast_ps((const __m128 *)(const void *)(split + 4));
+    r.eight[0] = _mm256_loadu_ps(split + 8);
+    r.sixteen[0] = _mm256_loadu_ps(split + 16);
+    r.sixteen[1] = _mm256_loadu_ps(split + 24);
+    for (int i = 0; i < 1 << (bits - 4); i++) {
+        r.level[i] = _mm256_loadu_ps(t->level + 8 * i);
+    }
+    return r;
+}
+/* From a node to the next: a comparison is -1 where true. */
+WORD __m256i next_node(__m256i node, __m256i pattern, __m256 split)
+{
+    const __m256i above = _mm256_cmpgt_epi32(pattern, _mm256_castps_si256(split));
+    return _mm256_sub_epi32(_mm256_add_epi32(node, node), above);
+}
+WORD __m256 nearest8(const ve *t, __m256 r, int bits)
+{
+    const __m256i p = _mm256_and_si256(_mm256_castps_si256(r), _mm256_set1_epi32(INT32_MAX));
+    __m256i node = _mm256_sub_epi32(_mm256_set1_epi32(2), _mm256_cmpgt_epi32(p, t->root));
+    node = next_node(node, p, _mm256_permutevar_ps(t->two, node));
+    node = next_node(node, p, _mm256_permutevar_ps(t->four, node));
+    if (bits > 4) {
+        node = next_node(node, p, pick_floats(t->eight, node, 3));
+    }
+    if (bits > 5) {
+        node = next_node(node, p, pick_floats(t->sixteen, node, 4));
+    }
+    /* the last level is only for weights whose sign is not the scale's */
+    const __m256 last = _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(p, t->last)), r);
+    return _mm256_blendv_ps(pick_floats(t->level, node, bits - 1), _mm256_set1_ps(1.0f), last);
+}
+WORD vf vf_nearest(const ve *t, vf r, int bits)
+{
+    vf v = {nearest8(t, r.a, bits), nearest8(t, r.b, bits)};
+    return v;
+}
+
+#define PACKED_VALUES 5
 WORD void packed_floats(const uint8_t *packed, size_t n, const float *table, int bits, float *out)
 {
     __m256 value[4];
@@ -487,8 +544,8 @@ WORD void packed_floats(const uint8_t *packed, size_t n, const float *table, int
         for (int i = 0; i < 4; i++, out += 16) {
             const __m128i low = _mm256_castsi256_si128(q[i / 2]), high = _mm256_extracti128_si256(q[i / 2], 1);
             const __m128i of = i % 2 ? high : low;
-            _mm256_storeu_ps(out, packed_value(value, _mm256_cvtepu8_epi32(of), bits));
-            _mm256_storeu_ps(out + 8, packed_value(value, _mm256_cvtepu8_epi32(_mm_srli_si128(of, 8)), bits));
+            _mm256_storeu_ps(out, pick_floats(value, _mm256_cvtepu8_epi32(of), bits));
+            _mm256_storeu_ps(out + 8, pick_floats(value, _mm256_cvtepu8_epi32(_mm_srli_si128(of, 8)), bits));
         }
     }
 }

@@ -54,10 +54,13 @@ static inline void pack_planes(const uint8_t *q, size_t count, int bits, uint8_t
     for (int low = 0, width = 4; low < bits; low += width, width = bits - 4) {
         const size_t bytes = count / 8 * (size_t)width;
         memset(packed, 0, bytes);
-        for (size_t i = 0; i < count; i++) {
-            const unsigned part = q[i] >> low & ((1u << width) - 1);
-            packed[i % bytes] = (uint8_t)(packed[i % bytes] | part << (i / bytes * (size_t)width));
+        for (int shift = 0; shift < 8; shift += width, q += bytes) {
+            for (size_t i = 0; i < bytes; i++) { /* compilers vectorize this */
+                const unsigned part = q[i] >> low & ((1u << width) - 1);
+                packed[i] = (uint8_t)(packed[i] | part << shift);
+            }
         }
+        q -= count;
         packed += bytes;
     }
 }

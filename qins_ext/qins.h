@@ -24,11 +24,12 @@
 #include "port.h"
 
 enum {
-    QINS_LANES = 16,      /* every kernel processes 16 elements at a time, at any register width */
-    QINS_WINDOW = 4096,   /* elements of the float32 scratch for other dtypes; a multiple of 16 */
-    QINS_LEVELS = 128,    /* magnitudes of log8 */
-    QINS_CANDIDATES = 12, /* maximum number of scales compared in one search */
-    QINS_LUT_CELLS = 4096 /* enough for every table that tables.c builds, see qins_lut_build */
+    QINS_LANES = 16,       /* every kernel processes 16 elements at a time, at any register width */
+    QINS_WINDOW = 4096,    /* elements of the float32 scratch for other dtypes; a multiple of 16 */
+    QINS_LEVELS = 128,     /* magnitudes of log8 */
+    QINS_CANDIDATES = 12,  /* maximum number of scales compared in one search */
+    QINS_LUT_CELLS = 4096, /* enough for every table that tables.c builds, see qins_lut_build */
+    QINS_FEW_LEVELS = 32   /* most magnitudes of packed codes, without the last one */
 };
 
 typedef enum { QINS_F32, QINS_F16, QINS_BF16, QINS_F64 } qins_dtype;
@@ -55,8 +56,11 @@ typedef struct {
     float mu;
     QINS_ALIGNED(64) float level[QINS_LEVELS]; /* the levels in use, ascending */
     qins_lut lut;                              /* counts midpoints between neighboring levels: the nearest one */
-    int32_t top; /* the largest level that exists with the scale's sign; the last level exists with the other sign */
-    int capped;  /* whether these two differ: packed codes */
+    int bits;                                  /* of a code; 8 for log8 and rational */
+    int32_t top; /* the largest level that exists with the scale's sign. Packed codes have one more with the other. */
+    /* Packed codes: one less than the same thresholds, the last one first, then the others as a search tree: the root
+     * is at 1, and what follows i is at 2i if a pattern is not above split[i], else at 2i + 1. */
+    int32_t split[QINS_FEW_LEVELS];
 } qins_log8_tables;
 
 /* Maps golden magnitudes to `stored` and back, for one (log_min, log_max). */

@@ -157,23 +157,31 @@ void qins_log8_levels(float mu, int packed, float level[QINS_LEVELS])
 void qins_log8_tables_build(qins_log8_tables *t, float mu, int bits)
 {
     int32_t threshold[QINS_LEVELS - 1];
+    const int packed = bits < 8;
     int last = QINS_LEVELS - 1;
     t->mu = mu;
-    t->capped = bits < 8;
-    qins_log8_levels(mu, t->capped, t->level);
-    if (t->capped) {
+    t->bits = bits;
+    qins_log8_levels(mu, packed, t->level);
+    if (packed) {
         last = 1 << (bits - 1);
         for (int i = 1; i < QINS_LEVELS; i++) { /* level i has m = i * 128/h in log8's form */
             t->level[i] = t->level[i < last ? i * (QINS_LEVELS / last) : QINS_LEVELS - 1];
         }
     }
-    t->top = last - t->capped;
+    t->top = last - packed;
     for (int m = 0; m < last; m++) {
         double middle = ((double)t->level[m] + (double)t->level[m + 1]) * 0.5;
         float f = (float)middle;
         threshold[m] = bits32(f) + ((double)f < middle); /* the smallest float that is not below it */
     }
     qins_lut_build(&t->lut, threshold, last);
+    if (packed) {
+        t->split[0] = threshold[last - 1] - 1;
+        for (int i = 1, first = 1; i < last; i++) { /* first: of the nodes as deep as i */
+            first = i == 2 * first ? i : first;
+            t->split[i] = threshold[(2 * (i - first) + 1) * (last / 2 / first) - 1] - 1;
+        }
+    }
 }
 
 /* -- rational --------------------------------------------------------------------------------- */
@@ -199,7 +207,7 @@ void qins_rational_tables_build(qins_log8_tables *t, float alpha, float z_min, f
     int32_t threshold[QINS_LEVELS - 1];
     t->mu = 0.0f;
     t->top = QINS_LEVELS - 1;
-    t->capped = 0;
+    t->bits = 8;
     qins_rational_levels(alpha, z_min, z_max, t->level);
     for (int m = 0; m < QINS_LEVELS - 1; m++) {
         double part = (m + 0.5) / (QINS_LEVELS - 1);

@@ -13,7 +13,10 @@
  *           vi_count(n, a, b): n + (a >= b)      vi_lookup(const uint32_t *table, vi index)
  *           vi_load_u8 vi_store_u8 (low bytes)   vi_signs(mask): 0x80000000 where the mask's bit is set
  *           vi_sign_bytes(const int8_t *): 0x80000000 where negative
+ *   levels  FEW_LEVELS, if it searches for the nearest level of packed codes in registers: ve_load(t, bits)
+ *           vf_nearest(const ve *, vf r, int bits): the level's value, for quotients r
  *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
+ *           SUM_LANES, if its vf_sum adds in the order of sum_lanes
  *           SUMS, if it has its own vf_sums(const vf *, int n, float *sums), the sums of n vectors
  *           vf_set2(a, b): a in lanes 0 to 7, b in the others
  *   golden  if GOLDEN_WORDS: 64 magnitudes with their signs, element 4j + k in byte k of lane j, and their values

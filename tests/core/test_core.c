@@ -114,7 +114,7 @@ static void *room_for(guarded g, size_t bytes, int at_end)
 static float weights[MOST];
 static uint8_t codes[MOST], more[MOST];
 static qins_golden_tables golden;
-static qins_log8_tables log8, log5; /* log5 stands for the packed codecs, whose kernels differ only in their tables */
+static qins_log8_tables log8, packed_tables[3]; /* of log6, log5 and log4 */
 static qins_golden_tables small_golden;
 static float weights_small[MOST], importances[MOST];
 
@@ -168,12 +168,14 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
     check(memcmp(e, f, sizeof e) == 0, "errors_log8 with importance", k->name, n, at_end);
     for (int sign = 1; sign >= -1; sign -= 2) {
         float of_sign[3] = {inverse[0] * (float)sign, inverse[1] * (float)sign, inverse[2] * (float)sign};
-        k->errors_log8(w, importance, n, of_sign, 3, &log5, e);
-        s->errors_log8(w, importance, n, of_sign, 3, &log5, f);
-        check(memcmp(e, f, sizeof e) == 0, "errors_log8, log5", k->name, n, at_end);
-        k->errors_log8(w, NULL, n, of_sign, 3, &log5, e);
-        s->errors_log8(w, NULL, n, of_sign, 3, &log5, f);
-        check(memcmp(e, f, sizeof e) == 0, "errors_log8, log5, without importance", k->name, n, at_end);
+        for (const qins_log8_tables *t = packed_tables; t < packed_tables + 3; t++) {
+            k->errors_log8(w, importance, n, of_sign, 3, t, e);
+            s->errors_log8(w, importance, n, of_sign, 3, t, f);
+            check(memcmp(e, f, sizeof e) == 0, "errors_log8, packed", k->name, n, at_end);
+            k->errors_log8(w, NULL, n, of_sign, 3, t, e);
+            s->errors_log8(w, NULL, n, of_sign, 3, t, f);
+            check(memcmp(e, f, sizeof e) == 0, "errors_log8, packed, without importance", k->name, n, at_end);
+        }
     }
 
     float *x = room_for(out_a, n * 4, at_end), *y = room_for(out_b, n * 4, at_end);
@@ -340,10 +342,9 @@ static void packing(void)
 
 /* -- error feedback ------------------------------------------------------------------------------- */
 
-/* capped: log5, whose scales may be negative */
-static void feedback_at(const qins_kernels *k, size_t cols, int at_end, int capped)
+static void feedback_at(const qins_kernels *k, size_t cols, int at_end, const qins_log8_tables *t)
 {
-    const qins_log8_tables *t = capped ? &log5 : &log8;
+    const int capped = t->bits < 8; /* scales may be negative */
     enum { COLS = 70, GROUPS = 3 };
     static float panel[COLS * QINS_LANES], feedback[COLS * COLS], scale[GROUPS * QINS_LANES];
     static uint32_t group[COLS];
@@ -1201,7 +1202,7 @@ static void levels_at(float mu, int bits, int last)
               (size_t)m);
     }
     check(level[0] == 0.0f && level[last] == 1.0f, "level ends", "core", (size_t)bits, 0);
-    check(t.top == (bits == 8 ? 127 : last - 1) && t.capped == (bits < 8), "top", "core", (size_t)bits, 0);
+    check(t.top == (bits == 8 ? 127 : last - 1) && t.bits == bits, "top", "core", (size_t)bits, 0);
     for (int j = 0; j < 20000; j++) { /* nearest level, near and far from the thresholds */
         double r =
             j % 2 ? uniform() * 1.2
@@ -1212,6 +1213,41 @@ static void levels_at(float mu, int bits, int last)
             m++;
         }
         check(qins_lut_count(&t.lut, (int32_t)bits_of(x)) == m, "nearest level", "core", (size_t)bits, (size_t)j);
+    }
+}
+
+/* Weights at and beside each of the thresholds: every kernel takes the same level. */
+static void levels_beside_thresholds(const qins_kernels *k, float mu, int bits)
+{
+    static qins_log8_tables t;
+    qins_log8_tables_build(&t, mu, bits);
+    const int last = bits == 8 ? QINS_LEVELS - 1 : 1 << (bits - 1);
+    static float w[6 * QINS_LEVELS];
+    size_t n = 0;
+    for (int m = 0; m < last; m++) {
+        const float middle = (float)(((double)t.level[m] + (double)t.level[m + 1]) * 0.5);
+        for (int by = -1; by <= 1; by++) {
+            uint32_t pattern = bits_of(middle) + (uint32_t)by;
+            float x;
+            memcpy(&x, &pattern, sizeof x);
+            w[n++] = x;
+            w[n++] = -x;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        const float inverse[2] = {1.0f, -1.0f};
+        float a[2], b[2];
+        k->errors_log8(w + i, NULL, 1, inverse, 2, &t, a);
+        qins_kernels_scalar.errors_log8(w + i, NULL, 1, inverse, 2, &t, b);
+        check(memcmp(a, b, sizeof a) == 0, "level beside a threshold", k->name, (size_t)bits, i);
+        const float near[2] = {fabsf(w[i]) - t.level[i / 6], fabsf(w[i]) - t.level[i / 6 + 1]};
+        const float least = near[0] * near[0] < near[1] * near[1] ? near[0] : near[1];
+        for (int sign = 0; sign < 2; sign++) { /* the last level is only for weights of the other sign */
+            const int exists = (int)(i / 6) + 1 <= t.top || bits == 8 || (w[i] < 0.0f) == (sign == 0);
+            const float e = exists ? least : near[0];
+            check(a[sign] <= e * e * 1.00001f && a[sign] >= least * least, "error beside a threshold", k->name,
+                  (size_t)bits, i);
+        }
     }
 }
 
@@ -1630,7 +1666,9 @@ int main(int argc, char **argv)
     qins_range range = qins_kernels_scalar.range_golden(weights, MOST, (qins_range){INT32_MAX, 0});
     qins_golden_tables_build(&golden, range);
     qins_log8_tables_build(&log8, 2.5f, 8);
-    qins_log8_tables_build(&log5, 2.5f, 5);
+    for (int i = 0; i < 3; i++) {
+        qins_log8_tables_build(&packed_tables[i], 2.5f, 6 - i);
+    }
     in_f = guard((MOST + QINS_BLOCK) * 4 * QINS_BATCH), in_u = guard(MOST * 8), in_v = guard(MOST * 8);
     out_a = guard(MOST * 8), out_b = guard(MOST * 8), out_c = guard(MOST * 8), out_d = guard(MOST * 8);
     for (size_t i = 0; i < (best ? 1 : qins_isa_count()); i++) {
@@ -1646,10 +1684,15 @@ int main(int argc, char **argv)
         }
         kernels_misaligned(k);
         conversions(k);
+        for (int bits = 4; bits <= 8; bits += bits == 6 ? 2 : 1) {
+            levels_beside_thresholds(k, 0.0f, bits);
+            levels_beside_thresholds(k, 0.5f, bits);
+            levels_beside_thresholds(k, 32.0f, bits);
+        }
         for (size_t n = 0; n <= 70; n += brief ? 23 : n < 20 ? 1 : 5) {
-            for (int capped = 0; capped < 2; capped++) {
-                feedback_at(k, n, 0, capped);
-                feedback_at(k, n, 1, capped);
+            for (int at_end = 0; at_end < 2; at_end++) {
+                feedback_at(k, n, at_end, &log8);
+                feedback_at(k, n, at_end, &packed_tables[1]); /* packed codecs differ only in their tables */
             }
         }
         unpacking(k);
