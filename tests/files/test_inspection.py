@@ -362,3 +362,22 @@ def test_bars():
     assert _bars([0, 1, 2, 4, 8]) == " ▁▂▄█"
     assert _bars([0, 1, 1000]) == " ▁█"  # what is there is seen
     assert _bars([]) == _bars([0]) == ""
+
+
+@pytest.mark.parametrize(("mapped", "times"), [(1 << 26, 1), (1, 6)])
+def test_many_tensors_of_a_file_are_loaded_without_opening_it_anew(tmp_path, monkeypatch, mapped, times):
+    """Opening parses the header; but after many bytes a file is mapped anew, so that what was read leaves memory."""
+    tensors = {f"t{i}": torch.full((3, 5), float(i)) for i in range(6)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    opened = []
+    original = reading.open_safetensors
+    monkeypatch.setattr(reading, "open_safetensors", lambda path: opened.append(path) or original(path))
+    monkeypatch.setattr(reading, "_MAPPED", mapped)
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    opened.clear()
+    loaded = {n: checkpoint.load(n) for n in tensors}
+    assert len(opened) == times
+    assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
+    elsewhere = pickle.loads(pickle.dumps(checkpoint))
+    assert torch.equal(elsewhere.load("t2"), tensors["t2"])
+    assert len(opened) == times + 1

@@ -42,6 +42,7 @@ _PICKLED = {
 
 _CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
 _HASHED = 1 << 24  # bytes of a file that are hashed at a time
+_MAPPED = 1 << 26  # bytes of tensors after which a file is mapped anew, so that those no longer used leave memory
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     _where: dict[str, Path] = field(default_factory=dict)
     _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+    _open: tuple[Path | None, Any, int] = (None, None, 0)  # a safetensors file, open, and what is left of _MAPPED
 
     @property
     def file_bytes(self) -> int:
@@ -124,8 +126,8 @@ class Checkpoint:
         return sha256(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out tensors: another process opens torch's files itself."""
-        return self.__dict__ | {"_loaded": {}}
+        """Leave out what another process has to open itself."""
+        return self.__dict__ | {"_loaded": {}, "_open": (None, None, 0)}
 
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, memory-mapped where possible.
@@ -144,9 +146,18 @@ class Checkpoint:
                 pass
         if name in self._loaded:
             return self._loaded[name]
-        with naming_file(self._where[name]), open_safetensors(self._where[name]) as f:
-            tensor: torch.Tensor = f.get_tensor(name)
+        with naming_file(self._where[name]):
+            tensor: torch.Tensor = self._opened(name).get_tensor(name)
         return tensor
+
+    def _opened(self, name: str) -> Any:
+        """Return the open file of a tensor. Opening parses a header that may list thousands of tensors."""
+        file, opened, left = self._open
+        if file != self._where[name] or left <= 0:
+            file, left = self._where[name], _MAPPED
+            opened = open_safetensors(file)
+        self._open = file, opened, left - self.tensors[name].bytes
+        return opened
 
     def load_matrices(self, name: str) -> Iterator[torch.Tensor]:
         """Return an iterator over the matrices of a stack."""
