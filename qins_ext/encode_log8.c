@@ -21,13 +21,17 @@ enum { FULL = 240 };
 /* Rows with other scales are not searched: reciprocals or squares would leave float32's normal range. */
 static int searchable(float scale) { return scale > 7.9e-31f && scale < 1.2e30f; }
 
-/* Squared error of elements [k, k + n) of a row under each candidate scale. */
+/* Squared error of elements [k, k + n) of a row under each candidate scale; of packed codes, then under each negated.
+ */
 static void span_errors(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, const float *scale,
                         int candidates, double *error)
 {
-    float inverse[QINS_CANDIDATES], part_error[QINS_CANDIDATES];
+    const int count = candidates * (is_packed(e->e->codec) ? 2 : 1);
+    float inverse[QINS_CANDIDATES], part_error[2 * QINS_CANDIDATES];
     for (int c = 0; c < candidates; c++) {
         inverse[c] = 1.0f / scale[c];
+    }
+    for (int c = 0; c < count; c++) {
         error[c] = 0.0;
     }
     for (size_t part; n > 0; k += part, n -= part) {
@@ -35,12 +39,12 @@ static void span_errors(qins_reader *r, const qins_encoding *e, size_t row, size
         const float *w = qins_read_row(r, row, k, &part);
         r->kernels->errors_log8(w, e->importance != NULL ? e->importance + k : NULL, part, inverse, candidates,
                                 e->tables.log8, part_error);
-        for (int c = 0; c < candidates; c++) {
+        for (int c = 0; c < count; c++) {
             error[c] += (double)part_error[c];
         }
     }
-    for (int c = 0; c < candidates; c++) {
-        error[c] *= (double)scale[c] * (double)scale[c];
+    for (int c = 0; c < count; c++) {
+        error[c] *= (double)scale[c % candidates] * (double)scale[c % candidates];
     }
 }
 
@@ -57,7 +61,7 @@ static int best_percent(qins_reader *r, const qins_encoding *e, size_t row, size
                         double *least)
 {
     float scale[SCALES];
-    double error[SCALES];
+    double error[2 * SCALES];
     for (int i = 0; i < SCALES; i++) {
         scale[i] = most * ((float)percent[i] * 0.01f);
     }
@@ -87,7 +91,7 @@ static float row_scale(qins_reader *r, const qins_encoding *e, size_t row, size_
     return most * ((float)percent * 0.01f);
 }
 
-/* multiplier: in 256ths; negative only for packed codes */
+/* multiplier: in 256ths */
 static float group_scale(float scale, int multiplier) { return scale * ((float)multiplier / 256.0f); }
 
 /* The scale of a row in groups whose largest magnitude is `most`: the smallest one of which FULL is not less. */
@@ -135,29 +139,35 @@ static int log8_multipliers(int cover, int more, int *multiplier)
 static const int PERCENT[] = {100, 95, 90, 105, 97, 92, 87, 82, 102, 107, 85, 110}, NEARER[] = {-2, -1, 1, 2};
 enum { PERCENTS = 12, PERCENTS_IF_FEW = 4, NEARERS = 4 };
 
-static void packed_multipliers(int cover, int around, const int *percent, int count, int sign, int *multiplier)
+static void packed_multipliers(int cover, int around, const int *percent, int count, int *multiplier)
 {
     for (int i = 0; i < count; i++) {
         const int half = percent[i] < 0 ? -50 : 50; /* division rounds toward zero */
         const int m = around + (cover * percent[i] / 2 + half) / 100 * 2;
-        multiplier[i] = sign * (m < 2 ? 2 : m > 256 ? 256 : m);
+        multiplier[i] = m < 2 ? 2 : m > 256 ? 256 : m;
     }
 }
 
+/* Signs of candidate multipliers; only packed codes have negative ones. */
+enum { PLUS = 1, MINUS = 2 };
+
 /* Compares candidates. If one has less error than *least_error, it replaces *best. Of equal errors, the first wins. */
 static void compare_multipliers(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, float scale,
-                                const int *multiplier, int count, int *best, double *least_error)
+                                const int *multiplier, int count, int signs, int *best, double *least_error)
 {
     float candidate[QINS_CANDIDATES] = {0}; /* for gcc 11, which warns of what a count of 0 would leave */
-    double error[QINS_CANDIDATES];
+    double error[2 * QINS_CANDIDATES];
     for (int i = 0; i < count; i++) {
         candidate[i] = group_scale(scale, multiplier[i]);
     }
     span_errors(r, e, row, k, n, candidate, count, error);
-    const int found = smallest(error, count);
-    if (error[found] < *least_error) {
-        *least_error = error[found];
-        *best = multiplier[found];
+    for (int sign = PLUS; sign <= MINUS; sign++) {
+        const double *of_sign = error + (sign == MINUS ? count : 0);
+        const int found = (signs & sign) != 0 ? smallest(of_sign, count) : 0;
+        if ((signs & sign) != 0 && of_sign[found] < *least_error) {
+            *least_error = of_sign[found];
+            *best = sign == MINUS ? -multiplier[found] : multiplier[found];
+        }
     }
 }
 
@@ -179,18 +189,17 @@ static int best_multiplier(qins_reader *r, const qins_encoding *e, size_t row, s
     double least_error = DBL_MAX;
     if (!packed) {
         const int count = log8_multipliers(cover, few ? MORE_IF_FEW : MORE, multiplier);
-        compare_multipliers(r, e, row, k, n, scale, multiplier, count, &best, &least_error);
+        compare_multipliers(r, e, row, k, n, scale, multiplier, count, PLUS, &best, &least_error);
         *total += least_error;
         return best;
     }
     const int percents = few ? PERCENTS_IF_FEW : PERCENTS;
-    for (int sign = 1; sign >= -1; sign -= 2) {
-        packed_multipliers(cover, 0, PERCENT, percents, sign, multiplier);
-        compare_multipliers(r, e, row, k, n, scale, multiplier, percents, &best, &least_error);
-    }
+    packed_multipliers(cover, 0, PERCENT, percents, multiplier);
+    compare_multipliers(r, e, row, k, n, scale, multiplier, percents, PLUS | MINUS, &best, &least_error);
     if (!few) {
-        packed_multipliers(cover, abs(best), NEARER, NEARERS, best < 0 ? -1 : 1, multiplier);
-        compare_multipliers(r, e, row, k, n, scale, multiplier, NEARERS, &best, &least_error);
+        const int sign = best < 0 ? MINUS : PLUS;
+        packed_multipliers(cover, abs(best), NEARER, NEARERS, multiplier);
+        compare_multipliers(r, e, row, k, n, scale, multiplier, NEARERS, sign, &best, &least_error);
     }
     *total += least_error;
     return best;
@@ -367,7 +376,8 @@ static float search_mu(qins_encoding *c, int threads, qins_log8_tables *t)
         return mu_at(best);
     }
     for (int step = 8; step >= 1; step /= 2) {
-        for (int direction = -1; direction <= 1; direction += 2) {
+        const int before = best;
+        for (int direction = -1; direction <= 1 && best == before; direction += 2) { /* `before` is worse than best */
             for (int moved = 1; moved;) { /* continue while the error falls */
                 int i = best + direction * step;
                 moved = 0;

@@ -509,9 +509,8 @@ WORD __m256i next_node(__m256i node, __m256i pattern, __m256 split)
     const __m256i above = _mm256_cmpgt_epi32(pattern, _mm256_castps_si256(split));
     return _mm256_sub_epi32(_mm256_add_epi32(node, node), above);
 }
-WORD __m256 nearest8(const ve *t, __m256 r, int bits)
+WORD __m256 nearest8(const ve *t, __m256i p, int bits)
 {
-    const __m256i p = _mm256_and_si256(_mm256_castps_si256(r), _mm256_set1_epi32(INT32_MAX));
     __m256i node = _mm256_sub_epi32(_mm256_set1_epi32(2), _mm256_cmpgt_epi32(p, t->root));
     node = next_node(node, p, _mm256_permutevar_ps(t->two, node));
     node = next_node(node, p, _mm256_permutevar_ps(t->four, node));
@@ -521,13 +520,14 @@ WORD __m256 nearest8(const ve *t, __m256 r, int bits)
     if (bits > 5) {
         node = next_node(node, p, pick_floats(t->sixteen, node, 4));
     }
-    /* the last level is only for weights whose sign is not the scale's */
-    const __m256 last = _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(p, t->last)), r);
-    return _mm256_blendv_ps(pick_floats(t->level, node, bits - 1), _mm256_set1_ps(1.0f), last);
+    return pick_floats(t->level, node, bits - 1);
 }
-WORD vf vf_nearest(const ve *t, vf r, int bits)
+WORD vf vf_nearest(const ve *t, vf magnitude, int bits, vi *last)
 {
-    vf v = {nearest8(t, r.a, bits), nearest8(t, r.b, bits)};
+    const vi p = vf_bits(magnitude);
+    vf v = {nearest8(t, p.a, bits), nearest8(t, p.b, bits)};
+    last->a = _mm256_cmpgt_epi32(p.a, t->last);
+    last->b = _mm256_cmpgt_epi32(p.b, t->last);
     return v;
 }
 

@@ -280,13 +280,14 @@ typedef struct {
     /* log8 */
     void (*encode_log8)(const float *w, size_t n, float scale, const qins_log8_tables *t, uint8_t *codes);
     /* error[i] = sum of importance * (|w inverse[i]| - nearest level)^2, in 16 lanes, the same on every instruction
-     * set; importance may be NULL. If t->capped, weights with the sign of inverse have only the levels up to t->top */
+     * set; importance may be NULL, inverse is positive. Of packed codes, weights with the scale's sign have only the
+     * levels up to t->top, and the errors with the negated scales follow in error[candidates + i]. */
     void (*errors_log8)(const float *w, const float *importance, size_t n, const float *inverse, int candidates,
                         const qins_log8_tables *t, float *error);
     /* Rounds a panel of 16 rows, one lane each, with error feedback. Each column (16 floats) in turn gets the code
      * nearest to w + sum over earlier columns i of feedback[column * cols + i] * e_i, where e_i is weight i minus its
-     * code's value. The e replace the weights. scale: 16 per group; group: the group of each column. If t->capped,
-     * scales may be negative, and signs of codes are relative to those of the scales. */
+     * code's value. The e replace the weights. scale: 16 per group; group: the group of each column. Scales of packed
+     * codes may be negative, and signs of codes are relative to those of the scales. */
     void (*feedback_log8)(float *panel, size_t cols, const float *feedback, const float *scale, const uint32_t *group,
                           const qins_log8_tables *t, uint8_t *codes);
     /* Decodes one row from column k on; group_scale: that row's, or NULL */

@@ -14,7 +14,7 @@
  *           vi_load_u8 vi_store_u8 (low bytes)   vi_signs(mask): 0x80000000 where the mask's bit is set
  *           vi_sign_bytes(const int8_t *): 0x80000000 where negative
  *   levels  FEW_LEVELS, if it searches for the nearest level of packed codes in registers: ve_load(t, bits)
- *           vf_nearest(const ve *, vf r, int bits): the level's value, for quotients r
+ *           vf_nearest(const ve *, vf magnitude, int bits, vi *last): see nearest_value
  *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
  *           SUM_LANES, if its vf_sum adds in the order of sum_lanes
  *           SUMS, if it has its own vf_sums(const vf *, int n, float *sums), the sums of n vectors

@@ -166,16 +166,14 @@ static void kernels_at(const qins_kernels *k, size_t n, int at_end)
     k->errors_log8(w, importance, n, inverse, 3, &log8, e);
     s->errors_log8(w, importance, n, inverse, 3, &log8, f);
     check(memcmp(e, f, sizeof e) == 0, "errors_log8 with importance", k->name, n, at_end);
-    for (int sign = 1; sign >= -1; sign -= 2) {
-        float of_sign[3] = {inverse[0] * (float)sign, inverse[1] * (float)sign, inverse[2] * (float)sign};
-        for (const qins_log8_tables *t = packed_tables; t < packed_tables + 3; t++) {
-            k->errors_log8(w, importance, n, of_sign, 3, t, e);
-            s->errors_log8(w, importance, n, of_sign, 3, t, f);
-            check(memcmp(e, f, sizeof e) == 0, "errors_log8, packed", k->name, n, at_end);
-            k->errors_log8(w, NULL, n, of_sign, 3, t, e);
-            s->errors_log8(w, NULL, n, of_sign, 3, t, f);
-            check(memcmp(e, f, sizeof e) == 0, "errors_log8, packed, without importance", k->name, n, at_end);
-        }
+    for (const qins_log8_tables *t = packed_tables; t < packed_tables + 3; t++) {
+        float both[6], signs[6]; /* with both signs of the scale */
+        k->errors_log8(w, importance, n, inverse, 3, t, both);
+        s->errors_log8(w, importance, n, inverse, 3, t, signs);
+        check(memcmp(both, signs, sizeof both) == 0, "errors_log8, packed", k->name, n, at_end);
+        k->errors_log8(w, NULL, n, inverse, 3, t, both);
+        s->errors_log8(w, NULL, n, inverse, 3, t, signs);
+        check(memcmp(both, signs, sizeof both) == 0, "errors_log8, packed, without importance", k->name, n, at_end);
     }
 
     float *x = room_for(out_a, n * 4, at_end), *y = room_for(out_b, n * 4, at_end);
@@ -1235,15 +1233,15 @@ static void levels_beside_thresholds(const qins_kernels *k, float mu, int bits)
         }
     }
     for (size_t i = 0; i < n; i++) {
-        const float inverse[2] = {1.0f, -1.0f};
-        float a[2], b[2];
-        k->errors_log8(w + i, NULL, 1, inverse, 2, &t, a);
-        qins_kernels_scalar.errors_log8(w + i, NULL, 1, inverse, 2, &t, b);
+        const float inverse = 1.0f;
+        float a[2] = {0.0f}, b[2] = {0.0f};
+        k->errors_log8(w + i, NULL, 1, &inverse, 1, &t, a);
+        qins_kernels_scalar.errors_log8(w + i, NULL, 1, &inverse, 1, &t, b);
         check(memcmp(a, b, sizeof a) == 0, "level beside a threshold", k->name, (size_t)bits, i);
         const float near[2] = {fabsf(w[i]) - t.level[i / 6], fabsf(w[i]) - t.level[i / 6 + 1]};
         const float least = near[0] * near[0] < near[1] * near[1] ? near[0] : near[1];
-        for (int sign = 0; sign < 2; sign++) { /* the last level is only for weights of the other sign */
-            const int exists = (int)(i / 6) + 1 <= t.top || bits == 8 || (w[i] < 0.0f) == (sign == 0);
+        for (int sign = 0; sign < (bits == 8 ? 1 : 2); sign++) { /* the last level is for weights of the other sign */
+            const int exists = (int)(i / 6) + 1 <= t.top || (w[i] < 0.0f) == (sign == 0);
             const float e = exists ? least : near[0];
             check(a[sign] <= e * e * 1.00001f && a[sign] >= least * least, "error beside a threshold", k->name,
                   (size_t)bits, i);

@@ -85,7 +85,9 @@ def _end(number: int, frame: object) -> None:
 
 def main() -> None:
     """Run the command line; a user error is one line on stderr and exit code 1, not a traceback."""
-    # at its end Python looks for garbage in all that torch and transformers have made: a second
+    # while torch and transformers are imported Python looks for garbage in all that they make, and once more at its end:
+    # a tenth of the time until a model answers, and a second
+    gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as it is after nohup
