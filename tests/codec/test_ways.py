@@ -45,6 +45,23 @@ def test_every_way_gives_the_product(isa, rng, forced_way, name, codec, group_si
             assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < limit
 
 
+@pytest.mark.parametrize(
+    ("codec", "group_size", "cols"),
+    [("log8", g, 20_040) for g in (None, 32, 64, 128, 192, 256)]
+    + [("log4", g, cols) for g in (32, 64, 192) for cols in (16_936, 40_008)],
+)
+def test_long_rows(isa, rng, codec, group_size, cols):
+    """Kernels take parts of columns, and list the scales of up to a thousand groups."""
+    w = rng.normal(0, 0.02, (3, cols)).astype(np.float32)
+    w *= np.repeat(rng.uniform(0.2, 1.0, -(-cols // 32)), 32)[:cols].astype(np.float32)
+    e = qins.encode(w, codec, group_size=group_size)
+    exact = e.decode().astype(np.float64)
+    for rows in (1, 3):
+        x = rng.normal(size=(rows, cols)).astype(np.float32)
+        error = qins.matmul(x, e) - x.astype(np.float64) @ exact.T
+        assert np.abs(error).max() < 2e-4 * np.linalg.norm(exact, axis=1).max() * 4
+
+
 # the table by (isa, codec, group size, dtype): first number of rows to kernel
 @pytest.mark.parametrize(
     ("name", "codec", "group_size", "dtype", "expected"),

@@ -488,6 +488,9 @@ static void packed_dots(const qins_kernels *k)
                 packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i + 1) % 5], 1);
             }
         }
+        for (size_t n = 504; n < 1200; n += 32) { /* units of more than 16 groups are computed 16 at a time */
+            packed_dots_at(k, PACKED[c], n, 1, GROUP[n / 32 % 3], 1);
+        }
     }
 }
 
