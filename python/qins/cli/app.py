@@ -85,7 +85,7 @@ def _end(number: int, frame: object) -> None:
 
 def main() -> None:
     """Run the command line; a user error is one line on stderr and exit code 1, not a traceback."""
-    # while torch and transformers are imported Python looks for garbage in all that they make, and once more at its end:
+    # Python looks for garbage in all that torch and transformers make, when they are imported and once more at its end:
     # a tenth of the time until a model answers, and a second
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)

@@ -5,9 +5,7 @@ Nothing here runs code from a file, and only requested tensors are read into mem
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import pickletools
 import zipfile
 import zlib
@@ -19,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..system import naming_extras, naming_file, read_json, require_address_space
+from ..system import naming_extras, naming_file, read_json, require_address_space, uninterrupted
 
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -177,15 +175,10 @@ class Checkpoint:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file; a signal does not interrupt it, as it does torch's own opening."""
+    """Open a safetensors file."""
     from safetensors import safe_open
 
-    while True:
-        try:
-            return safe_open(path, framework="pt")
-        except RuntimeError as e:
-            if os.strerror(errno.EINTR) not in str(e):
-                raise
+    return uninterrupted(lambda: safe_open(path, framework="pt"))
 
 
 def sha256(path: Path) -> str:

@@ -26,10 +26,12 @@ def tokenized(source: str | Path, text: str, tokens: int) -> Text:
     """Tokenize a text with a model's tokenizer and cut it into calibration data.
 
     Raises:
-        ValueError: the text is too short or too uniform.
+        ValueError: the text is too short or too uniform, or the tokenizer makes no tokens of it.
 
     """
     ids: torch.Tensor = load_tokenizer(str(source))(text, return_tensors="pt", verbose=False).input_ids
+    if text and ids.numel() == 0:
+        raise ValueError(f"{source}: expected a tokenizer that makes tokens of the calibration's text, got none")
     return split(cut(ids, tokens))
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..system import naming_file, read_json
+from ..system import naming_file, read_json, uninterrupted
 
 
 def require_transformers() -> Any:
@@ -105,10 +105,12 @@ def load_tokenizer(name: str) -> Any:
     with loading("the files of a tokenizer", name):
         try:
             return require_transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception:  # transformers may try other kinds of tokenizers, and name a package that they lack
+        except Exception as e:  # transformers may try other kinds of tokenizers, and name a package that they lack
             for pattern in ("config.json", "tokenizer*.json", "vocab.json", "*_tokens*.json"):
                 for path in sorted(Path(name).glob(pattern)):
                     read_json(path)
+            if isinstance(e, ValueError) and name not in str(e):
+                raise ValueError(f"{name}: expected the files of a tokenizer: {e}") from e
             raise
 
 
@@ -125,7 +127,9 @@ def load_causal_lm(name: str) -> tuple[Any, Any]:
     require_causal_lm(name)
     tokenizer = load_tokenizer(name)
     with loading("the checkpoint of a causal language model", name):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False
-        ).eval()
-    return model, tokenizer
+        model = uninterrupted(
+            lambda: transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=False
+            )
+        )
+    return model.eval(), tokenizer

@@ -22,6 +22,7 @@ from ..files import (
     require_decodable,
     source_quantization,
 )
+from ..system import uninterrupted
 from .models import not_found
 
 _VERSION = int(transformers.__version__.partition(".")[0])
@@ -143,9 +144,12 @@ def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> A
         ValueError: qins does not decode the format of its weights.
 
     """
-    told = source_quantization(transformers.PretrainedConfig.get_config_dict(source)[0])
+    found = transformers.PretrainedConfig.get_config_dict(source)[0]
+    told = source_quantization(found)
     if not told:
-        return architecture.from_pretrained(source, **kwargs)
+        # transformers, if it looked for the config once more and failed, would build its default model
+        config = architecture.config_class.from_dict(found)
+        return uninterrupted(lambda: architecture.from_pretrained(source, config=config, **kwargs))
     source = find_source(source)
     checkpoint = open_scaled(open_checkpoint(source))
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)

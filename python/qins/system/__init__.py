@@ -16,7 +16,7 @@ from .machine import (
     require_memory,
     reset_peak_resident_bytes,
 )
-from .naming import naming_file
+from .naming import naming_file, uninterrupted
 from .pages import give_back_freed_memory, is_resident, let_go, page_in, page_out
 from .progress_bar import Advance, allow_bars, progress
 from .text import read_json, read_text
@@ -53,6 +53,7 @@ __all__ = [
     "switch",
     "sync_directory",
     "threads",
+    "uninterrupted",
     "upward",
     "write_json",
 ]

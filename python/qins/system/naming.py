@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _OF_RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers tell an error of the system
 
@@ -28,3 +30,13 @@ def naming_file(path: str | Path) -> Iterator[None]:
         if isinstance(e, OSError) and e.errno is not None and e.filename is None:
             e.filename = str(path)
         raise
+
+
+def uninterrupted(opening: Callable[[], Any]) -> Any:
+    """Return what a call returns; make it again if a signal interrupts torch while it opens a file."""
+    while True:
+        try:
+            return opening()
+        except RuntimeError as e:
+            if os.strerror(errno.EINTR) not in str(e):
+                raise
