@@ -10,7 +10,7 @@ from torch import nn
 from ..codec import EncodedArray, encode, warn_if_slow
 from .affine_form import Affine, affine
 from .coded import CodedWeight
-from .ops import embedding
+from .ops import look_up
 
 
 class QINSEmbedding(CodedWeight, nn.Embedding):
@@ -131,7 +131,7 @@ class QINSEmbedding(CodedWeight, nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up and dequantize rows: (...) integers to (..., embedding_dim)."""
         fields: list[torch.Tensor] = [self._buffers[n] for n in self._names]  # type: ignore[misc]
-        y: torch.Tensor = embedding(input, fields, self.codec, self.group_size or 0, self._dtype)
+        y = look_up(input, fields, self.codec, self.group_size, self._dtype)
         return self._affine(y, self._parameters.get("bias"))
 
     def extra_repr(self) -> str:

@@ -205,6 +205,14 @@ linear.register_autograd(_backward, setup_context=_save_for_backward)
 linear_backward.register_autograd(_double_backward, setup_context=_save_for_backward)
 
 
+def _look_up(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    names = field_names(codec, group_size or None)
+    flat = ids.reshape(-1)
+    rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
+    decoded = decode_fields(codec, rows, group_size or None, dtype)
+    return decoded.reshape(*ids.shape, decoded.shape[1])
+
+
 @torch.library.custom_op(
     "qins::embedding",
     mutates_args=(),
@@ -212,11 +220,7 @@ linear_backward.register_autograd(_double_backward, setup_context=_save_for_back
 )
 def embedding(ids: Tensor, fields: list[Tensor], codec: str, group_size: int, dtype: torch.dtype) -> Tensor:
     """Dequantize rows of a matrix: ids (...) to (..., columns)."""
-    names = field_names(codec, group_size or None)
-    flat = ids.reshape(-1)
-    rows = {n: f if n in SCALARS[codec] else f.index_select(0, flat) for n, f in zip(names, fields, strict=True)}
-    decoded = decode_fields(codec, rows, group_size or None, dtype)
-    return decoded.reshape(*ids.shape, decoded.shape[1])
+    return _look_up(ids, fields, codec, group_size, dtype)
 
 
 @embedding.register_fake
@@ -239,4 +243,12 @@ def multiply(x: Tensor, fields: list[Tensor], codec: str, group_size: int | None
     if type(x) is Tensor and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled()) and not is_watched():
         return multiply_codes(x, fields, codec, group_size)
     y: Tensor = linear(x, fields, codec, group_size or 0)
+    return y
+
+
+def look_up(ids: Tensor, fields: list[Tensor], codec: str, group_size: int | None, dtype: torch.dtype) -> Tensor:
+    """Compute `embedding`, bypassing torch's dispatcher when no graph is needed."""
+    if type(ids) is Tensor and ids.is_cpu and not is_watched():
+        return _look_up(ids, fields, codec, group_size or 0, dtype)
+    y: Tensor = embedding(ids, fields, codec, group_size or 0, dtype)
     return y
