@@ -21,8 +21,7 @@ enum { FULL = 240 };
 /* Rows with other scales are not searched: reciprocals or squares would leave float32's normal range. */
 static int searchable(float scale) { return scale > 7.9e-31f && scale < 1.2e30f; }
 
-/* Squared error of elements [k, k + n) of a row under each candidate scale; of packed codes, then under each negated.
- */
+/* Squared error of elements [k, k + n) of a row under each candidate scale, and of packed codes, each negated one. */
 static void span_errors(qins_reader *r, const qins_encoding *e, size_t row, size_t k, size_t n, const float *scale,
                         int candidates, double *error)
 {
@@ -162,9 +161,12 @@ static void compare_multipliers(qins_reader *r, const qins_encoding *e, size_t r
     }
     span_errors(r, e, row, k, n, candidate, count, error);
     for (int sign = PLUS; sign <= MINUS; sign++) {
+        if ((signs & sign) == 0) {
+            continue;
+        }
         const double *of_sign = error + (sign == MINUS ? count : 0);
-        const int found = (signs & sign) != 0 ? smallest(of_sign, count) : 0;
-        if ((signs & sign) != 0 && of_sign[found] < *least_error) {
+        const int found = smallest(of_sign, count);
+        if (of_sign[found] < *least_error) {
             *least_error = of_sign[found];
             *best = sign == MINUS ? -multiplier[found] : multiplier[found];
         }
