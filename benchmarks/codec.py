@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from seed_golden import seed_decode, seed_encode
 
 SHAPES = {"L1": (4, 1024), "L2": (128, 2048), "memory": (8192, 3072)}
-CODECS = [("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 64)]
+CODECS = [
+    ("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 64), ("log6", 32), ("log5", 32), ("log4", 32),
+]  # fmt: skip
 
 
 def measure(shape: tuple[int, int], seconds: float) -> list[dict[str, object]]:

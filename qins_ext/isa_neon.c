@@ -213,6 +213,75 @@ WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
     return sums;
 }
 
+/* -- packed codes */
+
+/* 16 of a block of 64 packed codes, one to a byte; see packed.h */
+WORD uint8x16_t packed_indices(const uint8_t *packed, int bits, int quarter)
+{
+    const uint8x16_t nibbles = vld1q_u8(packed + 16 * (quarter % 2));
+    const uint8x16_t low = quarter < 2 ? vandq_u8(nibbles, vdupq_n_u8(15)) : vshrq_n_u8(nibbles, 4);
+    if (bits == 4) {
+        return low;
+    }
+    const int8_t at = (int8_t)(-2 * quarter); /* to the right by as many bits */
+    uint8x16_t more;
+    if (bits == 5) {
+        const uint8x8_t plane = vld1_u8(packed + 32);
+        more = vshlq_u8(vcombine_u8(plane, plane), vcombine_s8(vdup_n_s8(at), vdup_n_s8((int8_t)(at - 1))));
+        more = vandq_u8(more, vdupq_n_u8(1));
+    } else {
+        more = vandq_u8(vshlq_u8(vld1q_u8(packed + 32), vdupq_n_s8(at)), vdupq_n_u8(3));
+    }
+    return vorrq_u8(low, vshlq_n_u8(more, 4));
+}
+
+#define UNPACK_BLOCK
+/* A block in log8's form; see packed.h */
+WORD void unpack_block(const uint8_t *packed, int bits, uint8_t *codes)
+{
+    const uint8x16_t top = vdupq_n_u8((uint8_t)((1 << (bits - 1)) - 1));
+    QUARTERS
+    {
+        const uint8x16_t q = packed_indices(packed, bits, i), sign = vcgtq_u8(q, top); /* all bits where set */
+        const uint8x16_t level = vsubq_u8(vandq_u8(q, top), sign);
+        const uint8x16_t m = vminq_u8(vshlq_u8(level, vdupq_n_s8((int8_t)(8 - bits))), vdupq_n_u8(127));
+        vst1q_u8(codes + 16 * i, vorrq_u8(m, vandq_u8(sign, vdupq_n_u8(128))));
+    }
+}
+
+#define DECODE_PACKED
+/* Low and high bytes of the words of packed codes */
+typedef struct {
+    uint8x16x4_t low, high;
+} vp;
+WORD vp vp_load(const qins_log8_words *t)
+{
+    vp r;
+    QUARTERS
+    {
+        r.low.val[i] = vld1q_u8(t->packed_low + 16 * i);
+        r.high.val[i] = vld1q_u8(t->packed_high + 16 * i);
+    }
+    return r;
+}
+WORD uint8x16_t pick_bytes(const uint8x16x4_t *table, uint8x16_t q, int bits)
+{
+    const uint8x16x2_t half = {{table->val[0], table->val[1]}};
+    return bits == 4 ? vqtbl1q_u8(table->val[0], q) : bits == 5 ? vqtbl2q_u8(half, q) : vqtbl4q_u8(*table, q);
+}
+WORD vw vw_decode_packed(const vp *t, const uint8_t *packed, int bits)
+{
+    vw w;
+    QUARTERS
+    {
+        const uint8x16_t q = packed_indices(packed, bits, i);
+        const uint8x16_t low = pick_bytes(&t->low, q, bits), high = pick_bytes(&t->high, q, bits);
+        w.v[2 * i] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
+        w.v[2 * i + 1] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
+    }
+    return w;
+}
+
 #define FLOAT_ROWS 6
 #define FLOAT_PANELS 1
 
