@@ -586,15 +586,6 @@ WORD vi vw_decode_and_add(vi sums, const vt *t, const uint8_t *codes, const int1
     return sums;
 }
 
-/* One register of sums instead of two: the second would be in memory, and each step would wait for it. */
-#define ADD_STEP
-WORD vf vf_add_step(vf acc, vi sums, vf unit)
-{
-    acc.a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.a), unit.a, acc.a);
-    acc.a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.b), unit.b, acc.a);
-    return acc;
-}
-
 #define FLOAT_ROWS 6
 #define FLOAT_PANELS 1
 

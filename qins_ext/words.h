@@ -30,7 +30,6 @@
  *           WORD_STEP: columns whose sums fit 32 bits: 64 or, for words up to QINS_WORD_MAX, 128
  *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations fit in registers
  *           WORD_SETS: up to this many sets of 8 rows of activations, decoding codes again is faster than loading words
- *           ADD_STEP, if it has its own vf_add_step(acc, vi sums, vf unit): acc + sums * unit, added in any lanes
  *   packed  optional, for whole blocks of 64 packed codes (see packed.h). If DECODE_PACKED, words without log8's form:
  *           vp_load(t)  vw_decode_packed(const vp *, const uint8_t *packed, int bits)
  *           If UNPACK_BLOCK, log8's form: unpack_block(packed, bits, codes)
