@@ -21,7 +21,8 @@ from seed_golden import seed_decode, seed_encode
 
 SHAPES = {"L1": (4, 1024), "L2": (128, 2048), "memory": (8192, 3072)}
 CODECS = [
-    ("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 64), ("log6", 32), ("log5", 32), ("log4", 32),
+    ("golden", None), ("log9", None), ("log8", None), ("log8", 128), ("log8", 64),
+    ("log6", 32), ("log5", 32), ("log4", 32),
 ]  # fmt: skip
 
 
