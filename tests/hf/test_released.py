@@ -107,3 +107,21 @@ def test_floats_are_those_of_transformers(tmp_path, name):
     cls, source, _ = save(tmp_path, name)
     dtype = torch.bfloat16 if name == "mxfp4" else torch.float32
     assert tiny.same_state(cls.from_pretrained(source, dtype=dtype), load_floats(cls, source, dtype=dtype))
+
+
+def test_floats_of_a_part_of_a_model(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    config = transformers.CLIPConfig(text_config={**sizes, "vocab_size": 160}, vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    cls = transformers.CLIPTextModel
+    assert tiny.same_state(cls.from_pretrained(tmp_path), load_floats(cls, tmp_path))
+
+
+def test_the_config_of_floats_is_read_once(tmp_path, monkeypatch):
+    """Where transformers fails to find it the second time, it makes its default model, of billions of weights."""
+    cls, _, floats = save(tmp_path, "fp8 block")
+    expected = cls.from_pretrained(floats, dtype=torch.float32)
+    with monkeypatch.context() as m:
+        m.setattr(cls.config_class, "from_pretrained", lambda *args, **kwargs: pytest.fail("read again"))
+        assert tiny.same_state(expected, load_floats(cls, floats, dtype=torch.float32))

@@ -147,9 +147,11 @@ def load_floats(architecture: type[Any], source: str | Path, **kwargs: Any) -> A
     found = transformers.PretrainedConfig.get_config_dict(source)[0]
     told = source_quantization(found)
     if not told:
-        # transformers, if it looked for the config once more and failed, would build its default model
-        config = architecture.config_class.from_dict(found)
-        return uninterrupted(lambda: architecture.from_pretrained(source, config=config, **kwargs))
+        kind = architecture.config_class
+        if found.get("model_type") == kind.model_type:  # else transformers looks for the model's own part of it
+            # transformers, if it looked for the config once more and failed, would build its default model
+            kwargs["config"] = kind.from_dict(found)
+        return uninterrupted(lambda: architecture.from_pretrained(source, **kwargs))
     source = find_source(source)
     checkpoint = open_scaled(open_checkpoint(source))
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)

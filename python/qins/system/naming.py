@@ -1,4 +1,4 @@
-"""Errors of the system that name their file."""
+"""Errors of the system: they name their file, and an interrupted opening is none."""
 
 from __future__ import annotations
 
