@@ -589,6 +589,26 @@ WORD vi vw_decode_and_add(vi sums, const vt *t, const uint8_t *codes, const int1
 #define FLOAT_ROWS 6
 #define FLOAT_PANELS 1
 
+#define DOT_WORDS
+/* Multiplies 64 words in place, the first and last half by these times 2^-14. */
+WORD void vw_multiply(int16_t *w, int first, int second)
+{
+    for (int i = 0; i < 4; i++, w += 16) {
+        const __m256i by = _mm256_set1_epi16((short)(i < 2 ? first : second));
+        __m256i *at = (__m256i *)(void *)w;
+        _mm256_storeu_si256(at, _mm256_mulhrs_epi16(_mm256_slli_epi16(_mm256_loadu_si256(at), 1), by));
+    }
+}
+WORD vi vi_dot(vi sums, int32_t two, vi x)
+{
+    const __m256i both = _mm256_set1_epi32(two);
+    sums.a = _mm256_add_epi32(sums.a, _mm256_madd_epi16(both, x.a));
+    sums.b = _mm256_add_epi32(sums.b, _mm256_madd_epi16(both, x.b));
+    QINS_KEEP("x", sums.a);
+    QINS_KEEP("x", sums.b);
+    return sums;
+}
+
 #include "kernels.inc"
 
 #endif

@@ -96,6 +96,14 @@ WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
     return _mm512_add_epi32(sums, _mm512_madd_epi16(w->v[1], _mm512_loadu_si512(x + 32)));
 }
 
+#define DOT_WORDS
+WORD vi vi_dot(vi sums, int32_t two, vi x)
+{
+    sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_set1_epi32(two), x));
+    QINS_KEEP("v", sums);
+    return sums;
+}
+
 #include "kernels.inc"
 
 #endif

@@ -8,12 +8,12 @@
 #include "packed.h"
 
 enum {
-    BATCH_ROWS = 512,        /* of x at a time: bounds the sums of a block */
-    PACKED_BYTES = 32 << 20, /* of x in panels: likewise */
-    MOST_ROWS = 192,         /* of weights in a block: the largest `block` of any form */
-    FEW_ROWS = 64,           /* up to this many rows of x, decoding is the bottleneck */
-    FEW_SPAN = 512,          /* columns of weights that are then prepared at a time */
-    GRAIN_ELEMENTS = 16384   /* least packing work for a thread */
+    BATCH_ROWS = 512,               /* of x at a time: bounds the sums of a block */
+    PACKED_BYTES = 32 << 20,        /* of x in panels: likewise */
+    MOST_ROWS = 3 * QINS_WORD_ROWS, /* of weights in a block: the largest `block` of any form */
+    FEW_ROWS = 64,                  /* up to this many rows of x, decoding is the bottleneck */
+    FEW_SPAN = 512,                 /* columns of weights that are then prepared at a time */
+    GRAIN_ELEMENTS = 16384          /* least packing work for a thread */
 };
 
 typedef struct {
@@ -28,8 +28,9 @@ typedef struct {
     int few;                           /* so few rows of x that decoding is the bottleneck */
     const char *x;
     char *packed;
-    const char *panels; /* packed, or x itself */
-    float *x_scale;     /* panels x steps x 16 */
+    const char *panels;      /* packed, or x itself */
+    float *x_scale;          /* panels x steps x 16 */
+    qins_outliers *outliers; /* of each row of x; NULL: they stay in it */
     qins_dtype dtype;
     char *y; /* of the first row of this batch */
     atomic_int_least32_t failed;
@@ -48,9 +49,9 @@ static void pack_panels(void *context, size_t begin, size_t end)
 {
     panels *p = context;
     size_t cols = p->e->cols, size = item_size(p->dtype);
-    const int widen = p->dtype != p->form->packs;
-    float *wide = widen ? qins_scratch_take(QINS_PANEL * cols * sizeof *wide) : NULL;
-    if (widen && wide == NULL) {
+    const int widen = p->dtype != p->form->packs, copy = widen || p->outliers != NULL;
+    float *wide = copy ? qins_scratch_take(QINS_PANEL * cols * sizeof *wide) : NULL;
+    if (copy && wide == NULL) {
         atomic_store(&p->failed, 1);
         return;
     }
@@ -60,6 +61,12 @@ static void pack_panels(void *context, size_t begin, size_t end)
         if (widen) {
             p->kernels->widen[p->dtype](x, rows * cols, wide);
             x = wide;
+        } else if (copy) {
+            x = memcpy(wide, x, rows * cols * size);
+        }
+        for (size_t j = 0; p->outliers != NULL && j < rows; j++) {
+            float *row = wide + j * cols;
+            qins_take_outliers(p->kernels, row, cols, row, &p->outliers[m + j]);
         }
         p->form->pack(x, cols, rows, cols, p->step, p->packed + i * panel_bytes(p),
                       p->x_scale + i * p->steps * QINS_PANEL);
@@ -75,6 +82,16 @@ static void word_factors(const panels *p, size_t row, size_t k, size_t count, fl
     const uint8_t *group = group_row(p->e, row);
     for (size_t i = 0; i < count; i++, k += p->each) {
         factor[i] = plane_unit(p->e, p->words, row, group != NULL ? group + k / p->e->group_size : NULL);
+    }
+}
+
+/* What levels of a row's weights are multiplied by, for each `each` columns from k on. */
+static void signed_factors(const panels *p, size_t row, size_t k, size_t count, float *factor)
+{
+    const uint8_t *group = group_row(p->e, row);
+    const float scale = float_at(p->e->scale, row);
+    for (size_t i = 0; i < count; i++, k += p->each) {
+        factor[i] = group != NULL ? scale * p->words->multiplier[group[k / p->e->group_size]] : scale;
     }
 }
 
@@ -94,14 +111,30 @@ static void fold_factors(const panels *p, size_t steps, size_t count, float *fac
     }
 }
 
+/* Stores the scales of the steps of one row, so that those of `height` rows are consecutive. */
+static void store_scales(float *w_scale, size_t i, const float *scale, size_t steps, size_t height)
+{
+    for (size_t s = 0; s < steps; s++) {
+        w_scale[(i / height * steps + s) * height + i % height] = scale[s];
+    }
+}
+
 /* Prepares columns [k, k + n) of one row of weights, n at most `depth`, and the factors that multiply() needs. */
 static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t n, char *prepared, float *w_scale)
 {
     const qins_panels *form = p->form;
+    const size_t steps = ceil_div(n, p->step), height = (size_t)form->rows;
     float values[QINS_WINDOW], factor[2 * QINS_WINDOW / QINS_DEPTH + 1], scale[QINS_WINDOW / QINS_DEPTH + 1];
     factor[0] = 0.0f;
+    if (form == p->kernels->words) {
+        signed_factors(p, row, k, ceil_div(n, p->each), factor);
+        form->prepare(p->e->codes + row * code_bytes(p->e, p->e->cols) + code_bytes(p->e, k), n, p->words, factor,
+                      p->each, i, prepared, scale);
+        store_scales(w_scale, i, scale, steps, height);
+        return;
+    }
     if (p->words != NULL) {
-        const size_t steps = ceil_div(n, p->step), count = ceil_div(n, p->each), height = (size_t)form->rows;
+        const size_t count = ceil_div(n, p->each);
         uint8_t unpacked[QINS_WINDOW];
         const uint8_t *codes = unpacked;
         if (is_packed(p->e->codec)) {
@@ -111,24 +144,30 @@ static void prepare_row(const panels *p, size_t row, size_t i, size_t k, size_t 
         }
         word_factors(p, row, k, count, factor);
         if (form->turn != NULL) {
-            form->prepare(codes, n, p->words, factor, p->each, i, prepared);
+            form->prepare(codes, n, p->words, factor, p->each, i, prepared, NULL);
             return;
         }
         fold_factors(p, steps, count, factor, scale);
-        form->prepare(codes, n, p->words, p->each < p->step ? factor : NULL, p->each, i, prepared);
-        for (size_t s = 0; s < steps; s++) {
-            w_scale[(i / height * steps + s) * height + i % height] = scale[s];
-        }
+        form->prepare(codes, n, p->words, p->each < p->step ? factor : NULL, p->each, i, prepared, NULL);
+        store_scales(w_scale, i, scale, steps, height);
         return;
     }
     float *out = form->prepare != NULL ? values : (float *)(void *)(prepared + i * form->depth * form->item);
     qins_decode_span(&p->decoder, row, k, n, out);
     if (form->prepare != NULL) {
-        form->prepare(values, n, NULL, NULL, p->step, i, prepared);
+        form->prepare(values, n, NULL, NULL, p->step, i, prepared, NULL);
     } else {
         for (size_t j = n; j % QINS_DEPTH != 0; j++) {
             out[j] = 0.0f; /* x is zero here, but weights must be finite */
         }
+    }
+}
+
+/* Adds the products of one row's outliers to its sums. */
+static void add_outliers(const panels *p, size_t m, size_t rows, qins_columns *columns, float *sums)
+{
+    for (size_t i = 0; i < rows; i += QINS_WORD_ROWS) {
+        qins_add_outliers(p->e, p->words, &p->outliers[m], columns++, sums + i);
     }
 }
 
@@ -137,6 +176,10 @@ static void store_block(const panels *p, const float *c, size_t row, size_t rows
 {
     size_t size = item_size(p->dtype);
     float turned[QINS_PANEL * MOST_ROWS];
+    qins_columns columns[MOST_ROWS / QINS_WORD_ROWS];
+    for (size_t i = 0; i < rows; i += QINS_WORD_ROWS) {
+        qins_start_columns(&columns[i / QINS_WORD_ROWS], row + i, least(rows - i, QINS_WORD_ROWS));
+    }
     for (size_t m = 0; m < p->batch; m += QINS_PANEL) {
         const float *from = c + m * padded_rows;
         size_t next = padded_rows;
@@ -149,6 +192,9 @@ static void store_block(const panels *p, const float *c, size_t row, size_t rows
         }
         for (size_t lane = 0; lane < QINS_PANEL && m + lane < p->batch; lane++) {
             char *y = p->y + ((m + lane) * p->e->rows + row) * size;
+            if (p->outliers != NULL) {
+                add_outliers(p, m + lane, rows, columns, turned + lane * MOST_ROWS);
+            }
             p->kernels->narrow[p->dtype](from + lane * next, rows, y);
         }
     }
@@ -196,6 +242,7 @@ static void multiply_block(const panels *p, size_t row, size_t rows, char *prepa
                 .panels = (int)least(count - i, (size_t)form->panels),
                 .cols = depth,
                 .x_scale = p->x_scale + (i * p->steps + k / p->step) * QINS_PANEL,
+                .next_scale = p->steps * QINS_PANEL,
                 .step = p->step,
                 .fetch = i > 0 ? NULL : &fetch,
                 .next_c = next_c,
@@ -252,8 +299,8 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     panels p = {.kernels = kernels, .form = form, .words = words, .e = e, .dtype = dtype};
     atomic_init(&p.failed, 0);
     p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
-    p.step = folding_step(e);
-    p.each = folded(e) ? e->group_size : p.step;
+    p.step = form->step > 0 ? form->step : folding_step(e);
+    p.each = folded(e) ? e->group_size : scale_step(e);
     p.steps = ceil_div(e->cols, p.step);
     p.block = form->block;
     /* equal spans: in a short last one, loading and storing sums takes longer than the products */
@@ -275,12 +322,15 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     most = most > 0 ? most : 1;
     const int as_they_are = form->whole && dtype == form->packs && e->cols % QINS_DEPTH == 0;
     size_t bytes = as_they_are ? 0 : most * panel_bytes(&p);
-    char *room = qins_scratch_take(bytes + most * p.steps * QINS_PANEL * sizeof(float));
+    const size_t scales = most * p.steps * QINS_PANEL * sizeof(float);
+    const size_t outliers = form == kernels->words ? most * QINS_PANEL * sizeof(qins_outliers) : 0;
+    char *room = qins_scratch_take(bytes + scales + outliers);
     if (room == NULL) {
         return -1;
     }
     p.packed = room;
     p.x_scale = (float *)(void *)(p.packed + bytes);
+    p.outliers = outliers > 0 ? (qins_outliers *)(void *)(p.packed + bytes + scales) : NULL;
     for (size_t m = 0; m < batch; m += p.batch) {
         p.batch = least(batch - m, most * QINS_PANEL);
         p.x = (const char *)x + m * e->cols * item_size(dtype);

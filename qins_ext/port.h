@@ -70,6 +70,14 @@
 #define QINS_PREFETCH_BESIDE(address, vector) ((void)(address))
 #endif
 
+/* Keeps a vector that a loop accumulates in its register, of the class `constraint`: GCC copies such vectors, stores
+ * them, and moves operations until there are not enough registers. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define QINS_KEEP(constraint, vector) __asm__("" : "+" constraint(vector))
+#else
+#define QINS_KEEP(constraint, vector) ((void)0)
+#endif
+
 #if defined(_MSC_VER) && !defined(__clang__)
 #define QINS_ALIGNED(n) __declspec(align(n))
 #else

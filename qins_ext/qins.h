@@ -156,12 +156,14 @@ typedef struct {
 /* Products with many rows of activations. The rows are split into panels of 16, one lane each. A block of weights is
  * decoded once for all panels, in one of these forms:
  *   floats  consecutive columns of a panel, 16 float32 each; weights row by row
+ *   words   consecutive pairs of columns of a panel, 16 words each; weights row by row. Both share a scale over `step`
+ *           columns
  *   planes  bytes of 16-bit words in tiles of 16 x 64: high bytes, then low bytes. Weights are words of log8
  *           (plane_high, plane_low); activations are words that share a scale over `step` columns
  *   halves  bfloat16 in tiles of 16 x 32, with the roles exchanged: one lane per row of weights
  * In a tile, the left factor is stored row by row. The right factor has the 4 (planes) or 2 (halves) columns that a
  * 32-bit lane multiplies, for each of the 16 lanes. Columns are padded with zeros to a multiple of QINS_DEPTH. */
-enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127 };
+enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127, QINS_WORD_PANEL_STEP = 128 };
 
 /* One product of a block of weights and panels. */
 typedef struct {
@@ -169,7 +171,8 @@ typedef struct {
     size_t next_x;     /* bytes from one panel to the next */
     int panels;
     size_t cols;
-    const float *x_scale, *w_scale; /* planes: 16, and `rows`, per `step` columns */
+    const float *x_scale, *w_scale; /* words, planes: 16, and `rows`, per `step` columns */
+    size_t next_scale;              /* from one panel's scales to the next */
     size_t step;
     qins_fetch *fetch; /* NULL, or one line per 64 of these weights */
     float *c;          /* sums; panels are `next_c` floats apart */
@@ -189,16 +192,19 @@ typedef struct {
     size_t item;      /* bytes per activation, and per weight */
     size_t depth;     /* most columns per multiply(); prepared weights have room for these */
     size_t block;     /* rows of weights prepared at a time; a multiple of `rows` and of 16 */
+    size_t step;      /* words: columns that share a scale; 0: a matter of the groups */
     /* Called before and after a thread's calls to multiply(); may be NULL. */
     void (*begin)(void);
     void (*end)(void);
-    /* Packs at most 16 rows of activations, `stride` apart; scale (planes): 16 per `step` columns */
+    /* Packs at most 16 rows of activations, `stride` apart; scale (words, planes): 16 per `step`
+     * columns */
     void (*pack)(const void *x, size_t stride, size_t rows, size_t cols, size_t step, void *packed, float *scale);
     /* Prepares one row of weights as row `row` of `prepared`: from codes of log8, or from float32 values if t is NULL
      * (halves). factor, one per `step` columns: halves: converts words to halves; planes: multiplies words, at most
-     * 1, or NULL. prepare NULL: multiply() takes float32 values. */
+     * 1, or NULL; words: what the codes' levels are multiplied by. words: w are packed codes as they are, and `scale`
+     * gets the prepared weights' scales, one for each of their steps. prepare NULL: multiply() takes float32 values. */
     void (*prepare)(const void *w, size_t cols, const qins_log8_words *t, const float *factor, size_t step, size_t row,
-                    void *prepared);
+                    void *prepared, float *scale);
     /* If weights are the right factor: builds it from the first `rows` prepared rows; else NULL. */
     void (*turn)(void *prepared, size_t rows, size_t cols);
     /* c[panel][row][lane] += sums of products, or with turn c[panel][lane][row] with rows next_c / 16 apart; planes:
@@ -351,7 +357,7 @@ typedef struct {
     /* exact.h: restores the first weights of a row, a multiple of 16, while the words last; returns their number. NULL:
      * no faster than without */
     size_t (*restore)(qins_restoring *r, const uint16_t *decoded, const uint8_t *codes, size_t n, uint16_t *w);
-    const qins_panels *floats, *planes, *halves; /* NULL: floats is the best here */
+    const qins_panels *floats, *words, *planes, *halves; /* NULL: floats is the best here */
     const qins_single *single;                   /* or NULL */
     const qins_few *few;                         /* or NULL */
     /* Transposes a 16 x 16 matrix of 32-bit elements; strides in elements */

@@ -52,7 +52,6 @@ typedef struct {
 #define ANY (~0u)
 #define BF16 (1u << QINS_BF16)
 #define ISA(name) (1u << QINS_ISA_##name)
-#define VNNI (ISA(avx512vnni) | ISA(avx512bf16) | ISA(amx))
 #define NEVER SIZE_MAX /* only if forced */
 #define ALL SIZE_MAX
 
@@ -75,7 +74,8 @@ static const rule RULES[] = {
     {WORDED,       ANY,    ANY,           QINS_WORDS,         1,        ALL},
     {WORDED,       ANY,    ISA(scalar),   QINS_FLOAT_PANELS,  9,        ALL},   /* Zen 5 */
     {WORDED,       ANY,    ISA(neon),     QINS_FLOAT_PANELS,  33,       ALL},   /* not measured, only run in qemu */
-    {WORD_BLOCKS,  ANY,    VNNI,          QINS_FLOAT_PANELS,  49,       ALL},   /* Zen 5 */
+    {WORDED,       ANY,    ANY,           QINS_WORD_PANELS,   65,       ALL},   /* Zen 4, with AVX2, too */
+    {WORD_BLOCKS,  ANY,    ANY,           QINS_WORD_PANELS,   41,       ALL},   /* Zen 4, with AVX2, too */
     {WORDED,       BF16,   ANY,           QINS_HALF_PANELS,   16,       ALL},   /* Zen 5 */
 
     {SINGLE,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
@@ -98,6 +98,8 @@ const qins_panels *qins_panels_of(const qins_kernels *k, qins_way way)
         return k->halves;
     case QINS_PLANE_PANELS:
         return k->planes;
+    case QINS_WORD_PANELS:
+        return k->words;
     default:
         return NULL;
     }
@@ -112,6 +114,7 @@ static int available(const qins_kernels *k, qins_way way)
         return k->few != NULL;
     case QINS_HALF_PANELS:
     case QINS_PLANE_PANELS:
+    case QINS_WORD_PANELS:
         return qins_panels_of(k, way) != NULL;
     default:
         return 1;

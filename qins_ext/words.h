@@ -36,6 +36,9 @@
  *           If PACKED_VALUES, the most bits for which it has packed_floats(packed, n, value, bits, out), which looks up
  *           the values of whole blocks faster than decode_log8
  *   values  WORD_VALUES, if it has vw_floats(vw, float *out), which converts 64 words to floats
+ *   pairs   DOT_WORDS, if it multiplies words faster than floats (see word_panels.inc):
+ *           vi_dot(vi sums, int32_t two, vi x): sums + products of the two words in `two` with those of each lane of x
+ *           vi_load   vw_multiply(int16_t *w, first, second): 64 words of vw, times these times 2^-14, rounded
  *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
  *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles
  *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too

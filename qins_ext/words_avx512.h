@@ -232,3 +232,12 @@ WORD void vf_sums(const vf *v, int n, float *sums)
         sums[i] = vf_sum(*v++);
     }
 }
+
+/* Multiplies 64 words in place, the first and last half by these times 2^-14. */
+WORD void vw_multiply(int16_t *w, int first, int second)
+{
+    const __m512i by = _mm512_mask_set1_epi16(_mm512_set1_epi16((short)first), 0xffff0000, (short)second);
+    for (int i = 0; i < 2; i++, w += 32) {
+        _mm512_storeu_si512(w, _mm512_mulhrs_epi16(_mm512_slli_epi16(_mm512_loadu_si512(w), 1), by));
+    }
+}

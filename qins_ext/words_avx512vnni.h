@@ -71,3 +71,11 @@ WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
     sums = _mm512_dpwssd_epi32(sums, w->v[0], _mm512_loadu_si512(x));
     return _mm512_dpwssd_epi32(sums, w->v[1], _mm512_loadu_si512(x + 32));
 }
+
+#define DOT_WORDS
+WORD vi vi_dot(vi sums, int32_t two, vi x)
+{
+    sums = _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(two), x);
+    QINS_KEEP("v", sums);
+    return sums;
+}

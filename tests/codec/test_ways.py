@@ -62,6 +62,44 @@ def test_long_rows(isa, rng, codec, group_size, cols):
         assert np.abs(error).max() < 2e-4 * np.linalg.norm(exact, axis=1).max() * 4
 
 
+@pytest.mark.parametrize(
+    ("codec", "group_size"), [("log8", g) for g in (None, 32, 64, 128)] + [("log4", 32), ("log6", 64)]
+)
+def test_the_largest_sums(isa, rng, forced_way, codec, group_size):
+    """No sum of integers overflows: rows of activations that are the weights' own, and weights of one magnitude."""
+    w = rng.normal(0, 0.02, (40, 328)).astype(np.float32)
+    w[:4] = 0.02
+    w[4:8] = rng.choice([-0.02, 0.02], (4, 328))
+    e = qins.encode(w, codec, group_size=group_size)
+    exact = e.decode().astype(np.float64)
+    x = np.tile(exact, (4, 1)).astype(np.float32) * rng.choice([-1e6, 1e6], (160, 1)).astype(np.float32)
+    for name in _core.WAYS:
+        forced_way(name)
+        for rows in (1, 8, 160):
+            if way(e, rows, "float32") == name:
+                error = np.abs(qins.matmul(x[:rows], e) - x[:rows].astype(np.float64) @ exact.T)
+                assert np.all(error <= 4e-4 * np.linalg.norm(x[:rows], axis=1)[:, None] * np.linalg.norm(exact, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("codec", "group_size"), [("golden", None), ("rational", None), ("log8", 64), ("log8", 10), ("log5", 32)]
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_activations_that_are_not_finite_spoil_their_own_row_only(isa, rng, forced_way, codec, group_size, bad):
+    e = qins.encode(rng.normal(0, 0.02, (40, 328)).astype(np.float32), codec, group_size=group_size)
+    x = rng.normal(size=(160, 328)).astype(np.float32)
+    expected = x @ e.decode().T
+    x[7, 320] = bad
+    for name in _core.WAYS:
+        forced_way(name)
+        for rows in (8, 160):
+            if way(e, rows, "float32") == name:
+                y = qins.matmul(x[:rows], e)
+                assert not np.isfinite(y[7]).any()
+                others = np.arange(rows) != 7
+                np.testing.assert_allclose(y[others], expected[:rows][others], atol=2e-3)
+
+
 # the table by (isa, codec, group size, dtype): first number of rows to kernel
 @pytest.mark.parametrize(
     ("name", "codec", "group_size", "dtype", "expected"),
@@ -69,13 +107,13 @@ def test_long_rows(isa, rng, codec, group_size, cols):
         ("scalar", "log8", 0, "float32", {1: "WORDS", 9: "FLOAT_PANELS"}),
         ("scalar", "golden", 0, "float32", {1: "FACTORS", 9: "FLOAT_PANELS"}),
         ("scalar", "rational", 0, "bfloat16", {1: "FLOATS", 9: "FLOAT_PANELS"}),
-        ("avx2", "log8", 128, "float32", {1: "WORDS"}),
+        ("avx2", "log8", 128, "float32", {1: "WORDS", 65: "WORD_PANELS"}),
         ("avx2", "log9", 0, "float32", {1: "FACTORS", 25: "FLOAT_PANELS"}),
         ("avx2", "log8", 100, "float32", {1: "FLOATS", 9: "FLOAT_PANELS"}),
         ("neon", "log8", 64, "float32", {1: "WORDS", 33: "FLOAT_PANELS"}),
-        ("avx512", "log8", 32, "bfloat16", {1: "WORDS"}),
-        ("avx512vnni", "log8", 0, "float32", {1: "BYTES", 2: "WORDS"}),
-        ("avx512vnni", "log8", 64, "float32", {1: "BYTES", 2: "WORDS", 49: "FLOAT_PANELS"}),
+        ("avx512", "log8", 32, "bfloat16", {1: "WORDS", 41: "WORD_PANELS"}),
+        ("avx512vnni", "log8", 0, "float32", {1: "BYTES", 2: "WORDS", 65: "WORD_PANELS"}),
+        ("avx512vnni", "log8", 64, "float32", {1: "BYTES", 2: "WORDS", 41: "WORD_PANELS"}),
         ("avx512bf16", "log8", 64, "bfloat16", {1: "BYTES", 2: "WORDS", 16: "HALF_PANELS"}),
         ("avx512bf16", "golden", 0, "bfloat16", {1: "FACTORS", 9: "HALF_PANELS"}),
         ("amx", "log8", 128, "float32", {1: "BYTES", 2: "TILES", 129: "PLANE_PANELS"}),
@@ -85,8 +123,8 @@ def test_long_rows(isa, rng, codec, group_size, cols):
         ("amx", "log8", 32, "float32", {1: "WORDS", 5: "TILES", 129: "PLANE_PANELS"}),
         ("amx", "log8", 32, "bfloat16", {1: "WORDS", 5: "TILES", 73: "HALF_PANELS"}),
         ("scalar", "log4", 32, "float32", {1: "WORDS", 9: "FLOAT_PANELS"}),
-        ("avx2", "log5", 64, "float32", {1: "WORDS"}),
-        ("avx512vnni", "log6", 128, "float32", {1: "WORDS"}),
+        ("avx2", "log5", 64, "float32", {1: "WORDS", 41: "WORD_PANELS"}),
+        ("avx512vnni", "log6", 128, "float32", {1: "WORDS", 65: "WORD_PANELS"}),
         ("avx512bf16", "log4", 32, "bfloat16", {1: "WORDS", 16: "HALF_PANELS"}),
         ("amx", "log6", 32, "float32", {1: "WORDS", 7: "TILES", 129: "PLANE_PANELS"}),
         ("amx", "log5", 64, "bfloat16", {1: "WORDS", 4: "TILES", 73: "HALF_PANELS"}),
