@@ -232,17 +232,29 @@ static int keep(const run *r, rows from, const qins_decoder_store *to)
     return 0;
 }
 
-/* Applies the mask to the score of query m and key t. */
-static float masked(const run *r, size_t m, size_t t, float score)
+/* Where the mask of row m of x begins. */
+static size_t mask_at(const run *r, size_t m)
 {
     const qins_decoder_call *call = r->call;
-    const size_t at = m / call->tokens * call->mask_sequence + m % call->tokens * call->mask_token + t;
-    if (call->mask_is_bool) {
-        return ((const uint8_t *)call->mask)[at] ? score : UNSEEN;
+    return m / call->tokens * call->mask_sequence + m % call->tokens * call->mask_token;
+}
+
+/* Applies the mask to the scores of row m of x and keys [t, t + n), at most TOKENS_AT_ONCE. */
+static void mask_scores(const run *r, size_t m, size_t t, size_t n, float *score)
+{
+    const size_t at = mask_at(r, m) + t;
+    if (r->call->mask_is_bool) {
+        const uint8_t *seen = (const uint8_t *)r->call->mask + at;
+        for (size_t i = 0; i < n; i++) {
+            score[i] = seen[i] ? score[i] : UNSEEN;
+        }
+        return;
     }
-    float more;
-    widen_at(r, call->mask, at, 1, &more);
-    return more > UNSEEN ? score + more : UNSEEN;
+    float more[TOKENS_AT_ONCE];
+    widen_at(r, r->call->mask, at, n, more);
+    for (size_t i = 0; i < n; i++) {
+        score[i] = more[i] > UNSEEN ? score[i] + more[i] : UNSEEN;
+    }
 }
 
 /* A batch of queries that share a KV head: query i is that of token row row[i] and head head[i]. */
@@ -250,6 +262,37 @@ typedef struct {
     float q[QINS_BATCH][QINS_DECODER_HEAD_DIM], out[QINS_BATCH][QINS_DECODER_HEAD_DIM];
     size_t row[QINS_BATCH], head[QINS_BATCH];
 } queries;
+
+typedef struct {
+    size_t begin, end;
+} range;
+
+/* The keys between the first and the last that one of these queries sees; all if one sees none, and so weighs all
+ * alike.
+ */
+static range seen_by(const run *r, const queries *some, int batch, size_t total)
+{
+    if (r->call->mask == NULL || !r->call->mask_is_bool) {
+        return (range){0, total};
+    }
+    range all = {total, 0};
+    for (int j = 0; j < batch; j++) {
+        const uint8_t *seen = (const uint8_t *)r->call->mask + mask_at(r, some->row[j]);
+        range one = {0, total};
+        while (one.begin < total && !seen[one.begin]) {
+            one.begin++;
+        }
+        if (one.begin == total) {
+            return (range){0, total};
+        }
+        while (one.end > all.end && !seen[one.end - 1]) {
+            one.end--;
+        }
+        all.begin = least(all.begin, one.begin);
+        all.end = one.end;
+    }
+    return all;
+}
 
 /* Rows of a head's tokens [t, t + n), as float32 and `next` elements apart; `window` has room for them. Those of codes
  * are still to be multiplied by `scale`, see qins_cache_rows. */
@@ -356,46 +399,48 @@ static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, 
     const qins_decoder_call *call = r->call;
     const qins_decoder_layer *layer = r->layer;
     const size_t dim = layer->head_dim, total = past_of(r, sequence) + call->tokens;
+    const range seen = seen_by(r, some, batch, total);
     size_t next;
     float scale[MOST_SCALES];
     /* A product of so few columns costs more than converting codes to floats, where that is done by words. */
     const int at_once = call->keys.kind >= QINS_STORE_LOG8 && codes_of(r, &call->keys).words == NULL;
-    if (at_once && score_codes(r, row_at(r, sequence, kv_head, 0), total, some, batch, window, scales, scores) != 0) {
+    const size_t count = seen.end - seen.begin, first = row_at(r, sequence, kv_head, seen.begin);
+    if (at_once && score_codes(r, first, count, some, batch, window, scales, scores) != 0) {
         atomic_store(&r->failed, 1);
         return;
     }
-    for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
-        const size_t n = least(total - t, TOKENS_AT_ONCE);
+    for (size_t t = 0; t < count; t += TOKENS_AT_ONCE) {
+        const size_t n = least(count - t, TOKENS_AT_ONCE);
         if (!at_once) {
-            score_some(r, sequence, kv_head, t, n, some, batch, window, scores + t, total);
+            score_some(r, sequence, kv_head, seen.begin + t, n, some, batch, window, scores + t, count);
         }
         for (int j = 0; j < batch; j++) {
-            float *row = scores + (size_t)j * total + t;
+            float *row = scores + (size_t)j * count + t;
             for (size_t i = 0; layer->softcap > 0.0f && i < n; i++) {
                 row[i] = layer->softcap * tanhf(row[i] / layer->softcap);
             }
-            for (size_t i = 0; call->mask != NULL && i < n; i++) {
-                row[i] = masked(r, some->row[j], t + i, row[i]);
+            if (call->mask != NULL) {
+                mask_scores(r, some->row[j], seen.begin + t, n, row);
             }
         }
     }
     float inverse[QINS_BATCH];
     for (int j = 0; j < batch; j++) {
-        float *row = scores + (size_t)j * total, most = largest(row, total);
+        float *row = scores + (size_t)j * count, most = largest(row, count);
         const float *sink = layer->sinks != NULL ? layer->sinks + some->head[j] : NULL;
         most = sink != NULL && *sink > most ? *sink : most;
-        float sum = r->kernels->exp_row(row, total, most);
+        float sum = r->kernels->exp_row(row, count, most);
         sum += sink != NULL ? expf(*sink - most) : 0.0f;
         inverse[j] = 1.0f / sum;
         memset(some->out[j], 0, dim * sizeof(float));
     }
-    for (size_t t = 0; t < total; t += TOKENS_AT_ONCE) {
-        const size_t n = least(total - t, TOKENS_AT_ONCE);
-        const float *values = kept(r, &call->values, sequence, kv_head, t, n, window, scale, &next);
+    for (size_t t = 0; t < count; t += TOKENS_AT_ONCE) {
+        const size_t n = least(count - t, TOKENS_AT_ONCE);
+        const float *values = kept(r, &call->values, sequence, kv_head, seen.begin + t, n, window, scale, &next);
         if (holds_codes(&call->values)) {
-            weigh_codes(r, values, n, scale, scores + t, total, batch, some);
+            weigh_codes(r, values, n, scale, scores + t, count, batch, some);
         } else {
-            r->kernels->weigh_rows(values, n, next, scores + t, total, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
+            r->kernels->weigh_rows(values, n, next, scores + t, count, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
         }
     }
     for (int j = 0; j < batch; j++) {

@@ -5,7 +5,7 @@
 #include "qins.h"
 
 enum {
-    QINS_DECODER_ROWS = 128,    /* maximum tokens of one call, over all sequences */
+    QINS_DECODER_ROWS = 256,    /* maximum tokens of one call, over all sequences */
     QINS_DECODER_HEAD_DIM = 512 /* maximum elements of a head */
 };
 

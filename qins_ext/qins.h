@@ -358,8 +358,8 @@ typedef struct {
      * no faster than without */
     size_t (*restore)(qins_restoring *r, const uint16_t *decoded, const uint8_t *codes, size_t n, uint16_t *w);
     const qins_panels *floats, *words, *planes, *halves; /* NULL: floats is the best here */
-    const qins_single *single;                   /* or NULL */
-    const qins_few *few;                         /* or NULL */
+    const qins_single *single;                           /* or NULL */
+    const qins_few *few;                                 /* or NULL */
     /* Transposes a 16 x 16 matrix of 32-bit elements; strides in elements */
     void (*transpose)(const float *src, size_t src_stride, float *dst, size_t dst_stride);
 } qins_kernels;

@@ -178,7 +178,8 @@ static int row_is_right(const setup *s, const qins_decoder_call *call, size_t se
     return error < 1e-6 * size; /* products of log8: 1e-4 each */
 }
 
-static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, size_t tokens, size_t past, int masked)
+/* window: number of keys that the mask lets a query see, its own among them; 0: no mask */
+static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, size_t tokens, size_t past, size_t window)
 {
     enum { CACHE = MOST_ROWS * KV_HEADS * ROOM * DIM };
     float *keys = malloc(3 * CACHE * sizeof *keys), *values = malloc(3 * CACHE * sizeof *values);
@@ -192,7 +193,8 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     fill(turn[1], sequences * tokens * ROTARY, 0.0f, 1.0f);
     for (size_t m = 0; m < sequences * tokens; m++) {
         for (size_t t = 0; t < total; t++) {
-            mask[m * total + t] = t <= past + m % tokens && (t % 3 != 1 || t == past + m % tokens);
+            const size_t own = past + m % tokens;
+            mask[m * total + t] = t <= own && t + window > own && (t % 3 != 1 || t == own);
         }
     }
     for (int i = 1; i < 3; i++) {
@@ -210,7 +212,7 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
         .sin = turn[1],
         .rotary_dim = ROTARY,
         .rotary_next = tokens * ROTARY,
-        .mask = masked ? mask : NULL,
+        .mask = window > 0 ? mask : NULL,
         .mask_is_bool = 1,
         .mask_sequence = tokens * total,
         .mask_token = total,
@@ -608,7 +610,8 @@ void check_decoder(const qins_kernels *k, int slow, void (*check)(int, const cha
             for (size_t past = 1; past < 34; past += slow ? 32 : 8) {
                 check(layer_is_right(k, s, 1, 1, past, 0), "decoder layer, a token", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 3, 1, past, 0), "decoder layer, sequences", k->name, GROUP[g], past);
-                check(layer_is_right(k, s, 2, 4, past, 1), "decoder layer, masked", k->name, GROUP[g], past);
+                check(layer_is_right(k, s, 2, 4, past, ROOM), "decoder layer, masked", k->name, GROUP[g], past);
+                check(layer_is_right(k, s, 2, 4, past, 6), "decoder layer, window", k->name, GROUP[g], past);
             }
             for (int in_order = 0; in_order < 2; in_order++) {
                 for (size_t past = 1; past < ROOM; past += slow ? 38 : 19) {
