@@ -601,11 +601,9 @@ WORD void vw_multiply(int16_t *w, int first, int second)
 }
 WORD vi vi_dot(vi sums, int32_t two, vi x)
 {
-    const __m256i both = _mm256_set1_epi32(two);
-    sums.a = _mm256_add_epi32(sums.a, _mm256_madd_epi16(both, x.a));
-    sums.b = _mm256_add_epi32(sums.b, _mm256_madd_epi16(both, x.b));
-    QINS_KEEP("x", sums.a);
-    QINS_KEEP("x", sums.b);
+    const __m256i both = _mm256_set1_epi32(two), a = _mm256_madd_epi16(both, x.a), b = _mm256_madd_epi16(both, x.b);
+    QINS_ADD_TO("x", sums.a, a, _mm256_add_epi32);
+    QINS_ADD_TO("x", sums.b, b, _mm256_add_epi32);
     return sums;
 }
 

@@ -99,8 +99,8 @@ WORD vi vw_add(vi sums, const vw *w, const int16_t *x)
 #define DOT_WORDS
 WORD vi vi_dot(vi sums, int32_t two, vi x)
 {
-    sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_set1_epi32(two), x));
-    QINS_KEEP("v", sums);
+    const __m512i products = _mm512_madd_epi16(_mm512_set1_epi32(two), x);
+    QINS_ADD_TO("v", sums, products, _mm512_add_epi32);
     return sums;
 }
 

@@ -300,7 +300,7 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
     atomic_init(&p.failed, 0);
     p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
     p.step = form->step > 0 ? form->step : folding_step(e);
-    p.each = folded(e) ? e->group_size : scale_step(e);
+    p.each = folded(e) ? e->group_size : least(scale_step(e), p.step);
     p.steps = ceil_div(e->cols, p.step);
     p.block = form->block;
     /* equal spans: in a short last one, loading and storing sums takes longer than the products */

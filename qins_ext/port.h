@@ -74,8 +74,10 @@
  * them, and moves operations until there are not enough registers. */
 #if defined(__GNUC__) && !defined(__clang__)
 #define QINS_KEEP(constraint, vector) __asm__("" : "+" constraint(vector))
+#define QINS_ADD_TO(constraint, sums, more, add) __asm__("vpaddd %1, %0, %0" : "+" constraint(sums) : constraint(more))
 #else
 #define QINS_KEEP(constraint, vector) ((void)0)
+#define QINS_ADD_TO(constraint, sums, more, add) ((sums) = add((sums), (more)))
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)

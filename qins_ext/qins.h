@@ -163,7 +163,7 @@ typedef struct {
  *   halves  bfloat16 in tiles of 16 x 32, with the roles exchanged: one lane per row of weights
  * In a tile, the left factor is stored row by row. The right factor has the 4 (planes) or 2 (halves) columns that a
  * 32-bit lane multiplies, for each of the 16 lanes. Columns are padded with zeros to a multiple of QINS_DEPTH. */
-enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127, QINS_WORD_PANEL_STEP = 128 };
+enum { QINS_PANEL = 16, QINS_DEPTH = 64, QINS_PLANE_MAX = 127 * 256 + 127 };
 
 /* One product of a block of weights and panels. */
 typedef struct {
