@@ -346,6 +346,19 @@ static void take_matrix(product *p, const qins_codes *e, void *y, qins_log8_word
     }
 }
 
+static int linear_panels(const qins_kernels *kernels, const qins_panels *form, const qins_codes *const *e, size_t count,
+                         const void *x, size_t batch, qins_dtype dtype, void *const *y, int threads)
+{
+    const int by_words =
+        form != kernels->floats && log_bits(e[0]->codec) > 0 && (e[0]->group_size % QINS_DEPTH == 0 || folded(e[0]));
+    qins_log8_words own[QINS_SET];
+    const qins_log8_words *words[QINS_SET] = {NULL};
+    for (size_t i = 0; by_words && i < count; i++) {
+        words[i] = qins_log8_words_of(e[i]->mu, log_bits(e[i]->codec), &own[i]);
+    }
+    return qins_linear_panels(kernels, form, e, words, count, x, batch, dtype, y, threads);
+}
+
 int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x, size_t batch, qins_dtype dtype,
                 void *y, int threads)
 {
@@ -358,13 +371,10 @@ int qins_linear(const qins_kernels *kernels, const qins_codes *e, const void *x,
     }
     const qins_way way = qins_choose_way(kernels, e, batch, dtype);
     const qins_panels *form = qins_panels_of(kernels, way);
-    qins_log8_words own;
     if (form != NULL) {
-        const int by_words =
-            form != kernels->floats && log_bits(e->codec) > 0 && (e->group_size % QINS_DEPTH == 0 || folded(e));
-        const qins_log8_words *words = by_words ? qins_log8_words_of(e->mu, log_bits(e->codec), &own) : NULL;
-        return qins_linear_panels(kernels, form, e, words, x, batch, dtype, y, threads);
+        return linear_panels(kernels, form, &e, 1, x, batch, dtype, &y, threads);
     }
+    qins_log8_words own;
     if (batch > MOST_BATCH) { /* bounds the memory for activations */
         const size_t size = item_size(dtype), left = batch - MOST_BATCH;
         const void *rest = (const char *)x + MOST_BATCH * e->cols * size;
@@ -411,7 +421,8 @@ int qins_linear_set(const qins_kernels *kernels, const qins_codes *const *e, siz
                     float *const *y, int threads)
 {
     const qins_way way = qins_choose_way(kernels, e[0], batch, QINS_F32);
-    int alike = count <= QINS_SET && batch <= MOST_BATCH && qins_panels_of(kernels, way) == NULL;
+    const qins_panels *form = qins_panels_of(kernels, way);
+    int alike = count <= QINS_SET && (form != NULL || batch <= MOST_BATCH);
     for (size_t i = 1; alike && i < count; i++) {
         alike = e[i]->cols == e[0]->cols && e[i]->codec == e[0]->codec && e[i]->group_size == e[0]->group_size &&
                 qins_choose_way(kernels, e[i], batch, QINS_F32) == way;
@@ -422,6 +433,13 @@ int qins_linear_set(const qins_kernels *kernels, const qins_codes *const *e, siz
             failed = qins_linear(kernels, e[i], x, batch, QINS_F32, y[i], threads);
         }
         return failed;
+    }
+    if (form != NULL) {
+        void *results[QINS_SET];
+        for (size_t i = 0; i < count; i++) {
+            results[i] = y[i];
+        }
+        return linear_panels(kernels, form, e, count, x, batch, QINS_F32, results, threads);
     }
     product p[QINS_SET] = {{.kernels = kernels, .e = e[0], .way = way, .batch = batch, .dtype = QINS_F32}};
     qins_log8_words own[QINS_SET];

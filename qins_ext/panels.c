@@ -292,56 +292,107 @@ static void panel_blocks(void *context, size_t begin, size_t end)
     qins_scratch_give(room);
 }
 
-int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, const qins_codes *e,
-                       const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
-                       int threads)
+/* Matrices that are multiplied with the same panels of x; blocks are counted over all of them. */
+typedef struct {
+    panels p[QINS_SET];
+    size_t count, first[QINS_SET + 1];
+} panels_set;
+
+static void set_blocks(void *context, size_t begin, size_t end)
 {
-    panels p = {.kernels = kernels, .form = form, .words = words, .e = e, .dtype = dtype};
-    atomic_init(&p.failed, 0);
-    p.padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
-    p.step = form->step > 0 ? form->step : folding_step(e);
-    p.each = folded(e) ? e->group_size : least(scale_step(e), p.step);
-    p.steps = ceil_div(e->cols, p.step);
-    p.block = form->block;
+    panels_set *set = context;
+    for (size_t i = 0; i < set->count; i++) {
+        const size_t first = set->first[i], from = begin > first ? begin : first, to = least(end, set->first[i + 1]);
+        if (from < to) {
+            panel_blocks(&set->p[i], from - first, to - first);
+        }
+    }
+}
+
+/* What depends on the width of the weights and on their groups. */
+static void start_panels(panels *p, const qins_codes *e, size_t batch)
+{
+    const qins_panels *form = p->form;
+    p->padded = ceil_div(e->cols, QINS_DEPTH) * QINS_DEPTH;
+    p->step = form->step > 0 ? form->step : folding_step(e);
+    p->each = folded(e) ? e->group_size : least(scale_step(e), p->step);
+    p->steps = ceil_div(e->cols, p->step);
     /* equal spans: in a short last one, loading and storing sums takes longer than the products */
-    const size_t spans = ceil_div(p.padded, form->depth), unit_k = p.step > QINS_DEPTH ? p.step : QINS_DEPTH;
-    p.span = spans > 1 ? ceil_div(ceil_div(p.padded, spans), unit_k) * unit_k : form->depth;
-    p.few = batch <= FEW_ROWS && form != kernels->halves;
-    if (p.few) { /* keep decoded weights in the L1 cache */
-        p.span = least(form->depth, FEW_SPAN);
-        p.block = ceil_div(16, (size_t)form->rows) * (size_t)form->rows;
+    const size_t spans = ceil_div(p->padded, form->depth), unit = p->step > QINS_DEPTH ? p->step : QINS_DEPTH;
+    p->span = spans > 1 ? ceil_div(ceil_div(p->padded, spans), unit) * unit : form->depth;
+    p->few = batch <= FEW_ROWS && form != p->kernels->halves;
+    if (p->few) { /* keep decoded weights in the L1 cache */
+        p->span = least(form->depth, FEW_SPAN);
     }
+}
+
+/* What depends on the rows of the weights; `rows` are those of the whole set. */
+static void take_weights(panels *p, const qins_codes *e, const qins_log8_words *words, size_t rows, int threads)
+{
+    const qins_panels *form = p->form;
+    p->e = e;
+    p->words = words;
+    p->block = p->few ? ceil_div(16, (size_t)form->rows) * (size_t)form->rows : form->block;
     /* smaller blocks if there are too few rows to split over threads; results do not depend on the size */
-    size_t share = ceil_div(e->rows, 4 * (size_t)(threads > 0 ? threads : 1));
+    const size_t share = ceil_div(rows, 4 * (size_t)(threads > 0 ? threads : 1));
     const size_t unit = form->rows > 32 ? (size_t)form->rows : 32;
-    p.block = p.block > unit ? least(p.block, ceil_div(share, unit) * unit) : p.block;
+    p->block = p->block > unit ? least(p->block, ceil_div(share, unit) * unit) : p->block;
     if (words == NULL) {
-        qins_decoder_init(&p.decoder, kernels, e);
+        qins_decoder_init(&p->decoder, p->kernels, e);
     }
-    size_t most = least(ceil_div(least(batch, BATCH_ROWS), QINS_PANEL), PACKED_BYTES / panel_bytes(&p));
+}
+
+int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, const qins_codes *const *e,
+                       const qins_log8_words *const *words, size_t count, const void *x, size_t batch, qins_dtype dtype,
+                       void *const *y, int threads)
+{
+    panels_set set = {.count = count};
+    panels *p = &set.p[0];
+    *p = (panels){.kernels = kernels, .form = form, .e = e[0], .dtype = dtype};
+    atomic_init(&p->failed, 0);
+    start_panels(p, e[0], batch);
+    size_t most = least(ceil_div(least(batch, BATCH_ROWS), QINS_PANEL), PACKED_BYTES / panel_bytes(p)), rows = 0;
     most = most > 0 ? most : 1;
-    const int as_they_are = form->whole && dtype == form->packs && e->cols % QINS_DEPTH == 0;
-    size_t bytes = as_they_are ? 0 : most * panel_bytes(&p);
-    const size_t scales = most * p.steps * QINS_PANEL * sizeof(float);
+    const int as_they_are = form->whole && dtype == form->packs && e[0]->cols % QINS_DEPTH == 0;
+    const size_t bytes = as_they_are ? 0 : most * panel_bytes(p);
+    const size_t scales = most * p->steps * QINS_PANEL * sizeof(float);
     const size_t outliers = form == kernels->words ? most * QINS_PANEL * sizeof(qins_outliers) : 0;
     char *room = qins_scratch_take(bytes + scales + outliers);
     if (room == NULL) {
         return -1;
     }
-    p.packed = room;
-    p.x_scale = (float *)(void *)(p.packed + bytes);
-    p.outliers = outliers > 0 ? (qins_outliers *)(void *)(p.packed + bytes + scales) : NULL;
-    for (size_t m = 0; m < batch; m += p.batch) {
-        p.batch = least(batch - m, most * QINS_PANEL);
-        p.x = (const char *)x + m * e->cols * item_size(dtype);
-        p.y = (char *)y + m * e->rows * item_size(dtype);
-        p.panels = as_they_are ? p.x : p.packed;
-        if (!as_they_are) {
-            qins_parallel(ceil_div(p.batch, QINS_PANEL), ceil_div(GRAIN_ELEMENTS, QINS_PANEL * e->cols + 1), threads,
-                          pack_panels, &p);
+    p->packed = room;
+    p->x_scale = (float *)(void *)(p->packed + bytes);
+    p->outliers = outliers > 0 ? (qins_outliers *)(void *)(p->packed + bytes + scales) : NULL;
+    for (size_t i = 0; i < count; i++) {
+        rows += e[i]->rows;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (i > 0) {
+            memcpy(&set.p[i], p, sizeof *p);
         }
-        qins_parallel(ceil_div(e->rows, p.block), 1, threads, panel_blocks, &p);
+        take_weights(&set.p[i], e[i], words[i], rows, threads);
+        set.first[i + 1] = set.first[i] + ceil_div(e[i]->rows, set.p[i].block);
+    }
+    int failed = 0;
+    for (size_t m = 0; m < batch && !failed; m += p->batch) {
+        p->batch = least(batch - m, most * QINS_PANEL);
+        p->x = (const char *)x + m * e[0]->cols * item_size(dtype);
+        p->panels = as_they_are ? p->x : p->packed;
+        if (!as_they_are) {
+            qins_parallel(ceil_div(p->batch, QINS_PANEL), ceil_div(GRAIN_ELEMENTS, QINS_PANEL * e[0]->cols + 1),
+                          threads, pack_panels, p);
+        }
+        for (size_t i = 0; i < count; i++) {
+            set.p[i].batch = p->batch;
+            set.p[i].panels = p->panels;
+            set.p[i].y = (char *)y[i] + m * e[i]->rows * item_size(dtype);
+        }
+        qins_parallel(set.first[count], 1, threads, set_blocks, &set);
+        for (size_t i = 0; i < count; i++) {
+            failed = failed || atomic_load(&set.p[i].failed);
+        }
     }
     qins_scratch_give(room);
-    return atomic_load(&p.failed) ? -1 : 0;
+    return failed ? -1 : 0;
 }

@@ -523,11 +523,12 @@ int qins_linear(const qins_kernels *k, const qins_codes *e, const void *x, size_
 enum { QINS_SET = 3 };
 int qins_linear_set(const qins_kernels *k, const qins_codes *const *e, size_t count, const float *x, size_t batch,
                     float *const *y, int threads);
-/* panels.c: the same for many rows, in one of the forms of qins_panels. words: for log8 with a group_size that is 32 or
- * a multiple of QINS_DEPTH, else NULL; required for planes, unused for floats. */
-int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *e,
-                       const qins_log8_words *words, const void *x, size_t batch, qins_dtype dtype, void *y,
-                       int threads);
+/* panels.c: the same for many rows, in one of the forms of qins_panels, with up to QINS_SET matrices of the same width,
+ * codec and group_size. words[i]: for log8 with a group_size that is 32 or a multiple of QINS_DEPTH, else NULL;
+ * required for words and planes, unused for floats. */
+int qins_linear_panels(const qins_kernels *k, const qins_panels *form, const qins_codes *const *e,
+                       const qins_log8_words *const *words, size_t count, const void *x, size_t batch, qins_dtype dtype,
+                       void *const *y, int threads);
 /* read.c: reads an array with all threads, as fast as this instruction set can. */
 void qins_read(const qins_kernels *k, const void *data, size_t bytes, int threads);
 

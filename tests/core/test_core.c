@@ -845,6 +845,56 @@ static void products(const qins_kernels *k, int slow, size_t every)
     }
 }
 
+static qins_codes rows_of(const qins_codes *e, size_t row, size_t rows)
+{
+    qins_codes part = *e;
+    const size_t groups = e->group_size ? (e->cols + e->group_size - 1) / e->group_size : 0;
+    part.rows = rows;
+    part.codes += row * code_bytes(e, e->cols);
+    if (log_bits(e->codec) > 0) {
+        part.scale += row;
+        part.group_scale += row * groups;
+    } else {
+        part.sign += row * e->cols;
+        part.sign_bits += row * ((e->cols + 7) / 8);
+    }
+    return part;
+}
+
+/* Matrices of one x, which has outliers: the same as one by one. */
+static void sets(const qins_kernels *k)
+{
+    enum { ROWS = 177, COLS = 200, MOST_BATCH = 520 };
+    static const size_t BATCH[] = {1, 3, 9, 70, MOST_BATCH}, FIRST[] = {0, 40, 47, ROWS};
+    static const struct {
+        qins_codec codec;
+        size_t group_size;
+    } FORMAT[] = {{QINS_log8, 0}, {QINS_log8, 64}, {QINS_log8, 32}, {QINS_log8, 10}, {QINS_log5, 32}, {QINS_golden, 0}};
+    static float x[MOST_BATCH * COLS], together[3][MOST_BATCH * ROWS], alone[MOST_BATCH * ROWS];
+    for (size_t i = 0; i < MOST_BATCH * COLS; i++) {
+        x[i] = normal() * (i % 171 == 0 ? 100.0f : 1.0f);
+    }
+    for (size_t f = 0; f < sizeof FORMAT / sizeof *FORMAT; f++) {
+        const qins_codes e = some_codes(FORMAT[f].codec, ROWS, COLS, FORMAT[f].group_size, 2.5f);
+        for (size_t b = 0; b < sizeof BATCH / sizeof *BATCH; b++) {
+            qins_codes part[3];
+            const qins_codes *parts[3];
+            float *y[3];
+            for (size_t i = 0; i < 3; i++) {
+                part[i] = rows_of(&e, FIRST[i], FIRST[i + 1] - FIRST[i]);
+                parts[i] = &part[i];
+                y[i] = together[i];
+            }
+            check(qins_linear_set(k, parts, 3, x, BATCH[b], y, 3) == 0, "set", k->name, f, BATCH[b]);
+            for (size_t i = 0; i < 3; i++) {
+                check(qins_linear(k, parts[i], x, BATCH[b], QINS_F32, alone, 1) == 0, "alone", k->name, f, BATCH[b]);
+                check(memcmp(alone, y[i], BATCH[b] * part[i].rows * sizeof *alone) == 0, "set and alone", k->name, f,
+                      BATCH[b]);
+            }
+        }
+    }
+}
+
 static void take_outliers(const qins_kernels *k)
 {
     enum { N = 4100, LARGE = QINS_OUTLIERS + 4 };
@@ -1704,6 +1754,7 @@ int main(int argc, char **argv)
         check_exact(k, brief ? 1 : slow ? 6 : 60, check);
         products(k, slow, brief ? 6 : 1);
         outliers(k);
+        sets(k);
         static const size_t DIMS[] = {8, 24, 64, 80, 128, 832, 840}; /* the last two need several windows */
         packed_values(k);
         word_values(k);

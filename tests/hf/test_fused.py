@@ -23,7 +23,8 @@ from qins.hf import layer_description  # noqa: E402
 pytestmark = pytest.mark.once
 
 IDS = torch.arange(3, 103).reshape(2, 50)  # more than a decode step takes
-ROUNDING = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}  # of logits, over all layers
+# of logits, over all layers; float32: that of products, of activations that differ in their last bits
+ROUNDING = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}
 FAMILIES = {
     "Llama": {"mlp_bias": True}, "Qwen3": {"head_dim": 24, "num_key_value_heads": 2}, "Gemma2": {"head_dim": 16},
     "Phi3": {}, "Olmo2": {},
