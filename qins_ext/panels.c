@@ -382,6 +382,10 @@ int qins_linear_panels(const qins_kernels *kernels, const qins_panels *form, con
         if (!as_they_are) {
             qins_parallel(ceil_div(p->batch, QINS_PANEL), ceil_div(GRAIN_ELEMENTS, QINS_PANEL * e[0]->cols + 1),
                           threads, pack_panels, p);
+            if (atomic_load(&p->failed)) { /* numbers of outliers are missing, too */
+                failed = 1;
+                break;
+            }
         }
         for (size_t i = 0; i < count; i++) {
             set.p[i].batch = p->batch;
