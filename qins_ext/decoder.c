@@ -267,9 +267,7 @@ typedef struct {
     size_t begin, end;
 } range;
 
-/* The keys between the first and the last that one of these queries sees; all if one sees none, and so weighs all
- * alike.
- */
+/* Keys from the first to the last that any of these queries sees; all if one sees none, which weighs them alike. */
 static range seen_by(const run *r, const queries *some, int batch, size_t total)
 {
     if (r->call->mask == NULL || !r->call->mask_is_bool) {
