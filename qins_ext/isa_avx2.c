@@ -581,6 +581,7 @@ WORD vi vw_decode_and_add(vi sums, const vt *t, const uint8_t *codes, const int1
     __m256i w[2];
     decode32(t, codes, w);
     sums.a = add_half(sums.a, w, x);
+    QINS_KEEP("x", sums.a); /* before the next 32, or compilers run out of registers all the same */
     decode32(t, codes + 32, w);
     sums.b = add_half(sums.b, w, x + 32);
     return sums;

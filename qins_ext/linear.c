@@ -19,6 +19,7 @@ typedef struct {
     float *rest;                  /* room for x without outliers, may be x; NULL: threads allocate one row */
     qins_outliers *outliers;      /* of each row of x; only in fixed point */
     atomic_int_least32_t failed;
+    size_t pairs;       /* as of qins_fixed */
     char *packed;       /* QINS_WORDS: see qins_fixed; QINS_BYTES, QINS_TILES: see qins_single and qins_few */
     float *fixed_scale; /* scales of `packed` */
     size_t step;        /* columns of activations that share a scale */
@@ -112,13 +113,13 @@ static void product_words(void *context, size_t begin, size_t end)
         most = room != NULL ? p->batch : QINS_BATCH;
         results = room != NULL ? (float *)(void *)(room + QINS_WORD_ROOM) : few;
     }
-    const size_t blocks = ceil_div(end - begin, ROWS_AT_ONCE), at_once = ceil_div(ceil_div(end - begin, blocks), 2) * 2;
+    const size_t blocks = ceil_div(end - begin, ROWS_AT_ONCE), at_once = ceil_div(ceil_div(end - begin, blocks), 4) * 4;
     for (size_t row = begin; row < end; row += at_once) {
         const size_t rows = least(end - row, at_once);
         for (size_t m = 0; m < p->batch; m += most) {
             const size_t batch = least(p->batch - m, most);
             const qins_fixed x = {(const int16_t *)(const void *)p->packed + m * steps * p->step,
-                                  p->fixed_scale + m * steps, steps, (int)batch};
+                                  p->fixed_scale + m * steps, steps, (int)batch, p->pairs};
             p->kernels->dot_log8(e->codes + row * code_bytes(e, e->cols), rows, e->cols, group_row(e, row),
                                  e->group_size, p->words, &x, room, results);
             store_results(p, results, row, rows, m, batch);
@@ -151,6 +152,9 @@ static void fix_rows(void *context, size_t begin, size_t end)
         float *scale = p->fixed_scale + set * steps + in_set;
         const float *x = take_outliers(p, m, room != NULL ? room : p->rest + m * p->padded);
         p->kernels->fix_activations(x, p->e->cols, p->step, fixed, next, scale);
+        if (p->pairs > 0) {
+            p->kernels->pair_blocks(fixed, p->pairs);
+        }
     }
     if (room != NULL) {
         qins_scratch_give(room);
@@ -262,6 +266,9 @@ static int take_activations(product *p, const void *x, int threads, preparation 
         p->step = is_packed(e->codec) ? QINS_BLOCK : least(p->step, p->kernels->word_step);
         scales = ceil_div(batch, QINS_BATCH) * QINS_BATCH * ceil_div(e->cols, p->step);
         packed = batch * ceil_div(e->cols, p->step) * p->step * sizeof(int16_t);
+        if (batch == 1 && e->codec == QINS_log4 && p->kernels->pair_blocks != NULL) {
+            p->pairs = qins_pairs(e->cols);
+        }
         break;
     case QINS_BYTES:
         scales = ceil_div(e->cols, p->step);

@@ -50,6 +50,7 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define QINS_TARGET(features) __attribute__((target(features)))
 #define QINS_ALWAYS_INLINE static inline __attribute__((always_inline, unused))
+#define QINS_NOINLINE __attribute__((noinline))
 #define QINS_RESTRICT restrict
 #define QINS_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define QINS_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2) /* into the second-level cache, not the first */
@@ -64,6 +65,7 @@
 #else
 #define QINS_TARGET(features)
 #define QINS_ALWAYS_INLINE static __forceinline
+#define QINS_NOINLINE __declspec(noinline)
 #define QINS_RESTRICT __restrict
 #define QINS_PREFETCH(p) ((void)(p))
 #define QINS_PREFETCH_FAR(p) ((void)(p))

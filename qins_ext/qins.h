@@ -143,7 +143,12 @@ typedef struct {
     const float *scale; /* QINS_BATCH per step of a set */
     size_t steps;       /* a step: the kernel's word_step columns, or 64 if the group size is not a multiple of that */
     int batch;          /* total rows of all sets */
+    size_t pairs;       /* of blocks of one row that pair_blocks has reordered */
 } qins_fixed;
+
+/* How many pairs of whole blocks of log4 are multiplied together with one row of activations, where an instruction set
+ * has pair_blocks: none in rows that are wider than a kernel's table of factors. */
+static inline size_t qins_pairs(size_t cols) { return cols <= 32 * 1024 ? cols / (2 * QINS_BLOCK) : 0; }
 
 /* Memory that a kernel prefetches as it runs, line by line: `lines` per piece, and `jump` bytes from the end of a piece
  * to the beginning of the next. Prefetching never faults, so pieces may be at any address. */
@@ -317,6 +322,9 @@ typedef struct {
     /* Converts n activations, one row of a set. Its steps are `next` words apart, the last one padded with zeros; its
      * scales are QINS_BATCH apart */
     void (*fix_activations)(const float *x, size_t n, size_t step, int16_t *fixed, size_t next, float *scale);
+    /* Reorders a row's words in pairs of blocks, for log4: first the even elements of the first halves of both blocks,
+     * then their odd ones, then the same of the second halves. NULL: pairs are not faster */
+    void (*pair_blocks)(int16_t *fixed, size_t pairs);
     /* out[row][m] = sum over a row of f(codes) * group scale * x[m], with batch values per row and room for an even
      * number of rows. group_scale: NULL, or that of all rows; group_size is then 32 or a multiple of 64. room:
      * QINS_WORD_ROOM bytes, aligned to 64, in which at most QINS_WORD_ROWS rows of codes are decoded once for many rows

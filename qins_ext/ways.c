@@ -78,7 +78,8 @@ static const rule RULES[] = {
     {WORD_BLOCKS,  ANY,    ANY,           QINS_WORD_PANELS,   41,       ALL},   /* Zen 4, with AVX2, too */
     {WORDED,       BF16,   ANY,           QINS_HALF_PANELS,   16,       ALL},   /* Zen 5 */
 
-    {SINGLE,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Zen 5, Granite Rapids */
+    {SINGLE,       ANY,    ANY,           QINS_BYTES,         1,        1},     /* Granite Rapids */
+    {SINGLE,       ANY,    ISA(avx512bf16), QINS_WORDS,       1,        1},     /* Zen 4 */
     {PLANED_128,   ANY,    ANY,           QINS_TILES,         2,        QINS_FEW},     /* Granite Rapids */
     {PLANED,       ANY,    ANY,           QINS_TILES,         4,        QINS_FEW},     /* Granite Rapids */
     {PLANED | FOLDED | FOLDED_PACKED, ANY, ANY, QINS_PLANE_PANELS, QINS_FEW + 1, ALL}, /* Granite Rapids */

@@ -79,7 +79,14 @@ WORD void vf_store_f64(double *p, vf x)
 WORD vi vi_sign_bytes(const int8_t *p) { return vi_signs(_mm_movepi8_mask(_mm_loadu_si128((const __m128i *)p))); }
 WORD vf vf_set2(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
 WORD vf vf_fma(vf x, vf y, vf z) { return _mm512_fmadd_ps(x, y, z); }
-WORD float vf_sum(vf x) { return _mm512_reduce_add_ps(x); }
+/* Halves, then quarters, and so on; compilers disagree on _mm512_reduce_add_ps */
+WORD float vf_sum(vf x)
+{
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 eighth = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(eighth, _mm_movehdup_ps(eighth)));
+}
 WORD vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
 WORD vf vf_of_ints(vi x) { return _mm512_cvtepi32_ps(x); }
 
@@ -231,6 +238,27 @@ WORD void vf_sums(const vf *v, int n, float *sums)
     for (; i < n; i++) {
         sums[i] = vf_sum(*v++);
     }
+}
+
+/* In the order of vf_sum */
+#define ROWS_OF_ONE 4
+#define SUM_REGISTERS "v"
+WORD void vf_sum4(const vf *v, float *sums)
+{
+    __m256 half[4], quarter[2];
+    for (int i = 0; i < 4; i++) {
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+    }
+    for (int i = 0; i < 2; i++) { /* rows 0 and 1, rows 2 and 3 */
+        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[2 * i], half[2 * i + 1], 0x20),
+                                   _mm256_permute2f128_ps(half[2 * i], half[2 * i + 1], 0x31));
+    }
+    /* rows 0, 0, 2, 2, and 1, 1, 3, 3 */
+    const __m256 eighth =
+        _mm256_add_ps(_mm256_shuffle_ps(quarter[0], quarter[1], 0x44), _mm256_shuffle_ps(quarter[0], quarter[1], 0xee));
+    const __m256 sum = _mm256_add_ps(_mm256_permute_ps(eighth, 0x88), _mm256_permute_ps(eighth, 0xdd));
+    const __m128 low = _mm256_castps256_ps128(sum), high = _mm256_extractf128_ps(sum, 1);
+    _mm_storeu_ps(sums, _mm_unpacklo_ps(low, high));
 }
 
 /* Multiplies 64 words in place, the first and last half by these times 2^-14. */

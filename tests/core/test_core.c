@@ -18,6 +18,7 @@
 
 #include "packed.h"
 #include "pages.h"
+#include "ways.h"
 #include "poll.h"
 #include "test_decoder.h"
 #include "test_exact.h"
@@ -395,7 +396,7 @@ static qins_fixed fixed_rows(const qins_kernels *k, const float *x, size_t n, in
         k->fix_activations(row, n, step, fixed + ((size_t)set * steps + (size_t)in_set) * step, (size_t)rows * step,
                            scale + (size_t)set * steps + in_set);
     }
-    return (qins_fixed){fixed, scale, steps, batch};
+    return (qins_fixed){fixed, scale, steps, batch, 0};
 }
 
 /* Whether a sum is within the error allowed to fixed point, per product: half a step of the activations and 1e-4 of the
@@ -445,14 +446,15 @@ static void check_dots(const qins_kernels *k, const float *x, const uint8_t *u, 
 }
 
 /* Products of packed codes of arbitrary bytes; each code is decoded once for all rows of activations. */
-static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, int batch, size_t group_size, int at_end)
+static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, int batch, size_t group_size, int at_end,
+                           int paired)
 {
     static QINS_ALIGNED(64) uint8_t room[QINS_WORD_ROOM];
     static qins_log8_words words;
     static float x[MANY * MOST], level[QINS_LEVELS];
     static double f[MOST], s[MOST];
     float out[4 * MANY];
-    const size_t rows = 1 + n / 8 % 3, groups = (n + group_size - 1) / group_size;
+    const size_t rows = 1 + n / 8 % (batch == 1 && n <= 800 ? 6 : 3), groups = (n + group_size - 1) / group_size;
     qins_codes e = {.codec = codec, .rows = rows, .cols = n, .group_size = group_size};
     qins_log8_levels(2.5f, 1, level);
     qins_log8_words_build(&words, 2.5f, log_bits(codec));
@@ -461,7 +463,14 @@ static void packed_dots_at(const qins_kernels *k, qins_codec codec, size_t n, in
     }
     e.codes = place(in_u, codes + 512, rows * code_bytes(&e, n), at_end);
     e.group_scale = place(in_v, more, rows * groups, at_end);
-    const qins_fixed fixed = fixed_rows(k, x, n, batch, QINS_BLOCK, at_end);
+    qins_fixed fixed = fixed_rows(k, x, n, batch, QINS_BLOCK, at_end);
+    if (paired) {
+        if (batch != 1 || codec != QINS_log4 || k->pair_blocks == NULL) {
+            return;
+        }
+        fixed.pairs = qins_pairs(n);
+        k->pair_blocks((int16_t *)(uintptr_t)fixed.x, fixed.pairs);
+    }
     k->dot_log8(e.codes, rows, n, e.group_scale, group_size, &words, &fixed, batch > QINS_BATCH ? room : NULL, out);
     for (size_t row = 0; row < rows; row++) {
         for (size_t i = 0; i < n; i++) {
@@ -484,12 +493,14 @@ static void packed_dots(const qins_kernels *k)
     for (size_t c = 0; c < PACKED_COUNT; c++) {
         for (size_t n = 8; n < 1200; n += n < 264 ? 8 : 424) { /* 1 to 4 blocks, then two chunks of columns */
             for (size_t i = n / 8 % 2; i < sizeof BATCH / sizeof *BATCH; i += 2) {
-                packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i) % 5], (int)(n / 8 + i) % 2);
-                packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i + 1) % 5], 1);
+                packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i) % 5], (int)(n / 8 + i) % 2, 0);
+                packed_dots_at(k, PACKED[c], n, BATCH[i], GROUP[(n / 8 + i + 1) % 5], 1, 0);
             }
         }
-        for (size_t n = 504; n < 1200; n += 32) { /* units of more than 16 groups are computed 16 at a time */
-            packed_dots_at(k, PACKED[c], n, 1, GROUP[n / 32 % 3], 1);
+        for (size_t n = 8; n < 1200; n += n < 504 ? 8 : 32) { /* units of 16 groups are computed at a time */
+            packed_dots_at(k, PACKED[c], n, 1, GROUP[n / 32 % 3], 1, n < 504);
+            packed_dots_at(k, PACKED[c], n, 1, GROUP[(n / 32 + 1) % 3], 1, n >= 504);
+            packed_dots_at(k, PACKED[c], n, 1, GROUP[n / 8 % 5], (int)(n / 8 % 2), 1);
         }
     }
 }
@@ -501,7 +512,10 @@ static void dots_at(const qins_kernels *k, size_t n, int batch, size_t group_siz
         x[i] = normal() * (i % 97 == 5 ? 50000.0f : 50.0f);
     }
     /* up to three rows: kernels may take two at a time */
-    const size_t rows = n <= 200 ? 1 + n % 3 : 1, groups = group_size ? (n + group_size - 1) / group_size : 0;
+    const size_t rows = batch == 1 && n <= 600 ? 1 + n % 7
+                        : n <= 200             ? 1 + n % 3
+                                               : 1,
+                 groups = group_size ? (n + group_size - 1) / group_size : 0;
     const uint8_t *u = place(in_u, codes, rows * n, at_end);
     const uint8_t *group = group_size ? place(in_v, more, rows * groups, at_end) : NULL;
     for (int decoded_once = 0; decoded_once < (batch > QINS_BATCH ? 2 : 1); decoded_once++) {
@@ -783,7 +797,7 @@ static void product_at(const qins_kernels *k, const qins_codes *e, size_t batch,
     if (n < 64) {
         limit *= 2; /* if all weights happen to be small beside their scale, their words keep fewer bits */
     }
-    if (k->single != NULL && batch == 1 && dtype == QINS_F32 && e->codec == QINS_log8 && n > 20000 &&
+    if (qins_choose_way(k, e, batch, dtype) == QINS_BYTES && e->codec == QINS_log8 && n > 20000 &&
         e->group_size % QINS_DEPTH == 0) {
         limit = 8e-5; /* weights and activations have 15 bits, and products are exact */
     }
