@@ -168,6 +168,171 @@ static PyObject *decode_layer(PyObject *module, PyObject *const *args, Py_ssize_
     return PyBool_FromLong(failed == 0);
 }
 
+typedef struct {
+    const qins_decoder_layer *layer;
+    qins_decoder_store keys, values;
+    size_t room, past, rotary_dim;
+} layer_place;
+
+/* (layer, keys, values, room, past, rotary_dim); keys and values: (kind, data, second, third) */
+static int read_place(PyObject *o, layer_place *p)
+{
+    enum { LAYER, KEYS, VALUES, ROOM, COUNT = 6, OF_STORE = 4 };
+    size_t a[2 * OF_STORE + COUNT - ROOM];
+    if (!PyTuple_Check(o) || PyTuple_GET_SIZE(o) != COUNT || !PyTuple_Check(PyTuple_GET_ITEM(o, KEYS)) ||
+        !PyTuple_Check(PyTuple_GET_ITEM(o, VALUES))) {
+        PyErr_Format(PyExc_TypeError, "decode_layers: expected (layer, keys, values, room, past, rotary_dim), got %R",
+                     o);
+        return -1;
+    }
+    PyObject *const stores[] = {PyTuple_GET_ITEM(o, KEYS), PyTuple_GET_ITEM(o, VALUES)};
+    p->layer = PyCapsule_GetPointer(PyTuple_GET_ITEM(o, LAYER), CAPSULE);
+    if (p->layer == NULL) {
+        return -1;
+    }
+    for (int i = 0; i < 2; i++) {
+        if (qins_numbers("decode_layers", &PyTuple_GET_ITEM(stores[i], 0), PyTuple_GET_SIZE(stores[i]),
+                         a + i * OF_STORE, OF_STORE) < 0) {
+            return -1;
+        }
+    }
+    if (qins_numbers("decode_layers", &PyTuple_GET_ITEM(o, ROOM), COUNT - ROOM, a + 2 * OF_STORE, COUNT - ROOM) < 0) {
+        return -1;
+    }
+    p->keys = (qins_decoder_store){(qins_store_kind)a[0], (void *)a[1], (void *)a[2], (void *)a[3]};
+    p->values = (qins_decoder_store){(qins_store_kind)a[4], (void *)a[5], (void *)a[6], (void *)a[7]};
+    p->room = a[8];
+    p->past = a[9];
+    p->rotary_dim = a[10];
+    return 0;
+}
+
+static size_t weights_of(const qins_decoder_layer *l)
+{
+    const qins_decoder_product *p[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof p / sizeof *p; i++) {
+        n += p[i]->codes.rows * p[i]->codes.cols;
+    }
+    return n;
+}
+
+enum { ASK_AFTER = 1 << 29 }; /* multiplications: some hundredths of a second */
+
+PyDoc_STRVAR(
+    decode_layers_doc,
+    "decode_layers(places, dtype, x, y, y_next, sequences, cos, sin, rotary_next, threads, /)\n--\n\n"
+    "Run layers on one another's results, one token for each sequence; what each returns is written to y, "
+    "y_next bytes after the layer before. places: a list of (layer, keys, values, room, past, rotary_dim), keys and "
+    "values as (kind, data, second, third). All other tensors by address. Returns how many layers ran: all, or those "
+    "before one whose store cannot hold its keys and values.");
+
+static PyObject *decode_layers(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    enum { DTYPE, X, Y, Y_NEXT, SEQUENCES, COS, SIN, ROTARY_NEXT, THREADS, COUNT };
+    size_t a[COUNT];
+    if (count < 1 || !PyList_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "decode_layers: expected a list");
+        return NULL;
+    }
+    if (qins_numbers("decode_layers", args + 1, count - 1, a, COUNT) < 0) {
+        return NULL;
+    }
+    const Py_ssize_t layers = PyList_GET_SIZE(args[0]);
+    layer_place *places = calloc((size_t)layers + 1, sizeof *places);
+    if (places == NULL) {
+        return PyErr_NoMemory();
+    }
+    for (Py_ssize_t i = 0; i < layers; i++) {
+        if (read_place(PyList_GET_ITEM(args[0], i), &places[i]) < 0) {
+            free(places);
+            return NULL;
+        }
+    }
+    qins_decoder_call call = {
+        .dtype = (qins_dtype)a[DTYPE],
+        .x = (const void *)a[X],
+        .y = (void *)a[Y],
+        .sequences = a[SEQUENCES],
+        .tokens = 1,
+        .tables = qins_tables_of_caches,
+        .cos = (const void *)a[COS],
+        .sin = (const void *)a[SIN],
+        .rotary_next = a[ROTARY_NEXT],
+    };
+    int failed = 0, raised = 0;
+    Py_ssize_t ran = 0;
+    size_t multiplied = 0; /* since signals were asked for */
+    PyThreadState *thread = PyEval_SaveThread();
+    for (; ran < layers; ran++) {
+        if (multiplied >= ASK_AFTER) {
+            PyEval_RestoreThread(thread);
+            raised = PyErr_CheckSignals();
+            thread = PyEval_SaveThread();
+            multiplied = 0;
+        }
+        const layer_place *p = &places[ran];
+        call.keys = p->keys;
+        call.values = p->values;
+        call.room = p->room;
+        call.past = p->past;
+        call.rotary_dim = p->rotary_dim;
+        failed = raised ? -1 : qins_decode_layer(qins_active(), p->layer, &call, (int)a[THREADS]);
+        if (failed) {
+            break;
+        }
+        multiplied += weights_of(p->layer) * call.sequences;
+        call.x = call.y;
+        call.y = (char *)call.y + a[Y_NEXT];
+    }
+    PyEval_RestoreThread(thread);
+    free(places);
+    if (failed < 0) {
+        return raised ? NULL : PyErr_NoMemory();
+    }
+    return PyLong_FromSsize_t(ran);
+}
+
+PyDoc_STRVAR(are_unchanged_doc,
+             "are_unchanged(values, empty, /)\n--\n\n"
+             "Return whether each of a tuple's (dict, key, value) has this very value under this key, and whether the "
+             "other tuple's dicts are empty. For what is asked of every layer for every token.");
+
+static PyObject *are_unchanged(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 2 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "are_unchanged: expected two tuples");
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); i++) {
+        PyObject *one = PyTuple_GET_ITEM(args[0], i);
+        if (!PyTuple_Check(one) || PyTuple_GET_SIZE(one) != 3 || !PyDict_Check(PyTuple_GET_ITEM(one, 0))) {
+            PyErr_Format(PyExc_TypeError, "are_unchanged: expected (dict, key, value), got %R", one);
+            return NULL;
+        }
+        PyObject *found = PyDict_GetItemWithError(PyTuple_GET_ITEM(one, 0), PyTuple_GET_ITEM(one, 1));
+        if (found == NULL && PyErr_Occurred()) {
+            return NULL;
+        }
+        if (found != PyTuple_GET_ITEM(one, 2)) {
+            Py_RETURN_FALSE;
+        }
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[1]); i++) {
+        PyObject *one = PyTuple_GET_ITEM(args[1], i);
+        if (!PyDict_Check(one)) {
+            PyErr_Format(PyExc_TypeError, "are_unchanged: expected a dict, got %R", one);
+            return NULL;
+        }
+        if (PyDict_GET_SIZE(one) != 0) {
+            Py_RETURN_FALSE;
+        }
+    }
+    Py_RETURN_TRUE;
+}
+
 PyDoc_STRVAR(norm_at_doc, "norm_at(dtype, x, rows, n, weight, epsilon, y, threads, /)\n--\n\n"
                           "RMS norm of rows of n values; see qins_norm_rows. Arrays by address. Checks nothing.");
 
@@ -242,6 +407,8 @@ static PyObject *rotate_at(PyObject *module, PyObject *args)
 PyMethodDef qins_decoder_methods[] = {
     {"decoder_layer", decoder_layer, METH_VARARGS, decoder_layer_doc},
     {"decode_layer", (PyCFunction)(void (*)(void))decode_layer, METH_FASTCALL, decode_layer_doc},
+    {"decode_layers", (PyCFunction)(void (*)(void))decode_layers, METH_FASTCALL, decode_layers_doc},
+    {"are_unchanged", (PyCFunction)(void (*)(void))are_unchanged, METH_FASTCALL, are_unchanged_doc},
     {"norm_at", norm_at, METH_VARARGS, norm_at_doc},
     {"gate_at", gate_at, METH_VARARGS, gate_at_doc},
     {"rotate_at", rotate_at, METH_VARARGS, rotate_at_doc},

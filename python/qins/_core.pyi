@@ -166,6 +166,22 @@ def decode_layer(
     slots: int = 0,
     /,
 ) -> bool: ...
+def decode_layers(
+    places: list[tuple[object, tuple[int, int, int, int], tuple[int, int, int, int], int, int, int]],
+    dtype: int,
+    x: int,
+    y: int,
+    y_next: int,
+    sequences: int,
+    cos: int,
+    sin: int,
+    rotary_next: int,
+    threads: int,
+    /,
+) -> int: ...
+def are_unchanged(
+    values: tuple[tuple[dict[str, Any], str, Any], ...], empty: tuple[dict[Any, Any], ...], /
+) -> bool: ...
 def norm_at(dtype: int, x: int, rows: int, n: int, weight: int, epsilon: float, y: int, threads: int, /) -> None: ...
 def gate_at(
     dtype: int, gate: int, up: int, next: int, rows: int, n: int, activation: int, y: int, threads: int, /

@@ -64,7 +64,7 @@ def test_same_answers_as_the_modules(name, batch, padding, at_once):
     assert len(layers_of(model)) == SIZES["num_hidden_layers"]
     assert any(proved(model)) == all(proved(model)) == (name not in OWN_MODULES)
     if name not in OWN_MODULES:
-        whole = [layer._qins_step._about.rest is None for layer in layers_of(model)]
+        whole = [layer._qins_step.about.rest is None for layer in layers_of(model)]
         assert whole == WHOLE.get(name, [True] * 4)
     without_steps(model)
     assert divergence(got, logits(model, ids, mask, at_once=at_once)) < 1e-8
@@ -513,7 +513,7 @@ def test_another_attention_is_another_step(model):
     want = decoded(model)
     model.set_attn_implementation("eager")
     assert divergence(decoded(model), want) < 1e-8
-    assert all(layer._qins_step._about._implementation == "eager" for layer in layers_of(model))
+    assert all(layer._qins_step.about._implementation == "eager" for layer in layers_of(model))
 
 
 def test_threads_decode_at_once(model):
@@ -542,13 +542,13 @@ def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog, wrong, codec
     if wrong == "activation":
         monkeypatch.setattr(layer_description, "activation_of", lambda mlp: 1)  # gelu instead of silu
     else:
-        right = decoding._rotation
+        right = decoding.rotation_for
 
         def turned_back(*arguments):
             (cos, sin, *sizes), owner = right(*arguments)
             return (sin, cos, *sizes), owner
 
-        monkeypatch.setattr(decoding, "_rotation", turned_back)
+        monkeypatch.setattr(decoding, "rotation_for", turned_back)
     caplog.set_level(logging.INFO, "qins")
     got = steps(other)
     assert not any(proved(other))

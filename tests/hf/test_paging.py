@@ -130,7 +130,7 @@ def test_pages_of_another_cache(slot, begin):
     """Nothing is read or written outside of the cache."""
     model = family("Llama")
     answers(model, prompts(9), 4)
-    about = layers_of(model)[0]._qins_step._about
+    about = layers_of(model)[0]._qins_step.about
     states = torch.zeros(2, 40, about.kv_heads, about.head_dim)
     x, turns = torch.zeros(1, 1, about.hidden), torch.zeros(about.head_dim)
     pages = paging.Pages(states[0], states[1], torch.tensor(slot), torch.tensor(begin, dtype=torch.int32))

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -27,13 +26,14 @@ from transformers.cache_utils import (
 from .. import _core
 from ..codec import DTYPE_NUMBER, LOG_BITS
 from ..system import get_num_threads, switch
-from . import paging
+from . import ahead, paging
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
 from .growing_cache import CodedRoom, Room, is_full, room_for
 from .layer_description import LayerDescription, describe, mlp_of
 from .paging import Pages, is_paged, pages_of
 from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
+from .rotation import NO_ROTATION, fits, rotation_for
 
 Tensor = torch.Tensor
 
@@ -50,13 +50,22 @@ _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "past_key_val
 
 
 class LayerStep(Replacement):
-    """Runs a decoder layer in one call of the core."""
+    """Runs a decoder layer in one call of the core.
+
+    Attributes:
+        layer, about: the layer and its description, once they are needed.
+        leads: whether the layer gets other arguments than the one before it, and so cannot run ahead with it.
+        chain: the layers that run ahead with this one.
+
+    """
 
     key = "_qins_step"
 
     def __init__(self) -> None:
-        self._layer: Any = None
-        self._about: LayerDescription | None = None
+        self.layer: Any = None
+        self.about: LayerDescription | None = None
+        self.leads = False
+        self.chain: ahead.Chain | None = None
         self._proved: set[tuple[Any, ...]] = set()
         self._in_tuple = False
 
@@ -71,20 +80,25 @@ class LayerStep(Replacement):
             UnfitError: the core cannot compute this layer at all.
 
         """
-        cache, mask, rotation = (given.get(n) for n in ("past_key_values", "attention_mask", "position_embeddings"))
+        cache = given.get("past_key_values")
         paged = cache is None and is_paged(given.get("cache"))
-        if not (paged or type(cache) in _CACHES) or layer.training or not may_replace():
+        if not paged and type(cache) not in _CACHES:
             return None
+        if not paged and (found := ahead.take(self, cache, x, given)) is not None:
+            return (found,) if self._in_tuple else found
+        if layer.training or not may_replace():
+            return None
+        mask, rotation = given.get("attention_mask"), given.get("position_embeddings")
         for name, value in given.items():
             if name not in _KNOWN and not (paged and name in paging.NAMES) and value:
                 return None
-        about = self._about
-        if about is None or self._layer is not layer or not about.is_current():
+        about = self.about
+        if about is None or self.layer is not layer or not about.is_current():
             if x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS:  # a prefill: the step may never be needed
                 return None
             self._proved.clear()
-            self._layer, self._about = layer, (about := describe(layer))
-        if _is_observed(about.modules) or (about.rotates and type(rotation) is not tuple):
+            self.layer, self.about = layer, (about := describe(layer))
+        if about.is_observed() or (about.rotates and type(rotation) is not tuple):
             return None
         kept: Any
         if paged:
@@ -99,6 +113,8 @@ class LayerStep(Replacement):
                 return None
             if kind not in self._proved:
                 return self._prove(about, own, x, given, kept, kind)
+        elif about.rest is None and (found := ahead.run_ahead(self, cache, x, given)) is not None:
+            return (found,) if self._in_tuple else found
         called = self._call(about, x, kept, mask, rotation)
         if called is None:
             return None
@@ -109,7 +125,7 @@ class LayerStep(Replacement):
         """Run the part of the layer after attention that the core does not support, if there is one."""
         if about.rest is None:
             return x
-        modules = self._layer._modules
+        modules = self.layer._modules
         before, after = (modules[n] if n else None for n in about.rest)
         y = modules[about.mlp](x if before is None else before(x))
         y = y[0] if isinstance(y, tuple) else y  # drop the router's output
@@ -150,7 +166,7 @@ class LayerStep(Replacement):
         want = again[0] if self._in_tuple else again
         if not agreed or not agree(got - x, want - x, tolerance):
             _restore(kept, other)
-            self.give_up(self._layer, "its results differ")
+            self.give_up(self.layer, "its results differ")
             return result
         self._proved.add(kind)
         return again
@@ -160,11 +176,27 @@ class LayerStep(Replacement):
     ) -> Any:
         """Return the layer's own result with another cache layer in its place."""
         if isinstance(kept, Pages):
-            return own(self._layer, x, **given)
+            return own(self.layer, x, **given)
         beside = copy.copy(given["past_key_values"])
         beside.layers = [*beside.layers]
         beside.layers[about.index] = kept
-        return own(self._layer, x, **{**given, "past_key_values": beside})
+        return own(self.layer, x, **{**given, "past_key_values": beside})
+
+    @property
+    def description(self) -> LayerDescription:
+        """The layer's description, which there must be."""
+        assert self.about is not None
+        return self.about
+
+    def may_follow(self, leading: LayerStep, distance: int) -> bool:
+        """Return whether the layer can run ahead, this many layers after a leading one."""
+        first, about, layer = leading.description, self.about, self.layer
+        if about is None or self.leads or about.rest is not None or about.index != first.index + distance:
+            return False
+        if layer.training or layer.__dict__.get(self.key) is not self or about.config is not first.config:
+            return False
+        alike = (about.hidden, about.halves) == (first.hidden, first.halves)
+        return alike and about.is_current() and not about.is_observed()
 
     def _call(self, about: LayerDescription, x: Tensor, kept: Any, mask: Tensor | None, rotation: Any) -> Tensor | None:
         """Return the hidden states after what the core computes; None if a quantized cache cannot hold its states."""
@@ -173,10 +205,9 @@ class LayerStep(Replacement):
         x = x.contiguous()
         y = torch.empty_like(x)
         room, past = (kept, 0) if paged else room_for(kept, tokens)
-        cos_at = sin_at = rotary_dim = rotary_next = 0
+        (cos_at, sin_at, rotary_dim, rotary_next), _in_use = NO_ROTATION
         if about.rotates:
-            (cos_at, sin_at, rotary_dim, rotary_next), _in_use = _rotation(rotation, x.dtype, about.halves)
-            rotary_next = rotary_dim if paged else rotary_next
+            (cos_at, sin_at, rotary_dim, rotary_next), _in_use = rotation_for(rotation, x.dtype, about.halves)
         mask_at = is_bool = mask_sequence = mask_token = 0
         if mask is not None and not paged:  # a paged cache's only separates requests
             mask_at, is_bool = mask.data_ptr(), int(mask.dtype == torch.bool)
@@ -185,7 +216,8 @@ class LayerStep(Replacement):
         finite = _core.decode_layer(
             about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
             keys[1], values[1], room.size, past,
-            cos_at, sin_at, rotary_dim, rotary_next, mask_at, is_bool, mask_sequence, mask_token,
+            cos_at, sin_at, rotary_dim, rotary_dim if paged else rotary_next,
+            mask_at, is_bool, mask_sequence, mask_token,
             get_num_threads(), keys[0], keys[2], keys[3], values[0], values[2], values[3], *room.pages,
         )  # fmt: skip
         if not finite:
@@ -252,14 +284,6 @@ def _states(kept: Any) -> tuple[Tensor, Tensor]:
     return kept.keys, kept.values
 
 
-def _is_observed(modules: list[nn.Module]) -> bool:
-    """Return whether a forward hook is registered, globally or on one of these modules."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks:
-            return True
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-
-
 def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: Any) -> tuple[Any, ...] | None:
     """Return the kind of call, each of which is verified once, or None if the layer's own forward must run."""
     if not (type(kept) in _LAYERS or isinstance(kept, Pages)) or getattr(kept, "record_past", False):
@@ -277,7 +301,7 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
             return None
     if mask is None and isinstance(kept, StaticLayer):  # the modules would attend to what is not written yet
         return None
-    if about.rotates and not _rotates(rotation, x, about.rotary_most):
+    if about.rotates and not fits(rotation, x, about.rotary_most):
         return None
     codecs = (kept.tokens.k_codec, kept.tokens.v_codec) if isinstance(kept, QINSLayer) else ()
     full = isinstance(kept, StaticSlidingWindowLayer) and is_full(kept)
@@ -311,39 +335,6 @@ def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
         written = getattr(kept, "cumulative_length", None)
         has_room = isinstance(written, Tensor) and 0 < int(written) <= size - x.shape[1]
     return size if has_room and keys.is_contiguous() and values.is_contiguous() else 0
-
-
-_last_rotation: tuple[Any, ...] = (None, None, None)
-
-
-def _rotation(
-    rotation: tuple[Tensor, Tensor], dtype: torch.dtype, halves: bool
-) -> tuple[tuple[int, int, int, int], Any]:
-    """Prepare cosines and sines once for all layers.
-
-    Returns:
-        addresses of cosines and of sines, their number per token, and the stride between sequences; and the tensors
-        that own the memory.
-
-    """
-    global _last_rotation
-    given, of_dtype, found = _last_rotation  # read once: another thread may replace it
-    if given is not rotation or of_dtype is not dtype:
-        cos, sin = ((torch.cat((t, t), -1) if halves else t).to(dtype).contiguous() for t in rotation)
-        next_sequence = cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
-        found = (cos.data_ptr(), sin.data_ptr(), cos.shape[2], next_sequence), (cos, sin)
-        _last_rotation = rotation, dtype, found
-    kept: tuple[tuple[int, int, int, int], Any] = found
-    return kept
-
-
-def _rotates(rotation: Any, x: Tensor, head_dim: int) -> bool:
-    """Return whether there are cosines and sines for each token, shared by all sequences or separate for each."""
-    if not isinstance(rotation, tuple) or len(rotation) != 2 or not all(isinstance(t, Tensor) for t in rotation):
-        return False
-    cos, sin = rotation
-    fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[1] == x.shape[1] and cos.shape[0] in (1, x.shape[0])
-    return fits and 0 < cos.shape[2] <= head_dim and (cos.shape[2] % 2 == 0 or cos.shape[2] == head_dim)
 
 
 def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:

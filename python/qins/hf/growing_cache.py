@@ -16,6 +16,7 @@ from .cache import QINSLayer
 
 Tensor = torch.Tensor
 Store = tuple[int, int, int, int]  # kind and addresses, as _core.decode_layer takes them
+Place = tuple[Store, Store, int, int]  # of keys, of values; the tokens that they have room for, and those in it
 
 _ROOM = 64  # minimum number of spare tokens after growing
 
@@ -46,6 +47,18 @@ class Room:
         offset = self.begin * self.row_bytes
         return (0, self.keys_at + offset, 0, 0), (0, self.values_at + offset, 0, 0)
 
+    @property
+    def left_by(self) -> Any:
+        """The step that ran last; None before the first one."""
+        return self._left[2] if self._left else None
+
+    def ahead(self, kept: Any, step: object, shape: Any, dtype: torch.dtype) -> Place | None:
+        """Return where a step can write the next token's states ahead of its turn; None if it must wait for it."""
+        if self.end >= self.size or not self._is_as_left(kept, step, shape, dtype):
+            return None
+        keys, values = self.stores()
+        return keys, values, self.size, self.end - self.begin
+
     def has(self, keys: Tensor, values: Tensor) -> bool:
         """Return whether these are the tensors that the last step left in the cache."""
         return bool(self._left) and self._left[0] is keys and self._left[1] is values
@@ -62,11 +75,14 @@ class Room:
 
     def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
         """Return whether a call continues the last one and is of the same kind, so that checks need not be repeated."""
-        if mask is not None or not self._left or x.shape[1] != 1:
+        return mask is None and x.shape[1] == 1 and self._is_as_left(kept, step, x.shape, x.dtype)
+
+    def _is_as_left(self, kept: Any, step: object, shape: Any, dtype: torch.dtype) -> bool:
+        if not self._left:
             return False
-        _, _, last, shape, dtype = self._left
-        same = last is step and x.shape == shape and x.dtype is dtype and self.has(kept.keys, kept.values)
-        return same and not getattr(kept, "record_past", False)
+        keys, values, last, last_shape, last_dtype = self._left
+        same = keys is kept.keys and values is kept.values and last is step
+        return same and shape == last_shape and dtype is last_dtype and not getattr(kept, "record_past", False)
 
 
 class CodedRoom:
@@ -85,6 +101,18 @@ class CodedRoom:
     def stores(self) -> tuple[Store, Store]:
         """Return where keys and values are."""
         return self._keys, self._values
+
+    @property
+    def left_by(self) -> Any:
+        """The step that ran last; None before the first one."""
+        return self._left[1] if self._left else None
+
+    def ahead(self, kept: Any, step: object, shape: Any, dtype: torch.dtype) -> Place | None:
+        """Return where a step can write the next token's states ahead of its turn; None if it must wait for it."""
+        past = self.tokens.length
+        if past >= self.size or not self.is_of(kept.tokens) or self._left != (past, step, shape, dtype):
+            return None
+        return self._keys, self._values, self.size, past
 
     def is_of(self, tokens: GrowingTokens) -> bool:
         """Return whether this is the present memory of a layer's tokens."""

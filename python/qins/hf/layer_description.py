@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .. import _core
 from ..nn import QINSLinear, numbers_of
@@ -53,6 +54,9 @@ class LayerDescription:
         rest: names of the norms before and after an MLP that the core does not support; None if it does.
         residual: factor of what is added to the hidden states.
         modules: modules that the step bypasses.
+        config: the attention's.
+        watched, versions, hooks: dictionaries with keys and values, tensors with version counters, and dictionaries of
+            forward hooks: while the first two stay as they are, the description holds.
 
     """
 
@@ -67,9 +71,15 @@ class LayerDescription:
     rest: tuple[str | None, ...] | None
     residual: float
     modules: list[nn.Module]
+    config: Any
     _reader: _Reader
-    _config: Any
     _implementation: str
+
+    def __post_init__(self) -> None:
+        of_modules = [(vars(m), n, vars(m)[n]) for m in self.modules for n in ("_forward_hooks", "_forward_pre_hooks")]
+        self.watched = (*self._reader.watched, *of_modules)
+        self.versions = self._reader.versions
+        self.hooks = tuple(hooks for _, _, hooks in of_modules)
 
     @property
     def rotary_most(self) -> int:
@@ -78,12 +88,22 @@ class LayerDescription:
 
     def is_current(self) -> bool:
         """Return whether the layer's modules and parameters are still the described ones."""
-        if self._config._attn_implementation != self._implementation:
+        if self.config._attn_implementation != self._implementation or not _core.are_unchanged(self.watched, ()):
             return False
-        for where, name, value in self._reader.watched:
-            if where.get(name) is not value:
-                return False
-        return all(tensor._version == version for tensor, version in self._reader.versions)
+        return are_of_versions(self.versions)
+
+    def is_observed(self) -> bool:
+        """Return whether a forward hook is registered, globally or on a module that the step bypasses."""
+        anywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return bool(anywhere) or not _core.are_unchanged((), self.hooks)
+
+
+def are_of_versions(versions: list[tuple[Tensor, int]]) -> bool:
+    """Return whether tensors have not been written to."""
+    for tensor, version in versions:  # noqa: SIM110 - twice as fast as a generator, many times per token
+        if tensor._version != version:
+            return False
+    return True
 
 
 class _Reader:
@@ -263,7 +283,7 @@ def _describe(layer: Any) -> LayerDescription:
     return LayerDescription(
         core, hidden, kv_heads, dim, int(attention.layer_idx), bool(getattr(attention, "use_rope", True)),
         sinks is not None,  # GPT-OSS
-        mlp_name, None if plain else of_norms[2:], residual, reader.modules, reader, config, implementation,
+        mlp_name, None if plain else of_norms[2:], residual, reader.modules, config, reader, implementation,
     )  # fmt: skip
 
 
