@@ -36,6 +36,7 @@ class Decoder:
     def __init__(self, tensors: Tensors) -> None:
         """For internal use; `Decoder.open` opens a checkpoint."""
         self._shape = shape = shape_of(tensors.config)
+        tensors.place_codes()
         self.vocabulary = shape.vocabulary
         self.past = 0
         self._kept: list[Any] = []  # what the core reads by address

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..codec import EncodedArray, check_codec, check_group_size, field_names
-from ..system import read_json
+from ..system import arena_for, page_out, read_json, rounded
 
 Array = np.ndarray[Any, Any]
 
@@ -93,6 +93,17 @@ class Tensors:
             except (ValueError, OverflowError) as e:  # NumPy has at most 64 dimensions, and sizes of 63 bits
                 raise ValueError(f"{file}: {name}: shape {shape} does not fit: {e}") from None
             self._arrays[name] = array, about["dtype"] == "BF16"
+
+    def place_codes(self) -> None:
+        """Copy all codes to huge pages where that is faster, see `qins.system.huge_pages`."""
+        names = [n for n in self._arrays if n.rpartition(".")[0] in self._modules]
+        arena = arena_for(sum(rounded(self._arrays[n][0].nbytes) for n in names))
+        if arena is None:
+            return
+        for name in names:
+            array, is_bfloat16 = self._arrays[name]
+            self._arrays[name] = arena.copy(array), is_bfloat16
+            page_out(array)
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from ..files import Checkpoint, ScaledCheckpoint, fingerprint, open_checkpoint, open_files, open_scaled
-from ..nn import Coded, CodedWeight, ConversionReport
+from ..nn import Coded, CodedWeight, ConversionReport, place_codes
 from ..system import let_go, read_text, require_memory, switch, upward
 from .auditing import audit
 from .config import QinsConfig
@@ -275,6 +275,7 @@ class QinsHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         prepare_saving(model, self._original)
         self.audit(model)
+        place_codes(model, from_file=self.pre_quantized)
         if is_parallel(model):
             exchange_directly(model)
         elif self.quantization_config.decode_step:  # ranks exchange sums within a layer

@@ -20,6 +20,7 @@ from .kv_cache import GrowingTokens, QINSKVCache, cache_row_bytes, check_cache_c
 from .linear import QINSLinear
 from .memory import MemoryReport, memory_report
 from .ops import is_watched, linear, multiply, multiply_codes, numbers_of, set_fused_rows
+from .placing import place_codes
 from .rational import QINSWeightLinear, convert_linear_to_qins, verify_qins_layer
 from .report import ConversionReport, ConvertedModule, SkippedModule
 
@@ -59,6 +60,7 @@ __all__ = [
     "multiply_codes",
     "numbers_of",
     "other_matrices",
+    "place_codes",
     "places_of",
     "projections",
     "savings",

@@ -15,6 +15,7 @@ from .comparing import WeightComparison
 from .embedding import QINSEmbedding
 from .experts import QINSExperts, format_of_experts
 from .linear import QINSLinear
+from .placing import place_codes
 from .report import ConversionReport, ConvertedModule, SkippedModule
 
 # Called with each converted model; keyed by who registered the call. The room `hf` lets transformers save such models.
@@ -76,6 +77,7 @@ def convert(
     _convert(chosen, places_of(model, chosen), codec, group_size, report, show_progress)
     for name, module in experts.items():
         model.set_submodule(name, encode_experts(name, module, codec, group_size, report))
+    place_codes(model, from_file=False)
     give_back_freed_memory()
     tell_others(model)
     return report

@@ -7,6 +7,7 @@ from . import threads
 from .atomic import atomically, locked, sync_directory, write_json
 from .environment import switch
 from .extras import naming_extras, require
+from .huge_pages import arena_for, rounded
 from .lazy import lazily
 from .machine import (
     available_bytes,
@@ -28,6 +29,7 @@ __all__ = [
     "VERSION",
     "Advance",
     "allow_bars",
+    "arena_for",
     "atomically",
     "available_bytes",
     "cpu_name",
@@ -49,6 +51,7 @@ __all__ = [
     "require_address_space",
     "require_memory",
     "reset_peak_resident_bytes",
+    "rounded",
     "set_num_threads",
     "switch",
     "sync_directory",

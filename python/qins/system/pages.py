@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def page_out(tensor: torch.Tensor) -> None:
+def page_out(weight: torch.Tensor | np.ndarray[Any, Any]) -> None:
     """Release the pages of a weight in a mapped file, which would otherwise count as this process's until it exits.
 
-    MADV_PAGEOUT loses nothing: a later read of the tensor brings the pages back from the file.
+    MADV_PAGEOUT loses nothing: a later read of the weight brings the pages back from the file.
     """
-    _advise(tensor, 21)
+    _advise(weight, 21)
 
 
 def let_go(tensor: torch.Tensor) -> None:
@@ -66,17 +66,21 @@ def is_resident(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return address and length of the pages that a tensor fills; no length if it is not contiguous."""
-    if not tensor.is_contiguous():
+def _whole_pages(weight: torch.Tensor | np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return address and length of the pages that a weight fills; no length if it is not contiguous."""
+    if isinstance(weight, np.ndarray):
+        at, contiguous = weight.ctypes.data, weight.flags.c_contiguous
+    else:
+        at, contiguous = weight.data_ptr(), weight.is_contiguous()
+    if not contiguous:
         return 0, 0
     page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    return begin, (tensor.data_ptr() + tensor.nbytes) // page * page - begin
+    begin = -(-at // page) * page
+    return begin, (at + weight.nbytes) // page * page - begin
 
 
-def _advise(tensor: torch.Tensor, advice: int) -> None:
-    begin, length = _whole_pages(tensor)
+def _advise(weight: torch.Tensor | np.ndarray[Any, Any], advice: int) -> None:
+    begin, length = _whole_pages(weight)
     if length > 0 and sys.platform == "linux":
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)  # an older kernel refuses, which costs nothing
