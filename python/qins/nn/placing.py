@@ -22,7 +22,7 @@ def place_codes(model: nn.Module, *, from_file: bool) -> int:
         the number of bytes moved; 0 if none are.
 
     """
-    found: dict[int, tuple[torch.Tensor, list[tuple[Coded, str]]]] = {}
+    found: dict[int, tuple[torch.Tensor, list[tuple[nn.Module, str]]]] = {}
     for module in model.modules():
         for name in module._names if isinstance(module, Coded) else ():
             tensor = module._buffers[name]
@@ -44,4 +44,4 @@ def place_codes(model: nn.Module, *, from_file: bool) -> int:
 
 def _may_move(t: torch.Tensor) -> bool:
     plain = type(t) is torch.Tensor and t.is_cpu and t.is_contiguous() and not t.is_inference()
-    return plain and t.nbytes >= _LEAST and not t.is_shared()
+    return plain and t.nbytes >= _LEAST and not t.is_shared()  # type: ignore[no-untyped-call]
