@@ -21,7 +21,7 @@ from transformers import DynamicCache  # noqa: E402
 
 pytestmark = pytest.mark.once
 
-IDS = torch.randint(3, SIZES["vocab_size"], (1, 60), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(3, SIZES["vocab_size"], (1, 500), generator=torch.Generator().manual_seed(1))
 PROMPT = 12
 # transformers 4 passes these models' layers the rotations of both kinds of attention
 OWN_MODULES = {"Gemma3"} if transformers.__version__ < "5" else set()
@@ -101,6 +101,20 @@ def test_same_answers(name, batch, codecs, counted, monkeypatch):
         assert counted.ahead == [LAYERS] * len(counted.ahead)
         assert len(counted.ahead) > 20
         assert counted.alone - once < once / 4
+
+
+@pytest.mark.parametrize("codecs", [{}, {"k_codec": "log8"}])
+def test_caches_that_grow(model, codecs, counted, monkeypatch):
+    """Where one layer's cache has no room left, every layer waits for its turn."""
+    with monkeypatch.context() as m:
+        m.setattr("qins.hf.ahead.run_ahead", lambda *args: None)
+        steps(model, prefilled(model, **codecs), end=PROMPT + 2)
+        want = steps(model, prefilled(model, **codecs), end=500)
+    cache = prefilled(model, **codecs)
+    counted.alone = 0
+    assert torch.equal(steps(model, cache, end=500), want)
+    assert len(counted.ahead) > 470
+    assert counted.alone >= 2 * LAYERS  # the first step, and at least one that grew
 
 
 def test_half_precision_and_inference_mode(model, counted, monkeypatch):
