@@ -68,7 +68,7 @@ def test_models_are_the_same_elsewhere(of_any_size, tmp_path, monkeypatch, codec
         assert np.array_equal(decoder.logits(tokens), want)
         encoded = [e for e in decoder._kept if isinstance(e, qins.EncodedArray)]
         at = [f.ctypes.data for e in encoded for f in e.fields.values() if f.nbytes >= 4096]
-        assert len(at) > 14
+        assert len(at) >= 14
         assert all(p % 64 == 0 for p in at)
         assert max(at) - min(at) < 1 << 20
 
