@@ -1,6 +1,8 @@
 """KV caches side by side: bytes, speed, KL divergence and greedy agreement with transformers' DynamicCache.
 
-    python benchmarks/kv_cache.py [--context 1000] [--steps 100] [--model NAME] [--float] [--json FILE]
+    python benchmarks/kv_cache.py [--context 1000] [--steps 100] [--model NAME] [--float] [--bfloat16] [--json FILE]
+
+Head and embeddings are quantized, too.
 
 Every cache first prefills the same context. Then all of them take decode steps in turn, so that changes of the
 machine's speed affect all of them at the same length. Figures are medians over the steps, as ratios to DynamicCache.
@@ -130,11 +132,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model")
     parser.add_argument("--float", action="store_true", help="leave the model's weights in float32")
+    parser.add_argument("--bfloat16", action="store_true", help="of activations and of DynamicCache")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     model, tokenizer = load_causal_lm(find_model(arguments.model))
+    if arguments.bfloat16:
+        model.to(torch.bfloat16)
     if not arguments.float:
-        qins.convert(model)
+        qins.convert(model, exclude=(), embeddings=True)
     text = resources.files("qins").joinpath("data", "constitution.txt").read_text("utf-8")
     context = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.context]
     results = race(model, context, arguments.steps)
