@@ -8,7 +8,7 @@ from torch import nn
 from ..system import arena_for, give_back_freed_memory, page_out, rounded
 from .coded import Coded
 
-_AT_ONCE = 16 << 20  # bytes that are freed before the heap gives them back
+_AT_ONCE = 4 << 20  # bytes that are freed before the heap gives them back
 _LEAST = 4096  # bytes of a tensor; scales of rows, for instance, are read once for many codes
 
 
@@ -39,11 +39,11 @@ def place_codes(model: nn.Module, *, from_file: bool) -> int:
         new = torch.from_numpy(arena.copy(old.view(torch.uint8).numpy())).view(old.dtype).reshape(old.shape)
         for module, name in places:
             module._buffers[name] = new
-        freed += old.nbytes
         if from_file:
             page_out(old)
-        elif freed > _AT_ONCE:
-            del old
+        freed += old.nbytes
+        del old
+        if freed > _AT_ONCE:
             give_back_freed_memory()
             freed = 0
     return total
