@@ -35,18 +35,22 @@
  *           WORD_SETS: up to this many sets of 8 rows of activations, decoding codes again is faster than loading words
  *   packed  optional, for whole blocks of 64 packed codes (see packed.h). If DECODE_PACKED, words without log8's form:
  *           vp_load(t)  vw_decode_packed(const vp *, const uint8_t *packed, int bits)
- *           If PAIRED, words of log4, two blocks at a time: vm_load(t)  vw_decode_pair(const vm *, packed, vw *): two
- * of 64 words, with the first block in lanes 0 to 7, in the order of pair_blocks   pair_words(int16_t *): reorders If
- * UNPACK_BLOCK, log8's form: unpack_block(packed, bits, codes) If PACKED_VALUES, the most bits for which it has
- * packed_floats(packed, n, value, bits, out), which looks up the values of whole blocks faster than decode_log8 values
- * WORD_VALUES, if it has vw_floats(vw, float *out), which converts 64 words to floats pairs   DOT_WORDS, if it
- * multiplies words faster than floats (see word_panels.inc): vi_dot(vi sums, int32_t two, vi x): sums + products of the
- * two words in `two` with those of each lane of x vi_load   vw_multiply(int16_t *w, first, second): 64 words of vw,
- * times these times 2^-14, rounded panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see
- * panels.inc); TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles bytes   BYTES, if it has
- * AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too restore if RESTORE, for restore.inc:
- * vi_load vi_xor vi_min_u vi_mul   vi_nonzero(v): 16-bit mask of v != 0 vi_refill(states, &words)      vi_list(list, v,
- * mask) others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
+ *           If PAIRED, words of log4, two blocks at a time: vm_load(t)
+ *           vw_decode_pair(const vm *, const uint8_t *packed, vw *): two of 64 words, the first block in lanes 0 to 7,
+ *           in the order of pair_blocks      pair_words(int16_t *): reorders two blocks of activations from X_ORDER
+ *           If UNPACK_BLOCK, log8's form: unpack_block(packed, bits, codes)
+ *           If PACKED_VALUES, the most bits for which it has packed_floats(packed, n, value, bits, out), which looks up
+ *           the values of whole blocks faster than decode_log8
+ *   values  WORD_VALUES, if it has vw_floats(vw, float *out), which converts 64 words to floats
+ *   pairs   DOT_WORDS, if it multiplies words faster than floats (see word_panels.inc):
+ *           vi_dot(vi sums, int32_t two, vi x): sums + products of the two words in `two` with those of each lane of x
+ *           vi_load   vw_multiply(int16_t *w, first, second): 64 words of vw, times these times 2^-14, rounded
+ *   panels  FLOAT_ROWS, FLOAT_PANELS: rows and panels of sums that fit in registers (see panels.inc);
+ *           TRANSPOSE, if it has its own transpose_<isa>; TILES, if it has AMX tiles
+ *   bytes   BYTES, if it has AVX-512's VBMI and VNNI (see single.inc); HALVES, if it has AVX512_BF16, too
+ *   restore if RESTORE, for restore.inc: vi_load vi_xor vi_min_u vi_mul   vi_nonzero(v): 16-bit mask of v != 0
+ *           vi_refill(states, &words)      vi_list(list, v, mask)
+ *   others  vf_load_f16 vf_store_f16 vf_load_f64 vf_store_f64 vi_load_u16 vi_store_u16 (low halves) vf_of_bits
  * Loads and stores accept any alignment. Float sums are never contracted into fused multiply-adds.
  */
 #include <string.h>
