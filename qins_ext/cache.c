@@ -245,21 +245,6 @@ static void decode_rows(void *context, size_t begin, size_t end)
     }
 }
 
-/* Values of n consecutive rows of log8's family; returns what they are to be multiplied by, besides their scales. */
-static float levels(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out)
-{
-    if (is_packed(c->codec)) {
-        packed_levels(kernels, c, row, n, out);
-        return 1.0f;
-    }
-    const uint8_t *codes = c->codes + row * c->dim;
-    if (c->words != NULL) {
-        return kernels->word_values(codes, n * c->dim, c->words, out);
-    }
-    kernels->decode_log8(codes, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
-    return 1.0f;
-}
-
 void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t row, size_t n, float *out, float *scale)
 {
     if (c->codec == QINS_golden) {
@@ -270,11 +255,15 @@ void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t ro
         }
         return;
     }
-    const float unit = levels(kernels, c, row, n, out);
+    if (is_packed(c->codec)) {
+        packed_levels(kernels, c, row, n, out);
+    } else {
+        kernels->decode_log8(c->codes + row * c->dim, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
+    }
     const size_t groups = is_packed(c->codec) ? ceil_div(c->dim, QINS_CACHE_GROUP) : 0;
     const uint8_t *group = groups > 0 ? c->group_scale + row * groups : NULL;
     for (size_t i = 0; i < n; i++) {
-        const float of_row = from_bfloat16(c->scale[row + i]) * unit;
+        const float of_row = from_bfloat16(c->scale[row + i]);
         if (groups == 0) {
             *scale++ = of_row;
         }

@@ -8,8 +8,14 @@
 #include "between.h"
 #include "sizes.h"
 
-/* A thread's part of attention has at least GRAIN products: a few microseconds of work. */
-enum { GRAIN = 32768, TOKENS_AT_ONCE = 64, MOST_SCALES = TOKENS_AT_ONCE * QINS_DECODER_HEAD_DIM / QINS_CACHE_GROUP };
+/* A thread's part of attention has at least GRAIN products: a few microseconds of work. A part is up to SPAN keys of a
+ * head, whatever the number of threads, so that results do not depend on it. */
+enum {
+    GRAIN = 32768,
+    SPAN = 256,
+    TOKENS_AT_ONCE = 64,
+    MOST_SCALES = TOKENS_AT_ONCE * QINS_HEAD_DIM / QINS_CACHE_GROUP
+};
 
 /* Score of a masked key; finite, so that differences of such scores are not NaN. */
 #define UNSEEN (-1e30f)
@@ -21,12 +27,25 @@ typedef struct {
 } rows;
 
 typedef struct {
+    size_t begin, end;
+} range;
+
+/* Attention of one query over a span of keys: with weights e^(score - most) of sum `sum`. */
+typedef struct {
+    float most, sum;
+} softmax;
+
+typedef struct {
     const qins_kernels *kernels;
     const qins_decoder_layer *layer;
     const qins_decoder_call *call;
     size_t count;                                 /* rows: sequences * tokens */
     float *x, *normed, *attended, *gated, *added; /* count rows of hidden, hidden, heads * head_dim, inner, hidden */
     rows q, k, v, gate, up;
+    range *seen;    /* by row: keys from the first to the last that its queries see */
+    size_t spans;   /* most of them that a batch of queries has */
+    softmax *parts; /* by span, innermost, of each batch of queries of each KV head: QINS_BATCH each */
+    float *sums;    /* likewise: QINS_BATCH rows of head_dim, weighted sums of values */
     atomic_int failed;
 } run;
 
@@ -173,9 +192,6 @@ static qins_cache codes_of(const run *r, const qins_decoder_store *s)
     };
     const int golden = s->kind == QINS_STORE_GOLDEN;
     const qins_cache_tables *tables = &r->call->tables[CODEC[s->kind]];
-    /* Not of packed codes: the difference would change more of the next layers' codes to neighbors, which are far. */
-    const int by_words =
-        s->kind == QINS_STORE_LOG8 && r->kernels->word_values != NULL && tables->nearest.mu >= r->kernels->least_mu;
     return (qins_cache){
         .codec = CODEC[s->kind],
         .heads = r->call->sequences * r->layer->kv_heads,
@@ -187,7 +203,6 @@ static qins_cache codes_of(const run *r, const qins_decoder_store *s)
         .scale = golden ? NULL : s->second,
         .group_scale = golden ? NULL : s->third,
         .tables = tables,
-        .words = by_words ? qins_log8_words_of(tables->nearest.mu, 8, NULL) : NULL,
     };
 }
 
@@ -257,69 +272,100 @@ static void mask_scores(const run *r, size_t m, size_t t, size_t n, float *score
     }
 }
 
-/* A batch of queries that share a KV head: query i is that of token row row[i] and head head[i]. */
-typedef struct {
-    float q[QINS_BATCH][QINS_DECODER_HEAD_DIM], out[QINS_BATCH][QINS_DECODER_HEAD_DIM];
-    size_t row[QINS_BATCH], head[QINS_BATCH];
-} queries;
-
-typedef struct {
-    size_t begin, end;
-} range;
-
-/* Keys from the first to the last that any of these queries sees; all if one sees none, which weighs them alike. */
-static range seen_by(const run *r, const queries *some, int batch, size_t total)
+/* Keys from the first to the last that row m of x sees; all if it sees none, which weighs them alike. */
+static range seen_by(const run *r, size_t m, size_t total)
 {
+    range all = {0, total};
     if (r->call->mask == NULL || !r->call->mask_is_bool) {
+        return all;
+    }
+    const uint8_t *seen = (const uint8_t *)r->call->mask + mask_at(r, m);
+    while (all.begin < total && !seen[all.begin]) {
+        all.begin++;
+    }
+    if (all.begin == total) {
         return (range){0, total};
     }
-    range all = {total, 0};
-    for (int j = 0; j < batch; j++) {
-        const uint8_t *seen = (const uint8_t *)r->call->mask + mask_at(r, some->row[j]);
-        range one = {0, total};
-        while (one.begin < total && !seen[one.begin]) {
-            one.begin++;
-        }
-        if (one.begin == total) {
-            return (range){0, total};
-        }
-        while (one.end > all.end && !seen[one.end - 1]) {
-            one.end--;
-        }
-        all.begin = least(all.begin, one.begin);
-        all.end = one.end;
+    while (!seen[all.end - 1]) {
+        all.end--;
     }
     return all;
 }
 
-/* Rows of a head's tokens [t, t + n), as float32 and `next` elements apart; `window` has room for them. Those of codes
- * are still to be multiplied by `scale`, see qins_cache_rows. */
-static const float *kept(const run *r, const qins_decoder_store *s, size_t sequence, size_t head, size_t t, size_t n,
-                         float *window, float *scale, size_t *next)
+/* The number of queries that share a KV head, and of batches of them. */
+static size_t sharing(const run *r) { return r->layer->heads / r->layer->kv_heads * r->call->tokens; }
+
+static size_t batches_of(const run *r) { return ceil_div(sharing(r), QINS_BATCH); }
+
+/* A batch of queries that share a KV head: query i is that of token row row[i] and head head[i]. */
+typedef struct {
+    size_t sequence, kv_head, row[QINS_BATCH], head[QINS_BATCH];
+    int count;
+    range seen; /* by any of them */
+} queries;
+
+/* Batch i, counted over the KV heads of all sequences */
+static queries queries_of(const run *r, size_t i)
 {
-    const size_t dim = r->layer->head_dim, row = row_at(r, sequence, head, t);
+    const qins_decoder_layer *layer = r->layer;
+    const size_t batches = batches_of(r), group = layer->heads / layer->kv_heads, first = i % batches * QINS_BATCH;
+    queries some = {.sequence = i / batches / layer->kv_heads, .kv_head = i / batches % layer->kv_heads};
+    some.count = (int)least(sharing(r) - first, QINS_BATCH);
+    for (size_t j = 0; j < (size_t)some.count; j++) {
+        some.row[j] = some.sequence * r->call->tokens + (first + j) / group;
+        some.head[j] = some.kv_head * group + (first + j) % group;
+        const range seen = r->seen[some.row[j]];
+        some.seen.begin = j == 0 ? seen.begin : least(some.seen.begin, seen.begin);
+        some.seen.end = seen.end > some.seen.end ? seen.end : some.seen.end;
+    }
+    return some;
+}
+
+static size_t spans_of(const queries *some) { return ceil_div(some->seen.end - some->seen.begin, SPAN); }
+
+/* Keys of the i-th span; none of spans beyond the last one. They are about equally long. */
+static range part_of(const queries *some, size_t i)
+{
+    const size_t count = some->seen.end - some->seen.begin, each = ceil_div(count, spans_of(some));
+    const size_t length = ceil_div(each, 16) * 16, begin = least(i * length, count);
+    return (range){some->seen.begin + begin, some->seen.begin + least(begin + length, count)};
+}
+
+/* Rows of keys or values, `next` elements apart */
+typedef struct {
+    const void *at;
+    size_t next;
+    qins_dtype dtype;
+} block;
+
+/* Rows of a head's tokens [t, t + n); `window` has room for them as float32, which they are if `widen`. Those of codes
+ * are still to be multiplied by `scale`, see qins_cache_rows. */
+static block kept(const run *r, const qins_decoder_store *s, const queries *some, size_t t, size_t n, int widen,
+                  float *window, float *scale)
+{
+    const size_t dim = r->layer->head_dim, row = row_at(r, some->sequence, some->kv_head, t);
     const size_t apart = is_paged(r) ? r->layer->kv_heads : 1; /* rows from a token to the next, in one page */
     const qins_dtype dtype = dtype_of(r, s);
-    *next = dim;
+    const block widened = {window, dim, QINS_F32};
     if (holds_codes(s)) {
         const qins_cache c = codes_of(r, s);
         qins_cache_rows(r->kernels, &c, row, n, window, scale);
-        return window;
+        return widened;
     }
     size_t in_order = 1;
-    while (is_paged(r) && in_order < n && row_at(r, sequence, head, t + in_order) == row + in_order * apart) {
+    while (is_paged(r) && in_order < n &&
+           row_at(r, some->sequence, some->kv_head, t + in_order) == row + in_order * apart) {
         in_order++;
     }
-    if (dtype == QINS_F32 && (in_order == n || !is_paged(r))) {
-        *next = apart * dim;
-        return (const float *)s->data + row * dim;
-    }
     const size_t size = dim * item_size(dtype);
+    if ((dtype == QINS_F32 || !widen) && (in_order == n || !is_paged(r))) {
+        return (block){(const char *)s->data + row * size, apart * dim, dtype};
+    }
     for (size_t i = 0, at_once = is_paged(r) ? 1 : n; i < n; i += at_once) {
-        const char *from = (const char *)s->data + row_at(r, sequence, head, t + i) * size;
+        const char *from = (const char *)s->data + row_at(r, some->sequence, some->kv_head, t + i) * size;
         r->kernels->widen[dtype](from, at_once * dim, window + i * dim);
     }
-    return window;
+    return widened;
 }
 
 static float largest(const float *x, size_t n)
@@ -343,38 +389,54 @@ static float largest(const float *x, size_t n)
     return most[0];
 }
 
-/* Scores of n tokens' keys, at most TOKENS_AT_ONCE. Where they are codes, a row has one scale. */
-static void score_some(const run *r, size_t sequence, size_t kv_head, size_t t, size_t n, const queries *some,
-                       int batch, float *window, float *scores, size_t total)
+/* For multiplying log8 codes in a store by words; or NULL. Not packed codes: words' values differ from those of
+ * decoding, which would change more of the next layers' codes to neighbors, which are far. */
+static const qins_log8_words *words_of(const run *r, const qins_decoder_store *s)
 {
-    float scale[MOST_SCALES];
-    size_t next;
-    const float *keys = kept(r, &r->call->keys, sequence, kv_head, t, n, window, scale, &next);
-    r->kernels->score_rows(keys, n, next, some->q[0], QINS_DECODER_HEAD_DIM, batch, r->layer->head_dim, scores, total);
-    for (size_t j = 0; holds_codes(&r->call->keys) && j < (size_t)batch; j++) {
+    const float mu = s->kind == QINS_STORE_LOG8 ? r->call->tables[QINS_log8].nearest.mu : 0.0f;
+    const int can = s->kind == QINS_STORE_LOG8 && r->kernels->score_log8 != NULL && mu >= r->kernels->least_mu;
+    return can ? qins_log8_words_of(mu, 8, NULL) : NULL;
+}
+
+/* Where a thread's work is kept. */
+typedef struct {
+    float q[QINS_BATCH * QINS_HEAD_DIM]; /* rows of head_dim */
+    float scores[QINS_BATCH * SPAN], scales[SPAN], scale[MOST_SCALES];
+    float window[TOKENS_AT_ONCE * QINS_HEAD_DIM];
+} workplace;
+
+/* Scores of n tokens' keys, at most TOKENS_AT_ONCE, those of one query `next` apart from another's. Where they are
+ * codes, a row has one scale. */
+static void score_some(const run *r, const queries *some, size_t t, size_t n, workplace *w, float *scores, size_t next)
+{
+    const size_t dim = r->layer->head_dim;
+    const int widen = some->count > 2 * r->kernels->score_queries;
+    const block keys = kept(r, &r->call->keys, some, t, n, widen, w->window, w->scale);
+    r->kernels->score_rows[keys.dtype](keys.at, n, keys.next, w->q, dim, some->count, dim, scores, next);
+    for (size_t j = 0; holds_codes(&r->call->keys) && j < (size_t)some->count; j++) {
         for (size_t i = 0; i < n; i++) {
-            scores[j * total + i] *= scale[i];
+            scores[j * next + i] *= w->scale[i];
         }
     }
 }
 
-/* Scores of all keys, straight from codes of log8's family: keys are the rows of a matrix. Returns -1 if out of memory.
- */
-static int score_codes(const run *r, size_t begin, size_t total, const queries *some, int batch, float *dense,
-                       float *scale, float *scores)
+/* Scores of the keys of a span, straight from codes of log8's family. Returns -1 if out of memory. */
+static int score_codes(const run *r, const queries *some, size_t begin, size_t n, workplace *w)
 {
-    const size_t dim = r->layer->head_dim;
     const qins_cache c = codes_of(r, &r->call->keys);
-    const qins_codes keys = qins_cache_matrix(r->kernels, &c, begin, total, scale);
-    for (int j = 0; j < batch; j++) {
-        memcpy(dense + (size_t)j * dim, some->q[j], dim * sizeof *dense);
+    const size_t row = row_at(r, some->sequence, some->kv_head, begin);
+    const qins_log8_words *words = words_of(r, &r->call->keys);
+    if (words != NULL) {
+        r->kernels->score_log8(c.codes + row * c.dim, c.scale + row, n, c.dim, words, w->q, some->count, w->scores, n);
+        return 0;
     }
-    return qins_linear(r->kernels, &keys, dense, (size_t)batch, QINS_F32, scores, 1);
+    const qins_codes keys = qins_cache_matrix(r->kernels, &c, row, n, w->scales); /* keys are the rows of a matrix */
+    return qins_linear(r->kernels, &keys, w->q, (size_t)some->count, QINS_F32, w->scores, 1);
 }
 
-/* Adds the values of n tokens of codes, times their scales and the weights of each query. */
-static void weigh_codes(const run *r, const float *values, size_t n, const float *scale, const float *weight,
-                        size_t next, int batch, queries *some)
+/* Adds the values of n tokens of codes, times their scales and the weights of each query, `next` apart. */
+static void weigh_codes(const run *r, const block *values, size_t n, const float *scale, const float *weight,
+                        size_t next, int batch, float *out)
 {
     const size_t dim = r->layer->head_dim;
     const qins_cache c = codes_of(r, &r->call->values);
@@ -386,106 +448,170 @@ static void weigh_codes(const run *r, const float *values, size_t n, const float
                 scaled[j * n + i] = weight[j * next + i] * scale[i * groups + g];
             }
         }
-        r->kernels->weigh_rows(values + k, n, dim, scaled, n, batch, least(dim - k, span), some->out[0] + k,
-                               QINS_DECODER_HEAD_DIM);
+        r->kernels->weigh_rows[QINS_F32]((const float *)values->at + k, n, dim, scaled, n, batch, least(dim - k, span),
+                                         out + k, dim);
     }
 }
 
-static void attend_some(run *r, size_t sequence, size_t kv_head, queries *some, int batch, float *scores, float *window,
-                        float *scales)
+/* Adds the values of a span, times the weights of each query, which are `count` apart. */
+static void weigh_span(const run *r, const queries *some, range keys, workplace *w, float *sums)
 {
-    const qins_decoder_call *call = r->call;
-    const qins_decoder_layer *layer = r->layer;
-    const size_t dim = layer->head_dim, total = past_of(r, sequence) + call->tokens;
-    const range seen = seen_by(r, some, batch, total);
-    size_t next;
-    float scale[MOST_SCALES];
-    /* A product of so few columns costs more than converting codes to floats, where that is done by words. */
-    const int at_once = call->keys.kind >= QINS_STORE_LOG8 && codes_of(r, &call->keys).words == NULL;
-    const size_t count = seen.end - seen.begin, first = row_at(r, sequence, kv_head, seen.begin);
-    if (at_once && score_codes(r, first, count, some, batch, window, scales, scores) != 0) {
-        atomic_store(&r->failed, 1);
+    const qins_decoder_store *s = &r->call->values;
+    const size_t dim = r->layer->head_dim, count = keys.end - keys.begin;
+    const qins_log8_words *words = words_of(r, s);
+    if (words != NULL) {
+        const qins_cache c = codes_of(r, s);
+        const size_t row = row_at(r, some->sequence, some->kv_head, keys.begin);
+        r->kernels->weigh_log8(c.codes + row * dim, c.scale + row, count, dim, words, w->scores, count, some->count,
+                               sums);
         return;
+    }
+    for (size_t t = 0; t < count; t += TOKENS_AT_ONCE) {
+        const size_t n = least(count - t, TOKENS_AT_ONCE);
+        const block values = kept(r, s, some, keys.begin + t, n, 0, w->window, w->scale);
+        if (holds_codes(s)) {
+            weigh_codes(r, &values, n, w->scale, w->scores + t, count, some->count, sums);
+        } else {
+            r->kernels->weigh_rows[values.dtype](values.at, n, values.next, w->scores + t, count, some->count, dim,
+                                                 sums, dim);
+        }
+    }
+}
+
+/* Attention over keys [begin, end), at most SPAN: its softmax, and the sums of values in rows of head_dim. Returns -1
+ * if out of memory. */
+static int attend_span(const run *r, const queries *some, range keys, workplace *w, softmax *part, float *sums)
+{
+    const qins_decoder_layer *layer = r->layer;
+    const size_t dim = layer->head_dim, count = keys.end - keys.begin;
+    const int at_once = r->call->keys.kind >= QINS_STORE_LOG8;
+    if (at_once && score_codes(r, some, keys.begin, count, w) != 0) {
+        return -1;
     }
     for (size_t t = 0; t < count; t += TOKENS_AT_ONCE) {
         const size_t n = least(count - t, TOKENS_AT_ONCE);
         if (!at_once) {
-            score_some(r, sequence, kv_head, seen.begin + t, n, some, batch, window, scores + t, count);
+            score_some(r, some, keys.begin + t, n, w, w->scores + t, count);
         }
-        for (int j = 0; j < batch; j++) {
-            float *row = scores + (size_t)j * count + t;
+        for (size_t j = 0; j < (size_t)some->count; j++) {
+            float *row = w->scores + j * count + t;
             for (size_t i = 0; layer->softcap > 0.0f && i < n; i++) {
                 row[i] = layer->softcap * tanhf(row[i] / layer->softcap);
             }
-            if (call->mask != NULL) {
-                mask_scores(r, some->row[j], seen.begin + t, n, row);
+            if (r->call->mask != NULL) {
+                mask_scores(r, some->row[j], keys.begin + t, n, row);
             }
         }
     }
-    float inverse[QINS_BATCH];
-    for (int j = 0; j < batch; j++) {
-        float *row = scores + (size_t)j * count, most = largest(row, count);
-        const float *sink = layer->sinks != NULL ? layer->sinks + some->head[j] : NULL;
-        most = sink != NULL && *sink > most ? *sink : most;
-        float sum = r->kernels->exp_row(row, count, most);
-        sum += sink != NULL ? expf(*sink - most) : 0.0f;
-        inverse[j] = 1.0f / sum;
-        memset(some->out[j], 0, dim * sizeof(float));
+    for (size_t j = 0; j < (size_t)some->count; j++) {
+        float *row = w->scores + j * count;
+        part[j].most = largest(row, count);
+        part[j].sum = r->kernels->exp_row(row, count, part[j].most);
     }
-    for (size_t t = 0; t < count; t += TOKENS_AT_ONCE) {
-        const size_t n = least(count - t, TOKENS_AT_ONCE);
-        const float *values = kept(r, &call->values, sequence, kv_head, seen.begin + t, n, window, scale, &next);
-        if (holds_codes(&call->values)) {
-            weigh_codes(r, values, n, scale, scores + t, count, batch, some);
-        } else {
-            r->kernels->weigh_rows(values, n, next, scores + t, count, batch, dim, some->out[0], QINS_DECODER_HEAD_DIM);
+    memset(sums, 0, (size_t)some->count * dim * sizeof *sums);
+    weigh_span(r, some, keys, w, sums);
+    return 0;
+}
+
+/* Attention of spans [begin, end), counted over all batches of queries */
+static void attend(void *context, size_t begin, size_t end)
+{
+    run *r = context;
+    const size_t dim = r->layer->head_dim;
+    workplace *w = qins_scratch_take(sizeof *w);
+    if (w == NULL) {
+        atomic_store(&r->failed, 1);
+        return;
+    }
+    size_t of = SIZE_MAX;
+    queries some;
+    for (size_t i = begin; i < end; i++) {
+        if (i / r->spans != of) {
+            of = i / r->spans;
+            some = queries_of(r, of);
+            for (size_t j = 0; j < (size_t)some.count; j++) {
+                const float *q = r->q.at + some.row[j] * r->q.next + some.head[j] * dim;
+                for (size_t k = 0; k < dim; k++) {
+                    w->q[j * dim + k] = q[k] * r->layer->scaling;
+                }
+            }
+        }
+        const range keys = part_of(&some, i % r->spans);
+        softmax *part = r->parts + i * QINS_BATCH;
+        if (keys.begin < keys.end && attend_span(r, &some, keys, w, part, r->sums + i * QINS_BATCH * dim) != 0) {
+            atomic_store(&r->failed, 1);
+            break;
         }
     }
-    for (int j = 0; j < batch; j++) {
-        float *out = r->attended + some->row[j] * layer->heads * dim + some->head[j] * dim;
-        for (size_t i = 0; i < dim; i++) {
-            out[i] = some->out[j][i] * inverse[j];
+    qins_scratch_give(w);
+}
+
+/* Puts the spans of batches [begin, end) together: each softmax is relative to its own largest score. */
+static void join(void *context, size_t begin, size_t end)
+{
+    const run *r = context;
+    const size_t dim = r->layer->head_dim;
+    for (size_t i = begin; i < end; i++) {
+        const queries some = queries_of(r, i);
+        const size_t spans = spans_of(&some);
+        for (size_t j = 0; j < (size_t)some.count; j++) {
+            const softmax *part = r->parts + i * r->spans * QINS_BATCH + j;
+            const float *sums = r->sums + (i * r->spans * QINS_BATCH + j) * dim;
+            const float *sink = r->layer->sinks != NULL ? r->layer->sinks + some.head[j] : NULL;
+            float most = part[0].most, sum = 0.0f;
+            for (size_t s = 1; s < spans; s++) {
+                most = part[s * QINS_BATCH].most > most ? part[s * QINS_BATCH].most : most;
+            }
+            most = sink != NULL && *sink > most ? *sink : most;
+            for (size_t s = 0; s < spans; s++) {
+                sum += part[s * QINS_BATCH].sum * expf(part[s * QINS_BATCH].most - most);
+            }
+            sum += sink != NULL ? expf(*sink - most) : 0.0f;
+            float *out = r->attended + some.row[j] * r->layer->heads * dim + some.head[j] * dim;
+            memset(out, 0, dim * sizeof *out);
+            for (size_t s = 0; s < spans; s++, sums += QINS_BATCH * dim) {
+                const float by = expf(part[s * QINS_BATCH].most - most) / sum;
+                for (size_t k = 0; k < dim; k++) {
+                    out[k] += by * sums[k];
+                }
+            }
         }
     }
 }
 
-/* The number of queries that share a KV head. */
-static size_t sharing(const run *r) { return r->layer->heads / r->layer->kv_heads * r->call->tokens; }
-
-/* Attention of batches [begin, end), counted over the KV heads of all sequences. */
-static void attend(void *context, size_t begin, size_t end)
+/* Attention of all queries over all keys. Returns -1 if out of memory. */
+static int attend_all(run *r, int threads)
 {
-    run *r = context;
-    const qins_decoder_layer *layer = r->layer;
-    const size_t dim = layer->head_dim, group = layer->heads / layer->kv_heads;
-    const size_t batches = ceil_div(sharing(r), QINS_BATCH);
-    size_t total = 0;
-    for (size_t unit = begin; unit < end; unit++) {
-        const size_t its = past_of(r, unit / batches / layer->kv_heads) + r->call->tokens;
-        total = its > total ? its : total;
+    const qins_decoder_call *call = r->call;
+    const size_t dim = r->layer->head_dim, batches = call->sequences * r->layer->kv_heads * batches_of(r);
+    r->seen = qins_scratch_take(r->count * sizeof *r->seen);
+    if (r->seen == NULL) {
+        return -1;
     }
-    const size_t scores = ceil_div(QINS_BATCH * total, 16) * 16, window = TOKENS_AT_ONCE * dim;
-    char *room = qins_scratch_take(sizeof(queries) + (scores + window + total) * sizeof(float));
-    if (room == NULL) {
-        atomic_store(&r->failed, 1);
-        return;
+    for (size_t m = 0; m < r->count; m++) {
+        r->seen[m] = seen_by(r, m, past_of(r, m / call->tokens) + call->tokens);
     }
-    queries *some = (queries *)(void *)room;
-    float *of_scores = (float *)(void *)(room + sizeof *some), *of_window = of_scores + scores;
-    for (size_t unit = begin; unit < end; unit++) {
-        const size_t sequence = unit / batches / layer->kv_heads, kv_head = unit / batches % layer->kv_heads;
-        const size_t first = unit % batches * QINS_BATCH, batch = least(sharing(r) - first, QINS_BATCH);
-        for (size_t j = 0; j < batch; j++) {
-            some->row[j] = sequence * r->call->tokens + (first + j) / group;
-            some->head[j] = kv_head * group + (first + j) % group;
-            const float *q = r->q.at + some->row[j] * r->q.next + some->head[j] * dim;
-            for (size_t k = 0; k < dim; k++) {
-                some->q[j][k] = q[k] * layer->scaling;
-            }
+    size_t keys = 0;
+    r->spans = 0;
+    for (size_t i = 0; i < batches; i++) {
+        const queries some = queries_of(r, i);
+        r->spans = spans_of(&some) > r->spans ? spans_of(&some) : r->spans;
+        keys += some.seen.end - some.seen.begin;
+    }
+    const size_t parts = batches * r->spans * QINS_BATCH;
+    r->sums = qins_scratch_take(parts * (dim * sizeof *r->sums + sizeof *r->parts));
+    if (r->sums != NULL) {
+        r->parts = (softmax *)(void *)(r->sums + parts * dim);
+        const size_t each = least(sharing(r), QINS_BATCH) * dim;
+        qins_parallel(batches * r->spans, ceil_div(GRAIN, keys * each / (batches * r->spans) + 1), threads, attend, r);
+        if (atomic_load(&r->failed) == 0) {
+            qins_parallel(batches, ceil_div(GRAIN, r->spans * each), threads, join, r);
         }
-        attend_some(r, sequence, kv_head, some, (int)batch, of_scores, of_window, of_window + window);
+        qins_scratch_give(r->sums);
     }
-    qins_scratch_give(room);
+    const int failed = r->sums == NULL || atomic_load(&r->failed) != 0;
+    qins_scratch_give(r->seen);
+    return failed ? -1 : 0;
 }
 
 static int attention(run *r, float *room, int threads)
@@ -508,11 +634,7 @@ static int attention(run *r, float *room, int threads)
     if (failed != 0) {
         return failed;
     }
-    const size_t each = is_paged(r) ? r->call->pages.count / r->call->sequences : r->call->past + r->call->tokens;
-    const size_t batches = ceil_div(sharing(r), QINS_BATCH);
-    const size_t work = each * layer->head_dim * ceil_div(sharing(r), batches);
-    qins_parallel(r->call->sequences * layer->kv_heads * batches, ceil_div(GRAIN, work + 1), threads, attend, r);
-    if (atomic_load(&r->failed) != 0 ||
+    if (attend_all(r, threads) != 0 ||
         qins_linear(r->kernels, &layer->o.codes, r->attended, r->count, QINS_F32, r->added, threads) != 0) {
         return -1;
     }

@@ -5,8 +5,7 @@
 #include "qins.h"
 
 enum {
-    QINS_DECODER_ROWS = 256,    /* maximum tokens of one call, over all sequences */
-    QINS_DECODER_HEAD_DIM = 512 /* maximum elements of a head */
+    QINS_DECODER_ROWS = 256 /* maximum tokens of one call, over all sequences */
 };
 
 /* A matrix and its bias, which may be NULL. A product without codes is absent, except that k and v may be rows of q's

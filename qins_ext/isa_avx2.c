@@ -9,6 +9,8 @@
 #define FN QINS_TARGET("avx2,fma,f16c")
 #define WORD QINS_ALWAYS_INLINE FN
 
+#include "sums_x86.h"
+
 typedef struct {
     __m256 a, b;
 } vf;
@@ -188,6 +190,15 @@ WORD float vf_sum(vf x)
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+#define SUM4
+WORD void vf_sum4(const vf *v, float *sums)
+{
+    __m256 half[4];
+    for (int i = 0; i < 4; i++) {
+        half[i] = _mm256_add_ps(v[i].a, v[i].b);
+    }
+    sum4_halves(half, sums);
 }
 WORD vi vi_round(vf x)
 {
@@ -551,13 +562,17 @@ WORD void packed_floats(const uint8_t *packed, size_t n, const float *table, int
 }
 
 #define WORD_VALUES
-WORD void vw_floats(vw w, float *out) /* in the order of the codes; see X_ORDER */
+#define VALUE_UNIT 0x1p-16f /* words times 2^16 are floats without further shuffles */
+#define VALUE_ORDER(v, j) (32 * ((v) / 2) + 8 * ((j) / 8) + 16 * ((j) % 8 / 4) + 2 * ((j) % 4) + (v) % 2)
+WORD void vw_values(vw w, vf *to)
 {
-    for (int i = 0; i < 4; i++) {
-        const __m128i low = _mm256_castsi256_si128(w.v[i]), high = _mm256_extracti128_si256(w.v[i], 1);
-        float *to = out + 32 * (i / 2) + 8 * (i % 2);
-        _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(low)));
-        _mm256_storeu_ps(to + 16, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(high)));
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+    for (int i = 0; i < 2; i++) {
+        const __m256i *v = w.v + 2 * i;
+        to[2 * i].a = _mm256_cvtepi32_ps(_mm256_slli_epi32(v[0], 16));
+        to[2 * i].b = _mm256_cvtepi32_ps(_mm256_slli_epi32(v[1], 16));
+        to[2 * i + 1].a = _mm256_cvtepi32_ps(_mm256_and_si256(v[0], upper));
+        to[2 * i + 1].b = _mm256_cvtepi32_ps(_mm256_and_si256(v[1], upper));
     }
 }
 

@@ -151,6 +151,15 @@ WORD vi vi_sign_bytes(const int8_t *p)
 WORD vf vf_set2(float a, float b) { EACH(vf, vdupq_n_f32(i < 2 ? a : b)); }
 WORD vf vf_fma(vf x, vf y, vf z) { EACH(vf, vfmaq_f32(z.val[i], x.val[i], y.val[i])); }
 WORD float vf_sum(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3]))); }
+#define SUM4
+WORD void vf_sum4(const vf *v, float *sums)
+{
+    float32x4_t quarter[4];
+    for (int i = 0; i < 4; i++) {
+        quarter[i] = vaddq_f32(vaddq_f32(v[i].val[0], v[i].val[1]), vaddq_f32(v[i].val[2], v[i].val[3]));
+    }
+    vst1q_f32(sums, vpaddq_f32(vpaddq_f32(quarter[0], quarter[1]), vpaddq_f32(quarter[2], quarter[3])));
+}
 WORD vi vi_round(vf x) { EACH(vi, AS_UINT(vcvtnq_s32_f32(x.val[i]))); }
 WORD vf vf_of_ints(vi x) { EACH(vf, vcvtq_f32_s32(AS_INT(x.val[i]))); }
 

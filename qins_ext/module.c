@@ -149,7 +149,7 @@ static int module_exec(PyObject *module)
                  PyModule_AddFunctions(module, qins_decoder_methods) < 0 ||
                  PyModule_AddFunctions(module, qins_exact_methods) < 0 ||
                  PyModule_AddIntConstant(module, "DECODER_ROWS", QINS_DECODER_ROWS) < 0 ||
-                 PyModule_AddIntConstant(module, "DECODER_HEAD_DIM", QINS_DECODER_HEAD_DIM) < 0 ||
+                 PyModule_AddIntConstant(module, "DECODER_HEAD_DIM", QINS_HEAD_DIM) < 0 ||
                  PyModule_AddObjectRef(module, "CODECS", codecs) < 0 ||
                  PyModule_AddObjectRef(module, "WAYS", ways) < 0 || PyModule_AddObjectRef(module, "MU_MAX", mu_max) < 0;
     Py_XDECREF(codecs);

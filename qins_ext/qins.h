@@ -124,8 +124,9 @@ static inline size_t qins_rows_ahead(size_t cols, size_t row)
 }
 
 enum {
-    QINS_BLOCK = 64, /* codes that a kernel processes at a time */
-    QINS_BATCH = 8,  /* maximum rows of activations that a kernel processes at a time */
+    QINS_BLOCK = 64,     /* codes that a kernel processes at a time */
+    QINS_BATCH = 8,      /* maximum rows of activations that a kernel processes at a time */
+    QINS_HEAD_DIM = 512, /* maximum elements of a head of attention */
     /* block of codes that is decoded once for many rows of activations, into words of 2 bytes */
     QINS_WORD_ROWS = 64,
     QINS_WORD_COLS = 1024,
@@ -346,18 +347,24 @@ typedef struct {
     /* By dtype but float64; see qins_rotation. Heads are `next` elements apart in x and y, which may be the same */
     void (*rotate[3])(const void *x, const void *cosine, const void *sine, size_t heads, size_t next, size_t half,
                       void *y);
-    /* out[m * next + t] = rows[t] . x[m], n elements. Rows are `stride` apart */
-    void (*score_rows)(const float *rows, size_t count, size_t stride, const float *x, size_t x_stride, int batch,
-                       size_t n, float *out, size_t next);
-    /* out[m] += sum over rows t of weight[m][t] * rows[t], n elements. Rows are `stride` apart, and the weights of
-     * consecutive m `next` */
-    void (*weigh_rows)(const float *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
-                       size_t n, float *out, size_t out_stride);
+    /* By dtype of the rows but float64: out[m * next + t] = rows[t] . x[m], n elements. Rows are `stride` elements
+     * apart. Rows that are not float32 are widened again for every score_queries of x */
+    int score_queries;
+    void (*score_rows[3])(const void *rows, size_t count, size_t stride, const float *x, size_t x_stride, int batch,
+                          size_t n, float *out, size_t next);
+    /* By dtype of the rows but float64: out[m] += sum over rows t of weight[m][t] * rows[t], n elements. Rows are
+     * `stride` elements apart, and the weights of consecutive m `next` */
+    void (*weigh_rows[3])(const void *rows, size_t count, size_t stride, const float *weight, size_t next, int batch,
+                          size_t n, float *out, size_t out_stride);
     /* value[q] of rows of packed codes, of 4 to value_bits bits; NULL: unpack and decode_log8 are as fast */
     int value_bits;
     void (*packed_values)(const uint8_t *packed, size_t rows, size_t cols, int bits, const float *value, float *out);
-    /* Words of n codes of log8; times the result, they are levels. NULL: decode_log8 is as fast */
-    float (*word_values)(const uint8_t *codes, size_t n, const qins_log8_words *t, float *out);
+    /* The same two of rows of log8's codes, one after another; scale: bfloat16, of each row. x and out of weigh_log8
+     * are rows of dim elements, at most QINS_HEAD_DIM; weights are overwritten. NULL: decode_log8 is as fast */
+    void (*score_log8)(const uint8_t *codes, const uint16_t *scale, size_t count, size_t dim, const qins_log8_words *t,
+                       const float *x, int batch, float *out, size_t next);
+    void (*weigh_log8)(const uint8_t *codes, const uint16_t *scale, size_t count, size_t dim, const qins_log8_words *t,
+                       float *weight, size_t next, int batch, float *out);
     /* exact.h, n <= QINS_WINDOW: entries of the symbols of the first weights, a multiple of 16; returns their number.
      * NULL: no faster than without */
     size_t (*record)(qins_recording *r, const uint16_t *decoded, const uint8_t *codes, const uint16_t *w, size_t n,
@@ -504,7 +511,6 @@ typedef struct {
     uint16_t *scale;                 /* log8, log6, log5, log4: bfloat16, of each row */
     uint8_t *group_scale;            /* log6, log5, log4: ceil(dim/32) of each row */
     const qins_cache_tables *tables; /* log8, log6, log5, log4 */
-    const qins_log8_words *words;    /* of log8, for qins_cache_rows: its values are near those of decoding; or NULL */
 } qins_cache;
 /* Encodes x (heads x tokens x dim, dense) as tokens [start, start + tokens). Returns 0, or 1 if x has a non-finite
  * element (the contents of those tokens are then unspecified), or -1 if out of memory. */

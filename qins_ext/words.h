@@ -18,6 +18,8 @@
  *   sums    vf_fma(a, b, c): a * b + c, fused or not     vf_sum(v)     vi_round(v): to nearest, |v| < 2^31
  *           SUM_LANES, if its vf_sum adds in the order of sum_lanes
  *           SUMS, if it has its own vf_sums(const vf *, int n, float *sums), the sums of n vectors
+ *           SUM4, if it has its own vf_sum4(const vf *, float *sums): as four times vf_sum, bit for bit
+ *           ATTEND_QUERIES: queries of attention, 1 or 4, whose sums with 4 keys, or of 4 vectors, fit in registers
  *           vf_set2(a, b): a in lanes 0 to 7, b in the others
  *   golden  if GOLDEN_WORDS: 64 magnitudes with their signs, element 4j + k in byte k of lane j, and their values
  *           vg_load(const qins_golden_factors *)   vs_golden(stored, sign)   vs_log9(stored, sign_bits)
@@ -31,7 +33,7 @@
  *           WORD_ROWS: rows of weights, 1 or 2, whose sums with 8 rows of activations fit in registers
  *           ROWS_OF_ONE: rows of weights that are multiplied together with one row of activations: 1, or 4 where what
  *           a row costs beside its columns (sums of lanes, factors, a branch that is hard to predict) is as much as a
- *           few hundred columns; vf_sum4(const vf *, float *sums): as four times vf_sum
+ *           few hundred columns
  *           WORD_SETS: up to this many sets of 8 rows of activations, decoding codes again is faster than loading words
  *   packed  optional, for whole blocks of 64 packed codes (see packed.h). If DECODE_PACKED, words without log8's form:
  *           vp_load(t)  vw_decode_packed(const vp *, const uint8_t *packed, int bits)
@@ -41,7 +43,8 @@
  *           If UNPACK_BLOCK, log8's form: unpack_block(packed, bits, codes)
  *           If PACKED_VALUES, the most bits for which it has packed_floats(packed, n, value, bits, out), which looks up
  *           the values of whole blocks faster than decode_log8
- *   values  WORD_VALUES, if it has vw_floats(vw, float *out), which converts 64 words to floats
+ *   values  WORD_VALUES, if it has vw_values(vw, vf *to), which converts 64 words to four vectors, times VALUE_UNIT:
+ *           lane j of vector v is that of element VALUE_ORDER(v, j)
  *   pairs   DOT_WORDS, if it multiplies words faster than floats (see word_panels.inc):
  *           vi_dot(vi sums, int32_t two, vi x): sums + products of the two words in `two` with those of each lane of x
  *           vi_load   vw_multiply(int16_t *w, first, second): 64 words of vw, times these times 2^-14, rounded

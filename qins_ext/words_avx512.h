@@ -1,4 +1,6 @@
 /* The vector operations of AVX-512 (see words.h), except most of those for log8 products. 16 lanes are one register. */
+#include "sums_x86.h"
+
 typedef __m512 vf;
 typedef __m512i vi;
 /* 128 levels fit in eight registers: four two-register permutations and three blends cost less than a gather. */
@@ -240,25 +242,17 @@ WORD void vf_sums(const vf *v, int n, float *sums)
     }
 }
 
-/* In the order of vf_sum */
 #define ROWS_OF_ONE 4
 #define SUM_REGISTERS "v"
+#define ATTEND_QUERIES 4
+#define SUM4
 WORD void vf_sum4(const vf *v, float *sums)
 {
-    __m256 half[4], quarter[2];
+    __m256 half[4];
     for (int i = 0; i < 4; i++) {
         half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
     }
-    for (int i = 0; i < 2; i++) { /* rows 0 and 1, rows 2 and 3 */
-        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[2 * i], half[2 * i + 1], 0x20),
-                                   _mm256_permute2f128_ps(half[2 * i], half[2 * i + 1], 0x31));
-    }
-    /* rows 0, 0, 2, 2, and 1, 1, 3, 3 */
-    const __m256 eighth =
-        _mm256_add_ps(_mm256_shuffle_ps(quarter[0], quarter[1], 0x44), _mm256_shuffle_ps(quarter[0], quarter[1], 0xee));
-    const __m256 sum = _mm256_add_ps(_mm256_permute_ps(eighth, 0x88), _mm256_permute_ps(eighth, 0xdd));
-    const __m128 low = _mm256_castps256_ps128(sum), high = _mm256_extractf128_ps(sum, 1);
-    _mm_storeu_ps(sums, _mm_unpacklo_ps(low, high));
+    sum4_halves(half, sums);
 }
 
 /* Multiplies 64 words in place, the first and last half by these times 2^-14. */
@@ -267,5 +261,18 @@ WORD void vw_multiply(int16_t *w, int first, int second)
     const __m512i by = _mm512_mask_set1_epi16(_mm512_set1_epi16((short)first), 0xffff0000, (short)second);
     for (int i = 0; i < 2; i++, w += 32) {
         _mm512_storeu_si512(w, _mm512_mulhrs_epi16(_mm512_slli_epi16(_mm512_loadu_si512(w), 1), by));
+    }
+}
+
+/* Words times 2^16 are floats without further shuffles. Both instruction sets' words are two registers. */
+#define WORD_VALUES
+#define VALUE_UNIT 0x1p-16f
+#define VALUE_ORDER(v, j) (16 * ((j) / 4) + 8 * ((v) / 2) + 2 * ((j) % 4) + (v) % 2)
+#define vw_values(w, to) words_to_values((w).v, to)
+WORD void words_to_values(const __m512i *w, vf *to)
+{
+    for (int i = 0; i < 2; i++) {
+        to[2 * i] = _mm512_cvtepi32_ps(_mm512_slli_epi32(w[i], 16));
+        to[2 * i + 1] = _mm512_cvtepi32_ps(_mm512_and_si512(w[i], _mm512_set1_epi32((int)0xffff0000)));
     }
 }

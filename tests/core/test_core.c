@@ -17,6 +17,7 @@
 #endif
 
 #include "packed.h"
+#include "sizes.h"
 #include "pages.h"
 #include "ways.h"
 #include "poll.h"
@@ -584,9 +585,9 @@ static void float_dots_at(const qins_kernels *k, size_t n, int batch, int at_end
 }
 
 /* The steps between a decoder layer's products. */
-static void between_products_at(const qins_kernels *k, size_t n, int batch, int at_end)
+static void between_products_at(const qins_kernels *k, size_t n, int at_end)
 {
-    static float values[MOST], others[MOST], factors[QINS_BATCH * 70];
+    static float values[MOST], others[MOST];
     double sum = 0.0;
     for (size_t i = 0; i < n; i++) {
         values[i] = i % 7 == 3 ? -1e30f : -40.0f * (float)(i % 31) / 31.0f;
@@ -613,47 +614,159 @@ static void between_products_at(const qins_kernels *k, size_t n, int batch, int 
                   gelu ? "gate_row, gelu" : "gate_row", k->name, n, i);
         }
     }
-    const size_t count = n < 70 ? n : 70, wide = n < 40 ? n : 40, stride = wide + 3;
-    for (size_t i = 0; i < (size_t)batch * count; i++) {
-        factors[i] = normal();
-    }
-    static float rows[70 * 43], want[QINS_BATCH * 40];
-    for (size_t i = 0; i < count * stride; i++) {
+}
+
+/* Attention over `count` rows of some type, with heads of n elements: scores, and weighted sums of the same rows. */
+static void attention_at(const qins_kernels *k, qins_dtype dtype, size_t count, size_t n, int batch, int at_end)
+{
+    enum { ROWS = 70, WIDE = 150 };
+    static float rows[ROWS * (WIDE + 3)], factors[QINS_BATCH * ROWS], queries[QINS_BATCH * WIDE],
+        want[QINS_BATCH * WIDE];
+    static char typed[sizeof rows];
+    const size_t stride = n + 3, all = count > 0 ? (count - 1) * stride + n : 0, m_count = (size_t)batch;
+    for (size_t i = 0; i < all; i++) {
         rows[i] = normal();
     }
-    const float *from = place(in_f, rows, (count > 0 ? (count - 1) * stride + wide : 0) * 4, at_end);
-    float *out = room_for(out_a, (size_t)batch * wide * 4, at_end);
-    for (size_t i = 0; i < (size_t)batch * wide; i++) {
+    qins_kernels_scalar.narrow[dtype](rows, all, typed);
+    qins_kernels_scalar.widen[dtype](typed, all, rows);
+    for (size_t i = 0; i < m_count * count; i++) {
+        factors[i] = normal();
+    }
+    for (size_t i = 0; i < m_count * n; i++) {
+        queries[i] = normal();
         want[i] = (float)i;
-        memcpy((char *)out + i * 4, &want[i], 4);
     }
-    k->weigh_rows(from, count, stride, factors, count, batch, wide, out, wide);
-    for (size_t m = 0; m < (size_t)batch; m++) {
-        for (size_t i = 0; i < wide; i++) {
-            double exact = (double)want[m * wide + i], size = fabs(exact);
-            for (size_t t = 0; t < count; t++) {
-                exact += (double)factors[m * count + t] * (double)rows[t * stride + i];
-                size += fabs((double)factors[m * count + t] * (double)rows[t * stride + i]);
-            }
-            float got;
-            memcpy(&got, (char *)out + (m * wide + i) * 4, 4);
-            check(fabs((double)got - exact) <= 5e-6 * size, "weigh_rows", k->name, n, (size_t)batch);
-        }
-    }
-    const float *x = place(in_v, factors, (size_t)batch * wide * 4, at_end);
-    out = room_for(out_a, (size_t)batch * count * 4, at_end);
-    k->score_rows(from, count, stride, x, wide, batch, wide, out, count);
-    for (size_t m = 0; m < (size_t)batch; m++) {
+    const void *from = place(in_f, typed, all * item_size(dtype), at_end);
+    char *out = memcpy(room_for(out_a, m_count * n * 4, at_end), want, m_count * n * 4);
+    const float *weight = place(in_v, factors, m_count * count * 4, at_end);
+    k->weigh_rows[dtype](from, count, stride, weight, count, batch, n, (float *)(void *)out, n);
+    for (size_t i = 0; i < m_count * n; i++) {
+        double exact = (double)want[i], size = fabs(exact);
         for (size_t t = 0; t < count; t++) {
-            double exact = 0.0, size = 0.0;
-            for (size_t i = 0; i < wide; i++) {
-                exact += (double)factors[m * wide + i] * (double)rows[t * stride + i];
-                size += fabs((double)factors[m * wide + i] * (double)rows[t * stride + i]);
-            }
-            float got;
-            memcpy(&got, (char *)out + (m * count + t) * 4, 4);
-            check(fabs((double)got - exact) <= 5e-6 * size, "score_rows", k->name, n, (size_t)batch);
+            const double one = (double)factors[i / n * count + t] * (double)rows[t * stride + i % n];
+            exact += one;
+            size += fabs(one);
         }
+        float got;
+        memcpy(&got, out + i * 4, 4);
+        check(fabs((double)got - exact) <= 5e-6 * size, "weigh_rows", k->name, n, count);
+    }
+    const float *x = place(in_v, queries, m_count * n * 4, at_end);
+    out = room_for(out_a, m_count * count * 4, at_end);
+    k->score_rows[dtype](from, count, stride, x, n, batch, n, (float *)(void *)out, count);
+    for (size_t i = 0; i < m_count * count; i++) {
+        double exact = 0.0, size = 0.0;
+        for (size_t e = 0; e < n; e++) {
+            const double one = (double)queries[i / count * n + e] * (double)rows[i % count * stride + e];
+            exact += one;
+            size += fabs(one);
+        }
+        float got;
+        memcpy(&got, out + i * 4, 4);
+        check(fabs((double)got - exact) <= 5e-6 * size, "score_rows", k->name, n, count);
+    }
+}
+
+/* The same over rows of log8's codes: near the levels, and nothing beyond the buffers. */
+static void coded_attention_at(const qins_kernels *k, float mu, size_t count, size_t n, int batch, size_t offset)
+{
+    enum { ROWS = 70 };
+    static float level[QINS_LEVELS], factors[QINS_BATCH * ROWS], queries[QINS_BATCH * QINS_HEAD_DIM],
+        want[QINS_BATCH * QINS_HEAD_DIM], scale[ROWS], value[ROWS * QINS_HEAD_DIM];
+    static uint8_t code[ROWS * QINS_HEAD_DIM];
+    static uint16_t stored[ROWS];
+    static qins_log8_words words;
+    const size_t m_count = (size_t)batch;
+    const int at_end = offset == 0;
+    qins_log8_words_build(&words, mu, 8);
+    qins_log8_levels(mu, 0, level);
+    for (size_t t = 0; t < count; t++) {
+        scale[t] = fabsf(normal()) + 0.1f;
+    }
+    qins_kernels_scalar.narrow[QINS_BF16](scale, count, stored);
+    qins_kernels_scalar.widen[QINS_BF16](stored, count, scale);
+    for (size_t i = 0; i < count * n; i++) {
+        code[i] = (uint8_t)(next() >> 3);
+        value[i] = (code[i] < 128 ? level[code[i]] : -level[code[i] - 128]) * scale[i / n];
+    }
+    for (size_t i = 0; i < m_count * count; i++) {
+        factors[i] = normal();
+    }
+    for (size_t i = 0; i < m_count * n; i++) {
+        queries[i] = normal() * (i / n == 1 ? 1e-30f : 1.0f);
+        want[i] = (float)i;
+    }
+#define AT(g, data, bytes, at) memcpy(at_end ? room_for(g, bytes, 1) : (void *)((g).low + (at)), data, bytes)
+    const size_t of_floats = offset % 16 * 4;
+    const uint8_t *from = AT(in_f, code, count * n, offset);
+    const uint16_t *scales = place(out_b, stored, count * sizeof *stored, 1);
+    const float *x = AT(in_v, queries, m_count * n * 4, of_floats);
+    char *out = at_end ? out_a.high - m_count * count * 4 : out_a.low + of_floats;
+    memset(out_a.low, 0x5a, out_a.room);
+    k->score_log8(from, scales, count, n, &words, x, batch, (float *)(void *)out, count);
+    int right = 1;
+    for (size_t i = 0; i < m_count * count; i++) {
+        const float *q = queries + i / count * n, *row = value + i % count * n;
+        double exact = 0.0, size = 0.0, most = 0.0;
+        for (size_t e = 0; e < n; e++) {
+            exact += (double)q[e] * (double)row[e];
+            most = fmax(most, fabs((double)q[e]));
+            size += 2e-4 * fabs((double)q[e]) * (double)scale[i % count];
+        }
+        for (size_t e = 0; e < n; e++) {
+            size += most / QINS_X_MAX * fabs((double)row[e]);
+        }
+        float got;
+        memcpy(&got, out + i * 4, 4);
+        right &= fabs((double)got - exact) <= size;
+    }
+    for (const char *p = out_a.low; p < out_a.high; p++) {
+        right &= (p >= out && p < out + m_count * count * 4) || *p == 0x5a;
+    }
+    check(right, "score_log8", k->name, n, count);
+    out = at_end ? out_a.high - m_count * n * 4 : out_a.low + of_floats;
+    memset(out_a.low, 0x5a, out_a.room);
+    right = 1;
+    memcpy(out, want, m_count * n * 4);
+    float *weight = AT(in_v, factors, m_count * count * 4, of_floats);
+    k->weigh_log8(from, scales, count, n, &words, weight, count, batch, (float *)(void *)out);
+    for (size_t i = 0; i < m_count * n; i++) {
+        double exact = (double)want[i], size = 1e-6 * fabs(exact);
+        for (size_t t = 0; t < count; t++) {
+            const double factor = (double)factors[i / n * count + t];
+            exact += factor * (double)value[t * n + i % n];
+            size += 2e-4 * fabs(factor) * (double)scale[t];
+        }
+        float got;
+        memcpy(&got, out + i * 4, 4);
+        right &= fabs((double)got - exact) <= size;
+    }
+    for (const char *p = out_a.low; p < out_a.high; p++) {
+        right &= (p >= out && p < out + m_count * n * 4) || *p == 0x5a;
+    }
+    check(right, "weigh_log8", k->name, n, count);
+#undef AT
+}
+
+static void attention(const qins_kernels *k)
+{
+    static const size_t COUNT[] = {0, 1, 3, 4, 5, 8, 17, 33, 70},
+                        WIDTH[] = {1, 8, 15, 16, 17, 24, 63, 64, 65, 80, 96, 128, 150, 256, 512};
+    for (size_t c = 0; c < sizeof COUNT / sizeof *COUNT; c++) {
+        for (size_t w = 0; w < sizeof WIDTH / sizeof *WIDTH; w++) {
+            for (int batch = 1; batch <= QINS_BATCH; batch++) {
+                for (int i = 0; WIDTH[w] <= 150 && i < 6; i++) {
+                    attention_at(k, (qins_dtype)(i / 2), COUNT[c], WIDTH[w], batch, i % 2);
+                }
+                if (k->score_log8 != NULL) {
+                    coded_attention_at(k, (batch + w) % 2 > 0 ? 3.0f : QINS_FACTORS_MU, COUNT[c], WIDTH[w], batch, 0);
+                }
+            }
+        }
+    }
+    for (size_t offset = 1; k->score_log8 != NULL && offset < 64; offset++) {
+        coded_attention_at(k, 3.0f, 9, 80, 3, offset);
+        coded_attention_at(k, 16.0f, 9, 64, 5, offset);
     }
 }
 
@@ -661,10 +774,8 @@ static void between_products(const qins_kernels *k)
 {
     static const size_t LENGTH[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 576, 4097};
     for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
-        for (int batch = 1; batch <= QINS_BATCH; batch++) {
-            between_products_at(k, LENGTH[i], batch, 0);
-            between_products_at(k, LENGTH[i], batch, 1);
-        }
+        between_products_at(k, LENGTH[i], 0);
+        between_products_at(k, LENGTH[i], 1);
     }
 }
 
@@ -1061,7 +1172,6 @@ static const float *scaled_rows(const qins_kernels *k, const qins_cache *c, size
  * log8's family are those of the scalar kernels. */
 static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
 {
-    static qins_log8_words words;
     static const qins_codec SCALED[] = {QINS_log8, QINS_log6, QINS_log5, QINS_log4};
     static qins_cache_tables tables[QINS_CODEC_COUNT];
     static float whole[MOST];
@@ -1091,26 +1201,6 @@ static void cache_rows(const qins_kernels *k, qins_codec codec, size_t dim)
         const size_t n = CACHE_ROWS - row;
         const float *out = scaled_rows(k, &c, row, n);
         check(memcmp(out, whole + row * dim, n * dim * sizeof *out) == 0, "cache rows", k->name, (size_t)codec, row);
-    }
-    if (k->word_values == NULL || codec != QINS_log8) {
-        return;
-    }
-    qins_log8_words_build(&words, 3.0f, 8);
-    c.words = &words;
-    for (size_t row = 0; row < CACHE_ROWS; row++) {
-        const size_t n = CACHE_ROWS - row;
-        const float *out = scaled_rows(k, &c, row, n), *want = whole + row * dim;
-        int right = 1;
-        for (size_t i = 0; i < n * dim; i += dim) {
-            float most = 0.0f;
-            for (size_t e = i; e < i + dim; e++) {
-                most = fmaxf(most, fabsf(want[e]));
-            }
-            for (size_t e = i; e < i + dim; e++) {
-                right &= fabsf(out[e] - want[e]) <= 2e-4f * most;
-            }
-        }
-        check(right, "cache rows by words", k->name, (size_t)codec, row);
     }
 }
 
@@ -1147,40 +1237,6 @@ static void packed_values(const qins_kernels *k)
         }
         for (size_t offset = 1; offset < 64; offset++) {
             packed_values_at(k, 2, 96, bits, offset, 0);
-        }
-    }
-}
-
-/* Values from words: near the levels, for all codes, lengths and alignments. */
-static void word_values(const qins_kernels *k)
-{
-    static const float MU[] = {QINS_FACTORS_MU, 1.5f, 3.0f, 16.0f};
-    static qins_log8_words words;
-    enum { N = 256 };
-    for (size_t m = 0; k->word_values != NULL && m < sizeof MU / sizeof *MU; m++) {
-        float level[QINS_LEVELS];
-        uint8_t all[N];
-        qins_log8_words_build(&words, MU[m], 8);
-        qins_log8_levels(MU[m], 0, level);
-        for (size_t i = 0; i < N; i++) {
-            all[i] = (uint8_t)(37 * i + 11);
-        }
-        for (size_t i = 0; i < N + 64; i++) { /* lengths at the end of memory, then alignments */
-            const size_t n = i < N ? i : N, offset = i - n;
-            char *at = i < N ? room_for(out_a, n * sizeof(float), 1) : out_a.low + offset;
-            memset(out_a.low, 0x5a, i < N ? 0 : 64 + N * sizeof(float) + 64);
-            const uint8_t *from = memcpy(i < N ? room_for(in_u, n, 1) : in_u.low + offset, all, n);
-            const float unit = k->word_values(from, n, &words, (float *)(void *)at);
-            int right = 1;
-            for (size_t j = 0; j < n; j++) {
-                float v;
-                memcpy(&v, at + j * sizeof v, sizeof v);
-                right &= fabsf(v * unit - (all[j] < 128 ? level[all[j]] : -level[all[j] - 128])) <= 2e-4f;
-            }
-            for (size_t j = 0; i >= N && j < 64; j++) {
-                right &= at[N * sizeof(float) + j] == 0x5a && (j >= offset || out_a.low[j] == 0x5a);
-            }
-            check(right, "values from words", k->name, n, offset);
         }
     }
 }
@@ -1764,6 +1820,7 @@ int main(int argc, char **argv)
         dots(k, brief);
         packed_dots(k);
         between_products(k);
+        attention(k);
         check_decoder(k, slow, check);
         check_exact(k, brief ? 1 : slow ? 6 : 60, check);
         products(k, slow, brief ? 6 : 1);
@@ -1771,7 +1828,6 @@ int main(int argc, char **argv)
         sets(k);
         static const size_t DIMS[] = {8, 24, 64, 80, 128, 832, 840}; /* the last two need several windows */
         packed_values(k);
-        word_values(k);
         for (size_t j = 0; j < sizeof DIMS / sizeof *DIMS; j++) {
             cache_rows(k, QINS_log8, DIMS[j]);
             cache_rows(k, QINS_golden, DIMS[j]);

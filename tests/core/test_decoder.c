@@ -8,7 +8,7 @@
 #include "packed.h"
 #include "test_decoder.h"
 
-enum { HIDDEN = 48, HEADS = 6, KV_HEADS = 2, DIM = 18, INNER = 70, ROOM = 40, ROTARY = 12, MOST_ROWS = 8 };
+enum { HIDDEN = 48, HEADS = 6, KV_HEADS = 2, DIM = 24, INNER = 70, ROOM = 600, ROTARY = 12, MOST_ROWS = 8 };
 
 static uint32_t seed = 1;
 
@@ -96,9 +96,10 @@ typedef struct {
     qins_decoder_layer layer;
 } setup;
 
-/* Runs one row through the layer. The caches have keys and values of all earlier tokens; this adds the row's own. */
+/* Runs one row through the layer. The caches have keys and values of all earlier tokens; this adds the row's own,
+ * unless they are there. */
 static void slow_row(const setup *s, const qins_decoder_call *call, size_t sequence, size_t token, float *keys,
-                     float *values, double *x)
+                     float *values, int there, double *x)
 {
     const qins_decoder_layer *l = &s->layer;
     static double normed[HIDDEN], qkv[(HEADS + 2 * KV_HEADS) * DIM], attended[HEADS * DIM], gate[INNER], up[INNER];
@@ -111,7 +112,7 @@ static void slow_row(const setup *s, const qins_decoder_call *call, size_t seque
         slow_norm(qkv + h * DIM, DIM, l->q_norm, (double)l->head_epsilon, qkv + h * DIM);
         slow_rotation(qkv + h * DIM, cosine, sine);
     }
-    for (size_t h = 0; h < KV_HEADS; h++) {
+    for (size_t h = 0; !there && h < KV_HEADS; h++) {
         for (size_t i = 0; i < DIM; i++) {
             const size_t to = ((sequence * KV_HEADS + h) * ROOM + at) * DIM + i;
             keys[to] = (float)qkv[(HEADS + h) * DIM + i];
@@ -164,13 +165,13 @@ static void slow_row(const setup *s, const qins_decoder_call *call, size_t seque
 
 /* Whether y is what the row x of a call becomes. */
 static int row_is_right(const setup *s, const qins_decoder_call *call, size_t sequence, size_t token, float *keys,
-                        float *values, const float *x, const float *y)
+                        float *values, int there, const float *x, const float *y)
 {
     double row[HIDDEN], error = 0.0, size = 0.0;
     for (size_t i = 0; i < HIDDEN; i++) {
         row[i] = (double)x[i];
     }
-    slow_row(s, call, sequence, token, keys, values, row);
+    slow_row(s, call, sequence, token, keys, values, there, row);
     for (size_t i = 0; i < HIDDEN; i++) {
         error += ((double)y[i] - row[i]) * ((double)y[i] - row[i]);
         size += row[i] * row[i];
@@ -230,7 +231,7 @@ static int layer_is_right(const qins_kernels *k, setup *s, size_t sequences, siz
     right = right && memcmp(y[0], y[1], sequences * tokens * HIDDEN * sizeof(float)) == 0;
     right = right && memcmp(keys + CACHE, keys + 2 * CACHE, cache * sizeof *keys) == 0;
     for (size_t m = 0; right && m < sequences * tokens; m++) {
-        right = row_is_right(s, &call, m / tokens, m % tokens, keys, values, x + m * HIDDEN, y[0] + m * HIDDEN);
+        right = row_is_right(s, &call, m / tokens, m % tokens, keys, values, 0, x + m * HIDDEN, y[0] + m * HIDDEN);
     }
     free(keys);
     free(values);
@@ -305,7 +306,7 @@ static int pages_are_right(const qins_kernels *k, const setup *s, size_t longest
     right = right && memcmp(paged[1], paged[1] + CACHE, CACHE * sizeof(float)) == 0;
     for (size_t q = 0; q < SEQUENCES; q++) {
         call.past = past[q];
-        right = right && row_is_right(s, &call, q, 0, plain[0], plain[1], x + q * HIDDEN, y + q * HIDDEN);
+        right = right && row_is_right(s, &call, q, 0, plain[0], plain[1], 0, x + q * HIDDEN, y + q * HIDDEN);
     }
     /* pages of another cache */
     const float before = y[0];
@@ -386,6 +387,101 @@ static int pages_change_nothing(const qins_kernels *k, const setup *s, qins_dtyp
         free(paged[i]);
         free(plain[i]);
     }
+    return right;
+}
+
+/* A layer whose keys and values are codes, or float16, against one that has the same values as floats. */
+static int coded_layer_is_right(const qins_kernels *k, const setup *s, qins_store_kind kind, size_t past)
+{
+    enum { SEQUENCES = 2, ROWS = SEQUENCES * KV_HEADS * ROOM, BYTES = 4 * ROWS * DIM };
+    static const qins_codec CODEC[QINS_STORE_COUNT] = {
+        [QINS_STORE_GOLDEN] = QINS_golden, [QINS_STORE_LOG8] = QINS_log8, [QINS_STORE_LOG6] = QINS_log6,
+        [QINS_STORE_LOG5] = QINS_log5,     [QINS_STORE_LOG4] = QINS_log4,
+    };
+    static qins_cache_tables tables[QINS_CODEC_COUNT];
+    const size_t total = past + 1, rows = SEQUENCES * KV_HEADS;
+    const int is_coded = kind != QINS_STORE_FLOAT16, golden = kind == QINS_STORE_GOLDEN;
+    const qins_codec codec = CODEC[kind];
+    float x[SEQUENCES * HIDDEN], y[2][SEQUENCES * HIDDEN], turn[SEQUENCES * ROTARY], *plain[2];
+    float *dense = malloc(BYTES);
+    char *data[2][3];
+    qins_decoder_store stores[2];
+    qins_cache caches[2];
+    if (is_coded && !golden) {
+        qins_cache_tables_build(&tables[codec], codec, 3.0f);
+    }
+    fill(x, SEQUENCES * HIDDEN, 0.0f, 1.0f);
+    fill(turn, SEQUENCES * ROTARY, 0.0f, 1.0f);
+    int right = 1;
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 3; j++) {
+            data[i][j] = calloc(1, BYTES);
+        }
+        plain[i] = calloc(1, BYTES);
+        stores[i] = (qins_decoder_store){kind, data[i][0], data[i][1], data[i][2]};
+        caches[i] = (qins_cache){
+            .codec = codec,
+            .heads = rows,
+            .room = ROOM,
+            .dim = DIM,
+            .codes = (uint8_t *)data[i][0],
+            .sign = golden ? (int8_t *)data[i][1] : NULL,
+            .range = golden ? (float *)(void *)data[i][2] : NULL,
+            .scale = golden ? NULL : (uint16_t *)(void *)data[i][1],
+            .group_scale = golden ? NULL : (uint8_t *)data[i][2],
+            .tables = &tables[codec],
+        };
+        fill(dense, rows * past * DIM, 0.0f, 1.0f);
+        if (is_coded) {
+            right = right && qins_cache_encode(k, &caches[i], dense, QINS_F32, 0, past, 1) == 0;
+        }
+        for (size_t row = 0; !is_coded && row < rows; row++) {
+            k->narrow[QINS_F16](dense + row * past * DIM, past * DIM, data[i][0] + 2 * row * ROOM * DIM);
+        }
+    }
+    qins_decoder_call call = {
+        .dtype = QINS_F32,
+        .x = x,
+        .sequences = SEQUENCES,
+        .tokens = 1,
+        .keys = stores[0],
+        .values = stores[1],
+        .tables = tables,
+        .room = ROOM,
+        .past = past,
+        .cos = turn,
+        .sin = turn,
+        .rotary_dim = ROTARY,
+        .rotary_next = ROTARY,
+    };
+    for (int threads = 1; threads < 4; threads += 2) { /* the new token's keys are written twice */
+        call.y = y[threads / 2];
+        right = right && qins_decode_layer(k, &s->layer, &call, threads) == 0;
+    }
+    right = right && memcmp(y[0], y[1], sizeof y[0]) == 0;
+    for (int i = 0; i < 2; i++) {
+        if (is_coded) {
+            qins_cache_decode(k, &caches[i], 0, total, QINS_F32, dense, 1);
+        }
+        for (size_t row = 0; row < rows; row++) {
+            float *to = plain[i] + row * ROOM * DIM;
+            if (is_coded) {
+                memcpy(to, dense + row * total * DIM, total * DIM * sizeof *to);
+            } else {
+                k->widen[QINS_F16](data[i][0] + 2 * row * ROOM * DIM, total * DIM, to);
+            }
+        }
+    }
+    for (size_t q = 0; q < SEQUENCES; q++) {
+        right = right && row_is_right(s, &call, q, 0, plain[0], plain[1], 1, x + q * HIDDEN, y[0] + q * HIDDEN);
+    }
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 3; j++) {
+            free(data[i][j]);
+        }
+        free(plain[i]);
+    }
+    free(dense);
     return right;
 }
 
@@ -599,6 +695,7 @@ void check_decoder(const qins_kernels *k, int slow, void (*check)(int, const cha
     static const size_t GROUP[] = {0, 16, 32, 64, 32};
     static const qins_codec CODEC[] = {QINS_log8, QINS_log8, QINS_log8, QINS_log8, QINS_log5};
     static const qins_dtype DTYPE[] = {QINS_F32, QINS_F16, QINS_BF16};
+    static const size_t PAST[] = {1, 9, 33, 255, 256, 300, 590};    /* spans of attention have 256 keys */
     static const size_t LENGTH[] = {1, 15, 48, 70, 511, 513, 1100}; /* the last ones around the pieces of gates */
     for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
         check_between(k, LENGTH[i], check);
@@ -607,19 +704,22 @@ void check_decoder(const qins_kernels *k, int slow, void (*check)(int, const cha
     for (size_t g = 0; g < sizeof GROUP / sizeof *GROUP; g++) {
         for (int fused = 0; fused < 2; fused++) {
             setup *s = random_setup(k, CODEC[g], GROUP[g], fused ? QINS_GELU_TANH : QINS_SILU, fused);
-            for (size_t past = 1; past < 34; past += slow ? 32 : 8) {
+            for (size_t i = 0; i < sizeof PAST / sizeof *PAST; i += slow ? 4 : 1) {
+                const size_t past = PAST[i];
                 check(layer_is_right(k, s, 1, 1, past, 0), "decoder layer, a token", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 3, 1, past, 0), "decoder layer, sequences", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 2, 4, past, ROOM), "decoder layer, masked", k->name, GROUP[g], past);
                 check(layer_is_right(k, s, 2, 4, past, 6), "decoder layer, window", k->name, GROUP[g], past);
-            }
-            for (int in_order = 0; in_order < 2; in_order++) {
-                for (size_t past = 1; past < ROOM; past += slow ? 38 : 19) {
+                check(layer_is_right(k, s, 2, 4, past, 270), "decoder layer, wide window", k->name, GROUP[g], past);
+                for (int in_order = 0; in_order < 2; in_order++) {
                     check(pages_are_right(k, s, past, in_order), "decoder layer, paged", k->name, GROUP[g], past);
                     for (int d = 0; d < 3; d++) {
                         check(pages_change_nothing(k, s, DTYPE[d], past, in_order), "decoder layer, paged dtypes",
                               k->name, GROUP[g], past);
                     }
+                }
+                for (qins_store_kind kind = QINS_STORE_FLOAT16; kind < QINS_STORE_COUNT; kind++) {
+                    check(coded_layer_is_right(k, s, kind, past), "decoder layer, codes", k->name, (size_t)kind, past);
                 }
             }
             if (!fused) { /* keys are a product of their own */
