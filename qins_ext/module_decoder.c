@@ -221,7 +221,8 @@ enum { ASK_AFTER = 1 << 29 }; /* multiplications: some hundredths of a second */
 
 PyDoc_STRVAR(
     decode_layers_doc,
-    "decode_layers(places, dtype, x, y, y_next, sequences, cos, sin, rotary_next, threads, /)\n--\n\n"
+    "decode_layers(places, dtype, x, y, y_next, sequences, cos, sin, rotary_next, mask, mask_is_bool, mask_sequence, "
+    "threads, /)\n--\n\n"
     "Run layers on one another's results, one token for each sequence; what each returns is written to y, "
     "y_next bytes after the layer before. places: a list of (layer, keys, values, room, past, rotary_dim), keys and "
     "values as (kind, data, second, third). All other tensors by address. Returns how many layers ran: all, or those "
@@ -230,7 +231,7 @@ PyDoc_STRVAR(
 static PyObject *decode_layers(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    enum { DTYPE, X, Y, Y_NEXT, SEQUENCES, COS, SIN, ROTARY_NEXT, THREADS, COUNT };
+    enum { DTYPE, X, Y, Y_NEXT, SEQUENCES, COS, SIN, ROTARY_NEXT, MASK, MASK_IS_BOOL, MASK_SEQUENCE, THREADS, COUNT };
     size_t a[COUNT];
     if (count < 1 || !PyList_Check(args[0])) {
         PyErr_SetString(PyExc_TypeError, "decode_layers: expected a list");
@@ -260,6 +261,9 @@ static PyObject *decode_layers(PyObject *module, PyObject *const *args, Py_ssize
         .cos = (const void *)a[COS],
         .sin = (const void *)a[SIN],
         .rotary_next = a[ROTARY_NEXT],
+        .mask = (const void *)a[MASK],
+        .mask_is_bool = a[MASK_IS_BOOL] != 0,
+        .mask_sequence = a[MASK_SEQUENCE],
     };
     int failed = 0, raised = 0;
     Py_ssize_t ran = 0;

@@ -93,9 +93,11 @@ def test_same_answers(name, batch, codecs, counted, monkeypatch):
     once = counted.alone
     assert torch.equal(steps(model, prefilled(model, batch, **codecs), batch=batch), want)
     whole = [layer._qins_step is not None and layer._qins_step.about.rest is None for layer in layers_of(model)]
-    if name in OWN_MODULES or not any(a and b for a, b in pairwise(whole)) or name in ("Mistral", "Gemma2"):
+    if name in OWN_MODULES or not any(a and b for a, b in pairwise(whole)):
         assert not counted.ahead
-    elif name in ("Gemma3", "Qwen2"):  # and these only some
+    elif name in ("Gemma2", "Gemma3"):  # each layer's mask is another than that of the layer before: tried once
+        assert len(counted.ahead) < LAYERS
+    elif name == "Qwen2":  # and these only some
         assert counted.ahead
     else:
         assert counted.ahead == [LAYERS] * len(counted.ahead)
@@ -134,6 +136,77 @@ def test_generate(model, counted):
     assert len(counted.ahead) > 20
     without_steps(model)
     assert torch.equal(got, model.generate(IDS[:, :PROMPT], pad_token_id=0, **how))
+
+
+@torch.no_grad()
+def padded_steps(model, codecs, end=40, cache=None):
+    """Return logits of three sequences, two of them with padding before the prompt."""
+    if cache is None:
+        cache = qins.QINSCache(model.config, **codecs) if codecs else DynamicCache(config=model.config)
+    seen = torch.ones(3, end, dtype=torch.long)
+    seen[0, :5] = seen[2, : PROMPT - 1] = 0
+    ids, out = IDS[:, :end].repeat(3, 1), []
+    for begin, t in pairwise([0, *range(PROMPT, end + 1)]):
+        where = (seen[:, :t].cumsum(1) - 1).clamp(min=0)[:, begin:]
+        given = {"attention_mask": seen[:, :t], "position_ids": where}
+        out.append(model(ids[:, begin:t], past_key_values=cache, use_cache=True, **given).logits[:, -1])
+    return torch.stack(out[1:], 1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # bool masks, and addends
+@pytest.mark.parametrize("codecs", [{}, {"k_codec": "log8"}])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3"])
+def test_padding(name, codecs, attention, counted, monkeypatch):
+    model = family(name, **{"sliding_window_pattern": 4} if name == "Gemma3" else {})
+    model.set_attn_implementation(attention)
+    with monkeypatch.context() as m:
+        m.setattr("qins.hf.ahead.run_ahead", lambda *args: None)
+        padded_steps(model, codecs, end=PROMPT + 3)
+        want = padded_steps(model, codecs)
+    assert torch.equal(padded_steps(model, codecs), want)
+    assert len(counted.ahead) > 20 or name in OWN_MODULES
+    without_steps(model)
+    assert divergence(want, padded_steps(model, codecs)) < (1e-6 if codecs else 1e-8)
+
+
+def test_another_mask_for_one_layer(model, counted):
+    """A layer whose mask is another one, or has become wider, does not take what ran ahead with the first one's."""
+
+    def narrowed(module, args, given):
+        mask = given["attention_mask"].clone()
+        mask[..., 5:12] = False
+        return args, {**given, "attention_mask": mask}
+
+    padded_steps(model, {})
+    handle = model.model.layers[2].register_forward_pre_hook(narrowed, with_kwargs=True)
+    counted.ahead.clear()
+    got = padded_steps(model, {})
+    handle.remove()
+    plain = padded_steps(model, {})
+    without_steps(model)
+    handle = model.model.layers[2].register_forward_pre_hook(narrowed, with_kwargs=True)
+    want = padded_steps(model, {})
+    assert divergence(got, want) < 1e-8
+    assert divergence(plain, want) > 1e-6
+
+
+@pytest.mark.parametrize("codecs", [{}, {"k_codec": "log8"}])
+def test_a_mask_that_is_too_short_for_one_layer(model, codecs, counted):
+    """Of a layer that has seen a token more: it waits for its turn, and then is the modules' to refuse."""
+    cache = qins.QINSCache(model.config, **codecs) if codecs else DynamicCache(config=model.config)
+    padded_steps(model, codecs, end=20, cache=cache)
+    x = torch.randn(3, 1, SIZES["hidden_size"])
+    rotation = model.model.rotary_emb(x, position_ids=torch.tensor([[20]]))
+    mask = torch.ones(3, 1, 1, 21, dtype=torch.bool)
+    how = {"position_embeddings": rotation, "past_key_values": cache, "use_cache": True, "attention_mask": mask}
+    with torch.no_grad():
+        model.model.layers[2](x, **how)
+        counted.ahead.clear()
+        seen = torch.ones(3, 21)
+        seen[:, 0] = 0
+        with pytest.raises(RuntimeError, match="size"):
+            model(IDS[:, 20:21].repeat(3, 1), past_key_values=cache, attention_mask=seen, use_cache=True)
+    assert counted.ahead == [2]
 
 
 def test_hidden_states_are_those_of_each_layer(model, counted):
@@ -352,18 +425,18 @@ def test_are_unchanged():
 def test_calls_of_decode_layers_that_are_wrong():
     layer = layer_of(np.random.default_rng(0))[0]
     store = (0, 0, 0, 0)
-    assert _core.decode_layers([], *[0] * 9) == 0
+    assert _core.decode_layers([], *[0] * 12) == 0
     for wrong in [3], [(3,)], [[layer, store, store, 0, 0, 0]], [(layer, store, 3, 0, 0, 0)]:
         with pytest.raises(TypeError, match=r"expected \(layer, keys, values, room, past, rotary_dim\)"):
-            _core.decode_layers(wrong, *[0] * 9)
+            _core.decode_layers(wrong, *[0] * 12)
     with pytest.raises(ValueError, match="PyCapsule"):
-        _core.decode_layers([(3, store, store, 0, 0, 0)], *[0] * 9)
+        _core.decode_layers([(3, store, store, 0, 0, 0)], *[0] * 12)
     with pytest.raises(TypeError, match="expected 4 numbers, got 3"):
-        _core.decode_layers([(layer, store, store[:3], 0, 0, 0)], *[0] * 9)
+        _core.decode_layers([(layer, store, store[:3], 0, 0, 0)], *[0] * 12)
     with pytest.raises(TypeError, match="expected a list"):
-        _core.decode_layers((), *[0] * 9)
-    with pytest.raises(TypeError, match="expected 9 numbers, got 8"):
-        _core.decode_layers([], *[0] * 8)
+        _core.decode_layers((), *[0] * 12)
+    with pytest.raises(TypeError, match="expected 12 numbers, got 11"):
+        _core.decode_layers([], *[0] * 11)
 
 
 def layer_of(rng, hidden=1024):
@@ -395,7 +468,7 @@ def test_interrupted_between_layers():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(InterruptedError, match="asked to"):
-            _core.decode_layers(places, 0, x.ctypes.data, y.ctypes.data, 0, 1, 0, 0, 0, 1)
+            _core.decode_layers(places, 0, x.ctypes.data, y.ctypes.data, 0, 1, 0, 0, 0, 0, 0, 0, 1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

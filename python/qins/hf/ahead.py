@@ -13,6 +13,7 @@ import torch
 from .. import _core
 from ..codec import DTYPE_NUMBER
 from ..system import get_num_threads
+from .growing_cache import mask_as_taken
 from .layer_description import are_of_versions
 from .rotation import NO_ROTATION, rotation_for
 
@@ -86,12 +87,13 @@ class Ahead:
             if alike and all(v is cache or v is others.get(n, cache) for n, v in given.items()):
                 kept = cache.layers[step.description.index]
                 room: Any = getattr(kept, "_qins_room", None)
-                place = None if room is None else room.ahead(kept, step, x.shape, x.dtype)
+                mask = given.get("attention_mask")
+                place = None if room is None else room.ahead(kept, step, x, mask)
                 if place is not None:
                     self._turn += 1
                     if self._turn == len(self._steps):
                         del cache.__dict__[_KEY]
-                    room.leave(kept, step, x, place[3])
+                    room.leave(kept, step, x, mask, place[3])
                     return self._results[turn]
             step.leads = True
         del cache.__dict__[_KEY]
@@ -110,6 +112,7 @@ def run_ahead(leading: LayerStep, cache: Any, x: Tensor, given: dict[str, Any]) 
     Returns None, and nothing has happened, if no layer follows or a quantized cache cannot hold their states.
     """
     layers, shape, dtype = cache.layers[leading.description.index :], x.shape, x.dtype
+    mask: Tensor | None = given.get("attention_mask")
     chain = leading.chain
     if chain is None or not chain.holds() or not chain.covers(layers):
         chain = leading.chain = _chain(leading, layers)
@@ -122,7 +125,7 @@ def run_ahead(leading: LayerStep, cache: Any, x: Tensor, given: dict[str, Any]) 
     places = []
     for kept, step, core, rotates in zip(layers, chain.steps, chain.cores, chain.rotates, strict=False):
         room = getattr(kept, "_qins_room", None)
-        place = None if room is None else room.ahead(kept, step, shape, dtype)
+        place = None if room is None else room.ahead(kept, step, x, mask)
         if place is None:
             break
         places.append((core, *place, rotary_dim if rotates else 0))
@@ -133,13 +136,13 @@ def run_ahead(leading: LayerStep, cache: Any, x: Tensor, given: dict[str, Any]) 
         states = torch.empty((len(places), *shape), dtype=dtype)
     ran = _core.decode_layers(
         places, DTYPE_NUMBER[dtype], x.data_ptr(), states.data_ptr(), x.numel() * x.element_size(), shape[0],
-        cos, sin, rotary_next, get_num_threads(),
+        cos, sin, rotary_next, *mask_as_taken(mask)[:3], get_num_threads(),
     )  # fmt: skip
     if ran < 2:
         return None
     results = states.unbind()
     cache.__dict__[_KEY] = Ahead(chain.steps[:ran], results, cache, given)
-    layers[0]._qins_room.leave(layers[0], leading, x, places[0][4])
+    layers[0]._qins_room.leave(layers[0], leading, x, mask, places[0][4])
     return results[0]
 
 

@@ -29,7 +29,7 @@ from ..system import get_num_threads, switch
 from . import ahead, paging
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
-from .growing_cache import CodedRoom, Room, is_full, room_for
+from .growing_cache import CodedRoom, Room, is_full, mask_as_taken, mask_fits, room_for
 from .layer_description import LayerDescription, describe, mlp_of
 from .paging import Pages, is_paged, pages_of
 from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
@@ -208,21 +208,19 @@ class LayerStep(Replacement):
         (cos_at, sin_at, rotary_dim, rotary_next), _in_use = NO_ROTATION
         if about.rotates:
             (cos_at, sin_at, rotary_dim, rotary_next), _in_use = rotation_for(rotation, x.dtype, about.halves)
-        mask_at = is_bool = mask_sequence = mask_token = 0
-        if mask is not None and not paged:  # a paged cache's only separates requests
-            mask_at, is_bool = mask.data_ptr(), int(mask.dtype == torch.bool)
-            mask_sequence, mask_token = mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
+        if paged:  # whose mask only separates requests
+            mask = None
         keys, values = room.stores()
         finite = _core.decode_layer(
             about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
             keys[1], values[1], room.size, past,
             cos_at, sin_at, rotary_dim, rotary_dim if paged else rotary_next,
-            mask_at, is_bool, mask_sequence, mask_token,
+            *mask_as_taken(mask),
             get_num_threads(), keys[0], keys[2], keys[3], values[0], values[2], values[3], *room.pages,
         )  # fmt: skip
         if not finite:
             return None
-        room.leave(kept, self, x, past)
+        room.leave(kept, self, x, mask, past)
         return y
 
 
@@ -297,7 +295,7 @@ def _kind(about: LayerDescription, kept: Any, x: Tensor, mask: Any, rotation: An
             return None
     else:
         keys = _attended(kept, x, (x.shape[0], about.kv_heads, about.head_dim))
-        if keys == 0 or not _mask_fits(mask, x, keys):
+        if keys == 0 or not mask_fits(mask, x, keys):
             return None
     if mask is None and isinstance(kept, StaticLayer):  # the modules would attend to what is not written yet
         return None
@@ -335,15 +333,6 @@ def _attended(kept: Any, x: Tensor, wanted: tuple[int, int, int]) -> int:
         written = getattr(kept, "cumulative_length", None)
         has_room = isinstance(written, Tensor) and 0 < int(written) <= size - x.shape[1]
     return size if has_room and keys.is_contiguous() and values.is_contiguous() else 0
-
-
-def _mask_fits(mask: Any, x: Tensor, total: int) -> bool:
-    """Return whether a mask fits sequences, queries and keys; without a mask, each sequence must have one query."""
-    if mask is None:
-        return x.shape[1] == 1
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype not in (torch.bool, x.dtype):
-        return False
-    return mask.shape[1:] == (1, x.shape[1], total) and mask.shape[0] in (1, len(x)) and mask.stride(3) == 1
 
 
 def decode_in_steps(model: nn.Module) -> None:

@@ -21,6 +21,26 @@ Place = tuple[Store, Store, int, int]  # of keys, of values; the tokens that the
 _ROOM = 64  # minimum number of spare tokens after growing
 
 
+def mask_fits(mask: Any, x: Tensor, total: int) -> bool:
+    """Return whether a mask fits sequences, queries and keys; without a mask, each sequence must have one query."""
+    if mask is None:
+        return x.shape[1] == 1
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype not in (torch.bool, x.dtype):
+        return False
+    return mask.shape[1:] == (1, x.shape[1], total) and mask.shape[0] in (1, len(x)) and mask.stride(3) == 1
+
+
+def mask_as_taken(mask: Tensor | None) -> tuple[int, int, int, int]:
+    """Return a mask as the core takes it: its address, whether it is bool, and from a sequence or query to the next."""
+    if mask is None:
+        return 0, 0, 0, 0
+    return mask.data_ptr(), int(mask.dtype == torch.bool), mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
+
+
+def _kind(x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    return x.shape, x.dtype, None if mask is None else mask.dtype
+
+
 class Room:
     """Memory in which a cache layer grows, and its state after the last step.
 
@@ -52,18 +72,24 @@ class Room:
         """The step that ran last; None before the first one."""
         return self._left[2] if self._left else None
 
-    def ahead(self, kept: Any, step: object, shape: Any, dtype: torch.dtype) -> Place | None:
-        """Return where a step can write the next token's states ahead of its turn; None if it must wait for it."""
-        if self.end >= self.size or not self._is_as_left(kept, step, shape, dtype):
+    def ahead(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> Place | None:
+        """Return where a step can write the next token's states ahead of its turn; None if it must wait for it.
+
+        The mask fits another layer of the same call.
+        """
+        past = self.end - self.begin
+        if self.end >= self.size or not self._is_as_left(kept, step, x, mask):
+            return None
+        if mask is not None and mask.shape[3] != past + 1:
             return None
         keys, values = self.stores()
-        return keys, values, self.size, self.end - self.begin
+        return keys, values, self.size, past
 
     def has(self, keys: Tensor, values: Tensor) -> bool:
         """Return whether these are the tensors that the last step left in the cache."""
         return bool(self._left) and self._left[0] is keys and self._left[1] is values
 
-    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+    def leave(self, kept: Any, step: object, x: Tensor, mask: Tensor | None, past: int) -> None:
         """Update a cache layer's views to include the tokens of x; a sliding window drops the oldest ones."""
         self.end = self.begin + past + x.shape[1]
         if isinstance(kept, DynamicSlidingWindowLayer):
@@ -71,18 +97,19 @@ class Room:
             kept.cumulative_length += x.shape[1]
         count = self.end - self.begin
         kept.keys, kept.values = self.keys.narrow(2, self.begin, count), self.values.narrow(2, self.begin, count)
-        self._left = kept.keys, kept.values, step, x.shape, x.dtype
+        self._left = kept.keys, kept.values, step, _kind(x, mask)
 
     def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
         """Return whether a call continues the last one and is of the same kind, so that checks need not be repeated."""
-        return mask is None and x.shape[1] == 1 and self._is_as_left(kept, step, x.shape, x.dtype)
+        fits = x.shape[1] == 1 and mask_fits(mask, x, self.end - self.begin + 1)
+        return fits and self._is_as_left(kept, step, x, mask)
 
-    def _is_as_left(self, kept: Any, step: object, shape: Any, dtype: torch.dtype) -> bool:
+    def _is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
         if not self._left:
             return False
-        keys, values, last, last_shape, last_dtype = self._left
+        keys, values, last, kind = self._left
         same = keys is kept.keys and values is kept.values and last is step
-        return same and shape == last_shape and dtype is last_dtype and not getattr(kept, "record_past", False)
+        return same and kind == _kind(x, mask) and not getattr(kept, "record_past", False)
 
 
 class CodedRoom:
@@ -107,10 +134,12 @@ class CodedRoom:
         """The step that ran last; None before the first one."""
         return self._left[1] if self._left else None
 
-    def ahead(self, kept: Any, step: object, shape: Any, dtype: torch.dtype) -> Place | None:
+    def ahead(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> Place | None:
         """Return where a step can write the next token's states ahead of its turn; None if it must wait for it."""
         past = self.tokens.length
-        if past >= self.size or not self.is_of(kept.tokens) or self._left != (past, step, shape, dtype):
+        if past >= self.size or not self.is_of(kept.tokens) or self._left != (past, step, _kind(x, mask)):
+            return None
+        if mask is not None and mask.shape[3] != past + 1:
             return None
         return self._keys, self._values, self.size, past
 
@@ -118,16 +147,17 @@ class CodedRoom:
         """Return whether this is the present memory of a layer's tokens."""
         return self.tokens is tokens and self.version == tokens.version
 
-    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+    def leave(self, kept: Any, step: object, x: Tensor, mask: Tensor | None, past: int) -> None:
         """Count the tokens of x."""
         self.tokens.length = past + x.shape[1]
-        self._left = self.tokens.length, step, x.shape, x.dtype
+        self._left = self.tokens.length, step, _kind(x, mask)
 
     def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
         """Return whether a call continues the last one and is of the same kind, so that checks need not be repeated."""
-        if mask is not None or x.shape[1] != 1 or not self.is_of(kept.tokens):
+        past = self.tokens.length
+        if x.shape[1] != 1 or not self.is_of(kept.tokens) or not mask_fits(mask, x, past + 1):
             return False
-        return self._left == (self.tokens.length, step, x.shape, x.dtype)
+        return self._left == (past, step, _kind(x, mask))
 
 
 class StaticRoom:
@@ -142,7 +172,7 @@ class StaticRoom:
         """Return where keys and values are."""
         return (0, self._keys.data_ptr(), 0, 0), (0, self._values.data_ptr(), 0, 0)
 
-    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+    def leave(self, kept: Any, step: object, x: Tensor, mask: Tensor | None, past: int) -> None:
         """Count the tokens of x."""
         kept.cumulative_length.add_(x.shape[1])
 
@@ -150,10 +180,10 @@ class StaticRoom:
 class SlidingRoom(StaticRoom):
     """The same of one with a sliding window, which drops its first token for each new one when it is full."""
 
-    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+    def leave(self, kept: Any, step: object, x: Tensor, mask: Tensor | None, past: int) -> None:
         """Count the tokens of x, as transformers does: in the tensor only until the window is full."""
         if not is_full(kept):
-            super().leave(kept, step, x, past)
+            super().leave(kept, step, x, mask, past)
         kept.cumulative_length_int += x.shape[1]
 
 

@@ -53,7 +53,7 @@ class Pages:
         slots = min(len(self.keys), len(self.values))
         return self.slot.data_ptr(), self.begin.data_ptr(), len(self.slot), slots
 
-    def leave(self, kept: Any, step: object, x: Tensor, past: int) -> None:
+    def leave(self, kept: Any, step: object, x: Tensor, mask: Tensor | None, past: int) -> None:
         """Do nothing: transformers counts the tokens."""
 
     # For verifying a step: the modules write to the same cache.
