@@ -527,6 +527,16 @@ def test_threads_decode_at_once(model):
     assert (found[0] - want).norm() < 0.05 * want.norm()
 
 
+def turn_wrongly(monkeypatch):
+    right = decoding.rotation_for
+
+    def turned_back(*arguments):
+        (cos, sin, *sizes), owner = right(*arguments)
+        return (sin, cos, *sizes), owner
+
+    monkeypatch.setattr(decoding, "rotation_for", turned_back)
+
+
 @pytest.mark.parametrize("codec", [None, "log8", "log4"])
 @pytest.mark.parametrize("wrong", ["activation", "rotation"])
 def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog, wrong, codec):
@@ -542,18 +552,26 @@ def test_a_step_that_differs_is_dropped(model, monkeypatch, caplog, wrong, codec
     if wrong == "activation":
         monkeypatch.setattr(layer_description, "activation_of", lambda mlp: 1)  # gelu instead of silu
     else:
-        right = decoding.rotation_for
-
-        def turned_back(*arguments):
-            (cos, sin, *sizes), owner = right(*arguments)
-            return (sin, cos, *sizes), owner
-
-        monkeypatch.setattr(decoding, "rotation_for", turned_back)
+        turn_wrongly(monkeypatch)
     caplog.set_level(logging.INFO, "qins")
     got = steps(other)
     assert not any(proved(other))
     assert "layer 0 decodes with its own modules: its results differ" in caplog.text
     assert divergence(got, want) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_of_large_elements_is_no_difference(dtype, monkeypatch):
+    """In bfloat16 it is more than all that a layer adds to the other elements, in which a wrong step still shows."""
+    for wrong in False, True:
+        model = family("Llama")
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 5] = 4000.0 * model.model.embed_tokens.weight.std()
+        model.to(dtype)
+        if wrong:
+            turn_wrongly(monkeypatch)
+        logits(model, *texts(tokens=20))
+        assert sum(n > 0 for n in proved(model)) == (0 if wrong else 4)
 
 
 @pytest.mark.skipif(not COUNTED, reason="NOT RUN: this transformers does not count a StaticCache's tokens")

@@ -32,7 +32,7 @@ from .fused import fuse
 from .growing_cache import CodedRoom, Room, is_full, mask_as_taken, mask_fits, room_for
 from .layer_description import LayerDescription, describe, mlp_of
 from .paging import Pages, is_paged, pages_of
-from .replacing import TOLERANCE, Replacement, UnfitError, agree, may_replace, replace
+from .replacing import TOLERANCE, Replacement, UnfitError, agree, agree_as_sums, may_replace, replace
 from .rotation import NO_ROTATION, fits, rotation_for
 
 Tensor = torch.Tensor
@@ -164,7 +164,7 @@ class LayerStep(Replacement):
             states = zip(_states(kept), _states(other), strict=True)
             agreed = all(agree(a, b, tolerance) for a, b in states)
         want = again[0] if self._in_tuple else again
-        if not agreed or not agree(got - x, want - x, tolerance):
+        if not agreed or not agree_as_sums(got, want, x, tolerance):
             _restore(kept, other)
             self.give_up(self.layer, "its results differ")
             return result
