@@ -261,14 +261,14 @@ void qins_cache_rows(const qins_kernels *kernels, const qins_cache *c, size_t ro
         kernels->decode_log8(c->codes + row * c->dim, 0, n * c->dim, 1.0f, NULL, 0, c->tables->level, out);
     }
     const size_t groups = is_packed(c->codec) ? ceil_div(c->dim, QINS_CACHE_GROUP) : 0;
-    const uint8_t *group = groups > 0 ? c->group_scale + row * groups : NULL;
-    for (size_t i = 0; i < n; i++) {
-        const float of_row = from_bfloat16(c->scale[row + i]);
-        if (groups == 0) {
-            *scale++ = of_row;
-        }
-        for (size_t g = 0; g < groups; g++) {
-            *scale++ = of_row * group_multiplier(log_bits(c->codec), *group++);
+    const uint16_t *of_row = c->scale + row;
+    for (size_t i = 0; groups == 0 && i < n; i++) {
+        scale[i] = from_bfloat16(of_row[i]);
+    }
+    for (size_t g = 0; g < groups; g++, scale += n) {
+        const uint8_t *group = c->group_scale + row * groups + g;
+        for (size_t i = 0; i < n; i++) {
+            scale[i] = from_bfloat16(of_row[i]) * group_multiplier(log_bits(c->codec), group[i * groups]);
         }
     }
 }

@@ -445,7 +445,7 @@ static void weigh_codes(const run *r, const block *values, size_t n, const float
     for (size_t g = 0, k = 0; g < groups; g++, k += span) {
         for (size_t j = 0; j < (size_t)batch; j++) {
             for (size_t i = 0; i < n; i++) {
-                scaled[j * n + i] = weight[j * next + i] * scale[i * groups + g];
+                scaled[j * n + i] = weight[j * next + i] * scale[g * n + i];
             }
         }
         r->kernels->weigh_rows[QINS_F32]((const float *)values->at + k, n, dim, scaled, n, batch, least(dim - k, span),

@@ -522,7 +522,7 @@ void qins_cache_decode(const qins_kernels *k, const qins_cache *c, size_t start,
 /* Elements of a row that share one scale of qins_cache_rows: 32 for packed codes, else all */
 size_t qins_cache_span(const qins_cache *c);
 /* Decodes rows [row, row + n) to out: n x dim, with dim at most QINS_WINDOW. The values are still to be multiplied by
- * scale: n x ceil(dim / span), 1 for golden. */
+ * scale: ceil(dim / span) x n, 1 for golden. */
 void qins_cache_rows(const qins_kernels *k, const qins_cache *c, size_t row, size_t n, float *out, float *scale);
 /* Rows [row, row + n) of log8, log6, log5 or log4 as a matrix, whose scales are written to `scale`. */
 qins_codes qins_cache_matrix(const qins_kernels *k, const qins_cache *c, size_t row, size_t n, float *scale);

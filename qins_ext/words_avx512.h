@@ -203,6 +203,35 @@ WORD __m512i packed_indices(const uint8_t *packed, int bits)
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibbles, more, 0xca);
 }
 
+#define PACKED_VALUES 6
+WORD __m512 pick_floats(const __m512 *value, __m128i q, int bits)
+{
+    const __m512i at = _mm512_cvtepu8_epi32(q);
+    if (bits == 4) {
+        return _mm512_permutexvar_ps(at, value[0]);
+    }
+    const __m512 lower = _mm512_permutex2var_ps(value[0], at, value[1]);
+    if (bits == 5) {
+        return lower;
+    }
+    const __mmask16 upper = _mm512_test_epi32_mask(at, _mm512_set1_epi32(32));
+    return _mm512_mask_mov_ps(lower, upper, _mm512_permutex2var_ps(value[2], at, value[3]));
+}
+WORD void packed_floats(const uint8_t *packed, size_t n, const float *table, int bits, float *out)
+{
+    __m512 value[4];
+    for (int i = 0; i < 1 << (bits - 4); i++) {
+        value[i] = _mm512_loadu_ps(table + 16 * i);
+    }
+    for (; n > 0; n -= QINS_BLOCK, packed += QINS_BLOCK / 8 * bits, out += QINS_BLOCK) {
+        const __m512i q = packed_indices(packed, bits);
+        _mm512_storeu_ps(out, pick_floats(value, _mm512_castsi512_si128(q), bits));
+        _mm512_storeu_ps(out + 16, pick_floats(value, _mm512_extracti32x4_epi32(q, 1), bits));
+        _mm512_storeu_ps(out + 32, pick_floats(value, _mm512_extracti32x4_epi32(q, 2), bits));
+        _mm512_storeu_ps(out + 48, pick_floats(value, _mm512_extracti32x4_epi32(q, 3), bits));
+    }
+}
+
 #define UNPACK_BLOCK
 /* A block in log8's form; see packed.h */
 WORD void unpack_block(const uint8_t *packed, int bits, uint8_t *codes)

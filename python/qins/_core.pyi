@@ -176,6 +176,9 @@ def decode_layers(
     cos: int,
     sin: int,
     rotary_next: int,
+    mask: int,
+    mask_is_bool: int,
+    mask_sequence: int,
     threads: int,
     /,
 ) -> int: ...

@@ -1163,7 +1163,7 @@ static const float *scaled_rows(const qins_kernels *k, const qins_cache *c, size
     float *scale = room_for(out_b, n * groups * sizeof *scale, 1);
     qins_cache_rows(k, c, row, n, out, scale);
     for (size_t i = 0; i < n * dim; i++) {
-        out[i] *= scale[i / dim * groups + i % dim / span];
+        out[i] *= scale[i % dim / span * n + i / dim];
     }
     return out;
 }
