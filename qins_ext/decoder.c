@@ -338,8 +338,8 @@ typedef struct {
     qins_dtype dtype;
 } block;
 
-/* Rows of a head's tokens [t, t + n); `window` has room for them as float32, which they are if `widen`. Those of codes
- * are still to be multiplied by `scale`, see qins_cache_rows. */
+/* Rows of a head's tokens [t, t + n); `window` has room for them as float32, which they are if `widen`, or float64.
+ * Those of codes are still to be multiplied by `scale`, see qins_cache_rows. */
 static block kept(const run *r, const qins_decoder_store *s, const queries *some, size_t t, size_t n, int widen,
                   float *window, float *scale)
 {
@@ -358,7 +358,8 @@ static block kept(const run *r, const qins_decoder_store *s, const queries *some
         in_order++;
     }
     const size_t size = dim * item_size(dtype);
-    if ((dtype == QINS_F32 || !widen) && (in_order == n || !is_paged(r))) {
+    const int as_they_are = dtype == QINS_F32 || (dtype != QINS_F64 && !widen);
+    if (as_they_are && (in_order == n || !is_paged(r))) {
         return (block){(const char *)s->data + row * size, apart * dim, dtype};
     }
     for (size_t i = 0, at_once = is_paged(r) ? 1 : n; i < n; i += at_once) {

@@ -6,6 +6,7 @@
 #include "between.h"
 #include "decoder.h"
 #include "packed.h"
+#include "sizes.h"
 #include "test_decoder.h"
 
 enum { HIDDEN = 48, HEADS = 6, KV_HEADS = 2, DIM = 24, INNER = 70, ROOM = 600, ROTARY = 12, MOST_ROWS = 8 };
@@ -333,9 +334,9 @@ static int pages_are_right(const qins_kernels *k, const setup *s, size_t longest
 static int pages_change_nothing(const qins_kernels *k, const setup *s, qins_dtype dtype, size_t past, int in_order)
 {
     enum { SEQUENCES = 3, ROW = KV_HEADS * DIM };
-    const size_t size = dtype == QINS_F32 ? 4 : 2, total = past + 1;
+    const size_t size = item_size(dtype), total = past + 1;
     float x[SEQUENCES * HIDDEN], turn[SEQUENCES * ROTARY], states[ROW];
-    float of_x[SEQUENCES * HIDDEN], of_turn[SEQUENCES * ROTARY], y[2][SEQUENCES * HIDDEN];
+    double of_x[SEQUENCES * HIDDEN], of_turn[SEQUENCES * ROTARY], y[2][SEQUENCES * HIDDEN]; /* room for any dtype */
     int64_t slot[SLOTS];
     int32_t begin[SEQUENCES + 1];
     char *paged[2], *plain[2];
@@ -694,7 +695,7 @@ void check_decoder(const qins_kernels *k, int slow, void (*check)(int, const cha
 {
     static const size_t GROUP[] = {0, 16, 32, 64, 32};
     static const qins_codec CODEC[] = {QINS_log8, QINS_log8, QINS_log8, QINS_log8, QINS_log5};
-    static const qins_dtype DTYPE[] = {QINS_F32, QINS_F16, QINS_BF16};
+    static const qins_dtype DTYPE[] = {QINS_F32, QINS_F16, QINS_BF16, QINS_F64};
     static const size_t PAST[] = {1, 9, 33, 255, 256, 300, 590};    /* spans of attention have 256 keys */
     static const size_t LENGTH[] = {1, 15, 48, 70, 511, 513, 1100}; /* the last ones around the pieces of gates */
     for (size_t i = 0; i < sizeof LENGTH / sizeof *LENGTH; i++) {
@@ -713,7 +714,7 @@ void check_decoder(const qins_kernels *k, int slow, void (*check)(int, const cha
                 check(layer_is_right(k, s, 2, 4, past, 270), "decoder layer, wide window", k->name, GROUP[g], past);
                 for (int in_order = 0; in_order < 2; in_order++) {
                     check(pages_are_right(k, s, past, in_order), "decoder layer, paged", k->name, GROUP[g], past);
-                    for (int d = 0; d < 3; d++) {
+                    for (int d = 0; d < 4; d++) {
                         check(pages_change_nothing(k, s, DTYPE[d], past, in_order), "decoder layer, paged dtypes",
                               k->name, GROUP[g], past);
                     }
