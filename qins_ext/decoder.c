@@ -254,7 +254,7 @@ static size_t mask_at(const run *r, size_t m)
     return m / call->tokens * call->mask_sequence + m % call->tokens * call->mask_token;
 }
 
-/* Applies the mask to the scores of row m of x and keys [t, t + n), at most TOKENS_AT_ONCE. */
+/* Applies the mask to the scores of row m of x and keys [t, t + n), at most SPAN. */
 static void mask_scores(const run *r, size_t m, size_t t, size_t n, float *score)
 {
     const size_t at = mask_at(r, m) + t;
@@ -265,7 +265,7 @@ static void mask_scores(const run *r, size_t m, size_t t, size_t n, float *score
         }
         return;
     }
-    float more[TOKENS_AT_ONCE];
+    float more[SPAN];
     widen_at(r, r->call->mask, at, n, more);
     for (size_t i = 0; i < n; i++) {
         score[i] = more[i] > UNSEEN ? score[i] + more[i] : UNSEEN;
@@ -406,33 +406,29 @@ typedef struct {
     float window[TOKENS_AT_ONCE * QINS_HEAD_DIM];
 } workplace;
 
-/* Scores of n tokens' keys, at most TOKENS_AT_ONCE, those of one query `next` apart from another's. Where they are
- * codes, a row has one scale. */
-static void score_some(const run *r, const queries *some, size_t t, size_t n, workplace *w, float *scores, size_t next)
+/* Scores of the keys of a span, those of one query `n` apart from another's. Returns -1 if out of memory. */
+static int score_span(const run *r, const queries *some, size_t begin, size_t n, workplace *w)
 {
-    const size_t dim = r->layer->head_dim;
-    const int widen = some->count > 2 * r->kernels->score_queries;
-    const block keys = kept(r, &r->call->keys, some, t, n, widen, w->window, w->scale);
-    r->kernels->score_rows[keys.dtype](keys.at, n, keys.next, w->q, dim, some->count, dim, scores, next);
-    for (size_t j = 0; holds_codes(&r->call->keys) && j < (size_t)some->count; j++) {
-        for (size_t i = 0; i < n; i++) {
-            scores[j * next + i] *= w->scale[i];
+    const qins_decoder_store *s = &r->call->keys;
+    const size_t dim = r->layer->head_dim, row = row_at(r, some->sequence, some->kv_head, begin);
+    if (s->kind >= QINS_STORE_LOG8) {
+        const qins_cache c = codes_of(r, s);
+        const qins_log8_words *words = words_of(r, s);
+        if (words != NULL) {
+            r->kernels->score_log8(c.codes + row * dim, c.scale + row, n, dim, words, w->q, some->count, w->scores, n);
+            return 0;
         }
+        const qins_codes keys =
+            qins_cache_matrix(r->kernels, &c, row, n, w->scales); /* keys are the rows of a matrix */
+        return qins_linear(r->kernels, &keys, w->q, (size_t)some->count, QINS_F32, w->scores, 1);
     }
-}
-
-/* Scores of the keys of a span, straight from codes of log8's family. Returns -1 if out of memory. */
-static int score_codes(const run *r, const queries *some, size_t begin, size_t n, workplace *w)
-{
-    const qins_cache c = codes_of(r, &r->call->keys);
-    const size_t row = row_at(r, some->sequence, some->kv_head, begin);
-    const qins_log8_words *words = words_of(r, &r->call->keys);
-    if (words != NULL) {
-        r->kernels->score_log8(c.codes + row * c.dim, c.scale + row, n, c.dim, words, w->q, some->count, w->scores, n);
-        return 0;
+    const int widen = some->count > 2 * r->kernels->score_queries;
+    for (size_t t = 0, part; t < n; t += part) {
+        part = least(n - t, TOKENS_AT_ONCE);
+        const block keys = kept(r, s, some, begin + t, part, widen, w->window, w->scale); /* golden's scales are 1 */
+        r->kernels->score_rows[keys.dtype](keys.at, part, keys.next, w->q, dim, some->count, dim, w->scores + t, n);
     }
-    const qins_codes keys = qins_cache_matrix(r->kernels, &c, row, n, w->scales); /* keys are the rows of a matrix */
-    return qins_linear(r->kernels, &keys, w->q, (size_t)some->count, QINS_F32, w->scores, 1);
+    return 0;
 }
 
 /* Adds the values of n tokens of codes, times their scales and the weights of each query, `next` apart. */
@@ -485,27 +481,17 @@ static int attend_span(const run *r, const queries *some, range keys, workplace 
 {
     const qins_decoder_layer *layer = r->layer;
     const size_t dim = layer->head_dim, count = keys.end - keys.begin;
-    const int at_once = r->call->keys.kind >= QINS_STORE_LOG8;
-    if (at_once && score_codes(r, some, keys.begin, count, w) != 0) {
+    if (score_span(r, some, keys.begin, count, w) != 0) {
         return -1;
-    }
-    for (size_t t = 0; t < count; t += TOKENS_AT_ONCE) {
-        const size_t n = least(count - t, TOKENS_AT_ONCE);
-        if (!at_once) {
-            score_some(r, some, keys.begin + t, n, w, w->scores + t, count);
-        }
-        for (size_t j = 0; j < (size_t)some->count; j++) {
-            float *row = w->scores + j * count + t;
-            for (size_t i = 0; layer->softcap > 0.0f && i < n; i++) {
-                row[i] = layer->softcap * tanhf(row[i] / layer->softcap);
-            }
-            if (r->call->mask != NULL) {
-                mask_scores(r, some->row[j], keys.begin + t, n, row);
-            }
-        }
     }
     for (size_t j = 0; j < (size_t)some->count; j++) {
         float *row = w->scores + j * count;
+        for (size_t i = 0; layer->softcap > 0.0f && i < count; i++) {
+            row[i] = layer->softcap * tanhf(row[i] / layer->softcap);
+        }
+        if (r->call->mask != NULL) {
+            mask_scores(r, some->row[j], keys.begin, count, row);
+        }
         part[j].most = largest(row, count);
         part[j].sum = r->kernels->exp_row(row, count, part[j].most);
     }

@@ -113,6 +113,20 @@ static void *room_for(guarded g, size_t bytes, int at_end)
     return at_end ? g.high - bytes : g.low;
 }
 
+/* Fills a guarded buffer with a mark; whether it is still there but in what a result takes. */
+enum { MARK = 0x5a };
+static void mark_all(guarded g) { memset(g.low, MARK, g.room); }
+
+static int is_untouched(guarded g, const char *result, size_t bytes)
+{
+    for (const char *p = g.low; p < g.high; p++) {
+        if ((p < result || p >= result + bytes) && *p != MARK) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static float weights[MOST];
 static uint8_t codes[MOST], more[MOST];
 static qins_golden_tables golden;
@@ -251,7 +265,7 @@ static void unpack_at(const qins_kernels *k, size_t cols, int bits, const uint8_
 {
     const size_t bytes = cols / 8 * (size_t)bits;
     char *from = at_end ? in.high - bytes : in.low + offset, *to = at_end ? out.high - cols : out.low + offset;
-    memset(out.low, 0x5a, out.room);
+    mark_all(out);
     if (bytes > 0) {
         memcpy(from, more, bytes);
     }
@@ -263,9 +277,7 @@ static void unpack_at(const qins_kernels *k, size_t cols, int bits, const uint8_
         const int m = level == h ? 127 : level * 128 / h;
         right &= (uint8_t)to[i] == ((m | sign << 7) ^ flip[i / 32]);
     }
-    for (const char *p = out.low; p < out.high; p++) {
-        right &= (p >= to && p < to + cols) || *p == 0x5a;
-    }
+    right &= is_untouched(out, to, cols);
     check(right, "unpack", k->name, cols, (size_t)bits);
 }
 
@@ -712,7 +724,7 @@ static void coded_attention_at(const qins_kernels *k, float mu, size_t count, si
     const uint16_t *scales = place(out_b, stored, count * sizeof *stored, 1);
     const float *x = AT(in_v, queries, m_count * n * 4, of_floats);
     char *out = at_end ? out_a.high - m_count * count * 4 : out_a.low + of_floats;
-    memset(out_a.low, 0x5a, out_a.room);
+    mark_all(out_a);
     k->score_log8(from, scales, count, n, &words, x, batch, (float *)(void *)out, count);
     int right = 1;
     for (size_t i = 0; i < m_count * count; i++) {
@@ -730,12 +742,10 @@ static void coded_attention_at(const qins_kernels *k, float mu, size_t count, si
         memcpy(&got, out + i * 4, 4);
         right &= fabs((double)got - exact) <= size;
     }
-    for (const char *p = out_a.low; p < out_a.high; p++) {
-        right &= (p >= out && p < out + m_count * count * 4) || *p == 0x5a;
-    }
+    right &= is_untouched(out_a, out, m_count * count * 4);
     check(right, "score_log8", k->name, n, count);
     out = at_end ? out_a.high - m_count * n * 4 : out_a.low + of_floats;
-    memset(out_a.low, 0x5a, out_a.room);
+    mark_all(out_a);
     right = 1;
     memcpy(out, want, m_count * n * 4);
     float *weight = AT(in_v, factors, m_count * count * 4, of_floats);
@@ -751,9 +761,7 @@ static void coded_attention_at(const qins_kernels *k, float mu, size_t count, si
         memcpy(&got, out + i * 4, 4);
         right &= fabs((double)got - exact) <= size;
     }
-    for (const char *p = out_a.low; p < out_a.high; p++) {
-        right &= (p >= out && p < out + m_count * n * 4) || *p == 0x5a;
-    }
+    right &= is_untouched(out_a, out, m_count * n * 4);
     check(right, "weigh_log8", k->name, n, count);
 #undef AT
 }
@@ -1225,15 +1233,13 @@ static void packed_values_at(const qins_kernels *k, size_t rows, size_t cols, in
     for (size_t i = 0; i < n; i++) {
         expected[i] = value[code_of_bytes(more + i / cols * row_bytes, cols, i % cols, bits)];
     }
-    memset(out_a.low, 0x5a, out_a.room);
+    mark_all(out_a);
     char *from = at_end ? in_v.high - bytes : in_v.low + offset;
     char *to = at_end ? out_a.high - n * sizeof *value : out_a.low + offset;
     memcpy(from, more, bytes);
     k->packed_values((const uint8_t *)from, rows, cols, bits, value, (float *)(void *)to);
     int right = memcmp(to, expected, n * sizeof *value) == 0;
-    for (const char *p = out_a.low; p < out_a.high; p++) {
-        right &= (p >= to && p < to + n * sizeof *value) || *p == 0x5a;
-    }
+    right &= is_untouched(out_a, to, n * sizeof *value);
     check(right, "packed_values", k->name, cols, (size_t)bits);
 }
 

@@ -13,8 +13,8 @@ import torch
 from .. import _core
 from ..codec import DTYPE_NUMBER
 from ..system import get_num_threads
-from .growing_cache import mask_as_taken
 from .layer_description import are_of_versions
+from .masks import mask_for
 from .rotation import NO_ROTATION, rotation_for
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def run_ahead(leading: LayerStep, cache: Any, x: Tensor, given: dict[str, Any]) 
         states = torch.empty((len(places), *shape), dtype=dtype)
     ran = _core.decode_layers(
         places, DTYPE_NUMBER[dtype], x.data_ptr(), states.data_ptr(), x.numel() * x.element_size(), shape[0],
-        cos, sin, rotary_next, *mask_as_taken(mask)[:3], get_num_threads(),
+        cos, sin, rotary_next, *mask_for(mask)[:3], get_num_threads(),
     )  # fmt: skip
     if ran < 2:
         return None

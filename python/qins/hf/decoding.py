@@ -29,8 +29,9 @@ from ..system import get_num_threads, switch
 from . import ahead, paging
 from .cache import QINSCache, QINSLayer
 from .fused import fuse
-from .growing_cache import CodedRoom, Room, is_full, mask_as_taken, mask_fits, room_for
+from .growing_cache import CodedRoom, Room, is_full, room_for
 from .layer_description import LayerDescription, describe, mlp_of
+from .masks import mask_fits, mask_for
 from .paging import Pages, is_paged, pages_of
 from .replacing import TOLERANCE, Replacement, UnfitError, agree, agree_as_sums, may_replace, replace
 from .rotation import NO_ROTATION, fits, rotation_for
@@ -215,7 +216,7 @@ class LayerStep(Replacement):
             about.core, DTYPE_NUMBER[x.dtype], x.data_ptr(), y.data_ptr(), sequences, tokens,
             keys[1], values[1], room.size, past,
             cos_at, sin_at, rotary_dim, rotary_dim if paged else rotary_next,
-            *mask_as_taken(mask),
+            *mask_for(mask),
             get_num_threads(), keys[0], keys[2], keys[3], values[0], values[2], values[3], *room.pages,
         )  # fmt: skip
         if not finite:

@@ -13,28 +13,13 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, Sta
 
 from ..nn import GrowingTokens
 from .cache import QINSLayer
+from .masks import mask_fits
 
 Tensor = torch.Tensor
 Store = tuple[int, int, int, int]  # kind and addresses, as _core.decode_layer takes them
 Place = tuple[Store, Store, int, int]  # of keys, of values; the tokens that they have room for, and those in it
 
 _ROOM = 64  # minimum number of spare tokens after growing
-
-
-def mask_fits(mask: Any, x: Tensor, total: int) -> bool:
-    """Return whether a mask fits sequences, queries and keys; without a mask, each sequence must have one query."""
-    if mask is None:
-        return x.shape[1] == 1
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype not in (torch.bool, x.dtype):
-        return False
-    return mask.shape[1:] == (1, x.shape[1], total) and mask.shape[0] in (1, len(x)) and mask.stride(3) == 1
-
-
-def mask_as_taken(mask: Tensor | None) -> tuple[int, int, int, int]:
-    """Return a mask as the core takes it: its address, whether it is bool, and from a sequence or query to the next."""
-    if mask is None:
-        return 0, 0, 0, 0
-    return mask.data_ptr(), int(mask.dtype == torch.bool), mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
 
 
 def _kind(x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
@@ -73,17 +58,11 @@ class Room:
         return self._left[2] if self._left else None
 
     def ahead(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> Place | None:
-        """Return where a step can write the next token's states ahead of its turn; None if it must wait for it.
-
-        The mask fits another layer of the same call.
-        """
-        past = self.end - self.begin
-        if self.end >= self.size or not self._is_as_left(kept, step, x, mask):
-            return None
-        if mask is not None and mask.shape[3] != past + 1:
+        """Return where a step can write the next token's states ahead of its turn; None if it must wait for it."""
+        if self.end >= self.size or not self.is_as_left(kept, step, x, mask):
             return None
         keys, values = self.stores()
-        return keys, values, self.size, past
+        return keys, values, self.size, self.end - self.begin
 
     def has(self, keys: Tensor, values: Tensor) -> bool:
         """Return whether these are the tensors that the last step left in the cache."""
@@ -101,11 +80,7 @@ class Room:
 
     def is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
         """Return whether a call continues the last one and is of the same kind, so that checks need not be repeated."""
-        fits = x.shape[1] == 1 and mask_fits(mask, x, self.end - self.begin + 1)
-        return fits and self._is_as_left(kept, step, x, mask)
-
-    def _is_as_left(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> bool:
-        if not self._left:
+        if not self._left or x.shape[1] != 1 or not mask_fits(mask, x, self.end - self.begin + 1):
             return False
         keys, values, last, kind = self._left
         same = keys is kept.keys and values is kept.values and last is step
@@ -137,9 +112,7 @@ class CodedRoom:
     def ahead(self, kept: Any, step: object, x: Tensor, mask: Tensor | None) -> Place | None:
         """Return where a step can write the next token's states ahead of its turn; None if it must wait for it."""
         past = self.tokens.length
-        if past >= self.size or not self.is_of(kept.tokens) or self._left != (past, step, _kind(x, mask)):
-            return None
-        if mask is not None and mask.shape[3] != past + 1:
+        if past >= self.size or not self.is_as_left(kept, step, x, mask):
             return None
         return self._keys, self._values, self.size, past
 
