@@ -12,7 +12,7 @@ from torch import nn
 
 import qins
 from qins.calibration import Choice, Store
-from qins.calibration.activations import cut, split
+from qins.calibration.activations import Layer, Statistics, cut, split
 from qins.codec import ARRAYS, DAMPING, LOG_BITS, ErrorFeedback
 
 transformers = pytest.importorskip("transformers")
@@ -250,6 +250,17 @@ def test_models_whose_blocks_share_more_run_whole():
     qins.calibrate(one, batches(), room=1)
     qins.calibrate(other, batches(), room=1 << 30)
     assert same_state(one, other)
+
+
+def test_second_moments_of_wide_inputs():
+    """They are added in parts, and are those of the whole."""
+    layer, data = nn.Linear(1100, 2), torch.randn(3, 40, 1100)
+    statistics = Statistics({"wide": Layer(layer, "log8", None)}, 0, lambda: None)
+    for batch in data:
+        statistics.run(lambda batch=batch: layer(batch))
+    statistics.remove()
+    x = data.reshape(-1, 1100).double()
+    torch.testing.assert_close(statistics.take_gram("wide").double(), x.T @ x, rtol=1e-5, atol=1e-4)
 
 
 def test_bad_text():

@@ -54,6 +54,19 @@ def test_codes_are_the_reference_algorithms(isa, rng, codec, group_size, sizes):
         np.testing.assert_array_equal((values < 0)[sure], (target < 0)[sure])
 
 
+@pytest.mark.parametrize("cols", [256, 257, 1300])
+def test_factors_of_many_columns(rng, cols):
+    """They are found in parts, and are those of the whole."""
+    x = rng.normal(size=(cols // 2, cols)) * np.exp(rng.normal(size=cols))
+    gram = x.T @ x
+    feedback = qins.ErrorFeedback(gram)
+    back = feedback.order[::-1]
+    damped = gram[np.ix_(back, back)] + 0.1 * gram.diagonal().mean() * np.eye(cols)
+    lower = np.linalg.cholesky(damped)
+    expected = np.tril((lower / lower.diagonal())[::-1, ::-1].T, -1)
+    np.testing.assert_allclose(feedback.factors, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("codec", ["log8", "log6", "log5", "log4"])
 def test_every_instruction_set_and_number_of_threads_agrees(rng, codec):
     w = rng.normal(0, 0.02, (100, 96)).astype(np.float32)

@@ -18,6 +18,7 @@ Tensor = torch.Tensor
 _LEAST_TOKENS = 256
 _LEAST_DIFFERENT = 32
 _HELD_TOKENS = 1024
+_ROWS = 512  # rows of a matrix of moments that are added at a time
 
 
 @dataclass
@@ -131,7 +132,7 @@ class Statistics:
     ) -> None:
         self.room, self._mark, self._in_order = room, mark, in_order
         self.source: dict[str, str] = {}  # layer to the first layer with the same input
-        self.gram: dict[str, Tensor] = {}
+        self._gram: dict[str, Tensor] = {}
         self.held: dict[str, list[Tensor]] = {}
         self.collect_held = False
         self._full = False
@@ -187,12 +188,12 @@ class Statistics:
             self.source[name] = first
             return True
         needed = x.shape[-1] ** 2 * 4
-        if self._full or (self.gram and needed > self.room):
+        if self._full or (self._gram and needed > self.room):
             self._full = True
             return False
         self.room -= needed
         self.source[name] = name
-        self.gram[name] = torch.zeros(x.shape[-1], x.shape[-1])
+        self._gram[name] = torch.zeros(x.shape[-1], x.shape[-1])
         self.held[name] = []
         self._last = (x, x._version, name)
         return True
@@ -204,7 +205,21 @@ class Statistics:
             if seen < _HELD_TOKENS:
                 self.held[name].append(floats[: _HELD_TOKENS - seen].clone())
         else:
-            self.gram[name].addmm_(floats.T, floats)
+            # its lower triangle, in parts that Ctrl-C need not wait for
+            for begin, end in _blocks(floats.shape[-1]):
+                self._gram[name][begin:end, :end].addmm_(floats[:, begin:end].T, floats[:, :end])
+
+    def take_gram(self, name: str) -> Tensor:
+        """Return the sum of x x^T over the inputs x of a layer, and forget it."""
+        gram = self._gram.pop(name)
+        for begin, end in _blocks(len(gram)):
+            gram[:begin, begin:end] = gram[begin:end, :begin].T
+        return gram
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, size, _ROWS):
+        yield begin, min(begin + _ROWS, size)
 
 
 def forward_call(model: nn.Module, batch: Any, *, every_logit: bool = False) -> Callable[[], Any]:

@@ -62,9 +62,9 @@ def rounds(
         finally:
             statistics.remove()
         clock.statistics += time.perf_counter() - begin
-        for source in list(statistics.gram):
+        for source in list(dict.fromkeys(statistics.source.values())):
             try:
-                feedback = feedback_of(statistics.gram.pop(source).numpy(), damping)
+                feedback = feedback_of(statistics.take_gram(source).numpy(), damping)
             except ValueError as e:
                 raise ValueError(f"{source}: {e}") from None
             held = statistics.held.pop(source)

@@ -13,7 +13,7 @@ from .dtypes import Array, as_float32
 
 DAMPING = 0.1
 
-_ROWS = 256  # rows of a matrix processed at a time; all at once would double the memory
+_ROWS = 256  # rows of a matrix processed at a time; all at once would double the memory, and Ctrl-C would wait
 
 
 class ErrorFeedback:
@@ -58,11 +58,13 @@ class ErrorFeedback:
         if mean == 0.0:  # inputs that are always zero need no feedback
             return
         # from the last column back; float64 matrices are freed as soon as possible
-        backward = h[np.ix_(order[::-1], order[::-1])]
+        backward = np.empty_like(h)
+        for row in range(0, cols, _ROWS):
+            backward[row : row + _ROWS] = h[np.ix_(order[::-1][row : row + _ROWS], order[::-1])]
         del h
         backward[np.diag_indices(cols)] += damping * mean
         try:
-            backward = np.linalg.cholesky(backward)
+            _factorize(backward)
         except np.linalg.LinAlgError:
             raise ValueError(
                 f"gram: singular with a damping of {damping:g}; use more tokens of more varied text, or more damping"
@@ -88,6 +90,23 @@ class ErrorFeedback:
         (mu_found,) = e.scalars
         _core.feedback(codec, w, self.order, self.factors, e.arrays, mu_found, e.group_size or 0, get_num_threads())
         return e
+
+
+def _factorize(h: Array) -> None:
+    """Replace the lower triangle of h by its Cholesky factor, in parts that Ctrl-C need not wait for.
+
+    Raises:
+        numpy.linalg.LinAlgError: h is not positive definite.
+
+    """
+    size = len(h)
+    for begin in range(0, size, _ROWS):
+        end = min(begin + _ROWS, size)
+        h[begin:end, begin:end] = np.linalg.cholesky(h[begin:end, begin:end])
+        h[end:, begin:end] = np.linalg.solve(h[begin:end, begin:end], h[end:, begin:end].T).T
+        for row in range(end, size, 4 * _ROWS):
+            below = slice(row, min(row + 4 * _ROWS, size))
+            h[below, end : below.stop] -= h[below, begin:end] @ h[end : below.stop, begin:end].T
 
 
 def _check_gram(gram: Any) -> Array:
