@@ -2,7 +2,8 @@
 
 Each call is interrupted several times, at points that are spread over its duration, as Ctrl-C does. Printed is the time
 from the signal's handler, which raises, until the call has ended; and how long it takes undisturbed. A signal that
-comes while Python cannot run handlers waits, so the handler's own delay is measured, too.
+comes while Python cannot run handlers waits, so the handler's own delay is measured, too. `qins quantize` gets
+SIGTERM, and the time is until its process has ended.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +47,29 @@ def seconds_to_return(call, after: float) -> float | None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class Quantize:
+    """A conversion by `qins quantize` into an empty directory; called, it runs to its end."""
+
+    def __init__(self, source: Path, out: Path, *options: object):
+        self.arguments = [sys.executable, "-m", "qins.cli", "quantize", *map(str, (source, out, *options))]
+        self.out = out
+
+    def start(self) -> subprocess.Popen:
+        shutil.rmtree(self.out, ignore_errors=True)
+        return subprocess.Popen(self.arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def __call__(self) -> None:
+        assert self.start().wait() == 0, self.arguments
+
+    def seconds_to_end(self, after: float) -> float | None:
+        """Return the seconds from SIGTERM until the process has ended; None if it had ended before."""
+        with self.start() as process:
+            time.sleep(after)
+            sent = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            return None if process.wait() == 0 else time.monotonic() - sent
 
 
 def weights(rows: int, cols: int) -> np.ndarray:
@@ -102,6 +127,10 @@ def model_calls(directory: Path):
     shutil.rmtree(directory / "out", ignore_errors=True)
     convert(directory / "exact", exact=True)
     yield "restore a checkpoint", partial(anew, "back", partial(restore_checkpoint, directory / "exact"))
+    (directory / "text.txt").write_text(words)
+    how = "--calibrate", directory / "text.txt", "--calibration-tokens", 2048
+    yield "SIGTERM to quantize", Quantize(directory / "float", directory / "out")
+    yield "SIGTERM to quantize --calibrate", Quantize(directory / "float", directory / "out", *how)
     coded = transformers.LlamaForCausalLM.from_pretrained(directory / "exact")
     ids = torch.arange(64)[None]
     yield "generate", partial(coded.generate, ids, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=-1)
@@ -112,7 +141,8 @@ def measure(name: str, call, times: int) -> bool:
     begin = time.monotonic()
     call()
     whole = time.monotonic() - begin
-    told = [seconds_to_return(call, whole * (i + 0.5) / times) for i in range(times)]
+    interrupt = call.seconds_to_end if isinstance(call, Quantize) else partial(seconds_to_return, call)
+    told = [interrupt(whole * (i + 0.5) / times) for i in range(times)]
     met = [t for t in told if t is not None]
     if not met:
         print(f"{name}: {whole:.2f} s undisturbed; too short to be interrupted", flush=True)
