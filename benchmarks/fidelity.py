@@ -11,7 +11,7 @@ ratio, paired by prediction.
 
 Formats: a codec; "calibrated" or "calibrated log4", with /group size if not the default; "plan 4.5", calibrated codes
 of the plan for at most 4.5 bits per weight; GPTQ, or GPTQ/64 with smaller groups, calibrated on the same batches; other
-peers by name. Plans need a model that predicts: the encoder has none.
+peers by name.
 """
 
 from __future__ import annotations
@@ -124,13 +124,12 @@ class Subject:
     def options(self) -> dict[str, list[Option]]:
         """Each layer's options, from which plans choose."""
         with torch.enable_grad():
-            weighed = sensitivities(self.model, self.layers, [*self.text.held, *self.text.batches])
-        return {
-            n: options(
-                layer, self.feedback(n), self.inputs[n].held, weighed[n], candidate_formats(layer.weight.shape[1], True)
-            )
-            for n, layer in self.layers.items()
-        }
+            weighed, _ = sensitivities(self.model, self.layers, [*self.text.held, *self.text.batches])
+        found = {n: [Option(None, 8.0, 0.0)] for n in self.layers}  # of a pooler, after the states that are compared
+        for n, weights in weighed.items():
+            formats = candidate_formats(self.layers[n].weight.shape[1], True)
+            found[n] = options(self.layers[n], self.feedback(n), self.inputs[n].held, weights, formats)
+        return found
 
     def feedback(self, name: str) -> ErrorFeedback:
         """Return a layer's error feedback; layers with the same input share it."""
@@ -304,7 +303,7 @@ def judge(name: str, formats: list[str], unit_name: str) -> list[dict[str, Any]]
         except ValueError as e:
             if not f.startswith("plan"):
                 raise
-            print(f"{f}: NOT RUN ({e})")  # these layers need more bits, or the model makes no predictions
+            print(f"{f}: NOT RUN ({e})")  # these layers need more bits
             continue
         got = subject.answer(model)
         same = float((expected.argmax(1) == got.argmax(1)).double().mean())

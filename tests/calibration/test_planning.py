@@ -23,6 +23,17 @@ def model_and_batches():
     return sharp_llama(), cut(token_ids(2048), 2048, 64)
 
 
+class Pooled(torch.nn.Module):
+    """A model whose output has neither logits nor states."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids):
+        return self.encoder(input_ids).last_hidden_state.mean(1)
+
+
 def linear_layers(model):
     return {
         n: Layer(m, "log8", None) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
@@ -33,7 +44,8 @@ def test_sensitivities_predict_divergence():
     """Compare the estimate with the divergence caused by noise on one layer's output, small enough for second order."""
     model, batches = model_and_batches()
     layers = linear_layers(model)
-    found = sensitivities(model, layers, batches)
+    found, measure = sensitivities(model, layers, batches)
+    assert measure == "KL divergence"
     ids = batches[0]
     with torch.no_grad():
         p = model(ids).logits.log_softmax(-1)
@@ -51,6 +63,48 @@ def test_sensitivities_predict_divergence():
         estimate = 0.5 * 0.01**2 * float(found[name].sum())
         assert estimate == pytest.approx(np.mean(measured), rel=0.35), name
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_sensitivities_predict_angles():
+    """Likewise for an encoder, and 1 - cosine of its states."""
+    torch.manual_seed(0)
+    model, batches = make("bert").bert, model_and_batches()[1]
+    layers = linear_layers(model)
+    found, measure = sensitivities(model, layers, batches)
+    assert measure == "1 - cosine of states"
+    ids = batches[0]
+    with torch.no_grad():
+        before = model(ids).last_hidden_state
+    generator = torch.Generator().manual_seed(1)
+    for name in ("encoder.layer.0.attention.self.value", "encoder.layer.1.output.dense"):
+        measured = []
+        for _ in range(8):
+            hook = layers[name].module.register_forward_hook(
+                lambda _m, _x, y: y + 0.01 * torch.randn(y.shape, generator=generator)
+            )
+            with torch.no_grad():
+                after = model(ids).last_hidden_state
+            hook.remove()
+            measured.append(float(1 - torch.cosine_similarity(before.double(), after.double(), dim=-1).mean()))
+        estimate = 0.5 * 0.01**2 * float(found[name].sum())
+        assert estimate == pytest.approx(np.mean(measured), rel=0.35), name
+    assert "pooler.dense" not in found  # whatever it does, no state changes
+
+
+def test_plan_of_an_encoder():
+    torch.manual_seed(0)
+    model, batches = make("bert").bert, model_and_batches()[1]
+    ids = token_ids(512, seed=3).reshape(8, 64)
+    with torch.no_grad():
+        before = model(ids).last_hidden_state
+    plan = qins.plan(model, batches, target_bits=6.0)
+    assert 5.7 < plan.bits <= 6.0
+    assert "estimated mean 1 - cosine of states" in str(plan)
+    qins.calibrate(model, batches, plan=plan)
+    with torch.no_grad():
+        after = model(ids).last_hidden_state
+    measured = float(1 - torch.cosine_similarity(before.double(), after.double(), dim=-1).mean())
+    assert plan.kld == pytest.approx(measured, rel=0.6)
 
 
 def test_hull():
@@ -177,5 +231,5 @@ def test_errors():
         qins.plan(model, batches, target_bits=8.01)
     with pytest.raises(ValueError, match="target_kld: expected at least"):
         qins.plan(model, batches, target_kld=-1.0)
-    with pytest.raises(ValueError, match="plan: expected a model whose output has logits, got"):
-        qins.plan(make("bert").bert, batches, target_bits=9)
+    with pytest.raises(ValueError, match="plan: expected a model whose output has logits or last hidden states, got"):
+        qins.plan(Pooled(make("bert").bert), batches, target_bits=9)

@@ -4,6 +4,10 @@ The cost of a layer's error is estimated to second order. KL(float || quantized)
 over outputs of F dy^2, where dy is the error of an output and F its Fisher information: the mean squared gradient of
 log p(token), for tokens sampled from the float model. Off-diagonal terms between outputs, tokens and layers are
 neglected.
+
+An encoder predicts nothing. 1 - cosine of a last hidden state h is about half the sum of F dy^2, too, where F is the
+mean squared gradient of u . h / |h|, for u with independent standard normal elements: E[(u . a)^2] = |a|^2, and h / |h|
+changes by the angle alone.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 from ..codec import DAMPING, LOG_BITS, ErrorFeedback, fallback_note, is_packed
 from ..nn import check_finite, choose
@@ -40,7 +45,7 @@ class Option:
     Attributes:
         group_size: the codec's group size; None for per-row scales only; -1 to leave the layer in float.
         bits: bits per weight, scales included.
-        kld: estimated contribution to the model's mean KL divergence, in nats.
+        kld: estimated contribution to the model's mean KL divergence, in nats; for encoders, to 1 - cosine of states.
         codec: "log8", "log6", "log5" or "log4".
 
     """
@@ -63,11 +68,13 @@ class Plan:
     Attributes:
         chosen: layer name to option.
         weights: layer name to number of weights.
+        measure: what `kld` estimates.
 
     """
 
     chosen: dict[str, Option] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    measure: str = "KL divergence"
 
     @property
     def bits(self) -> float:
@@ -77,7 +84,7 @@ class Plan:
 
     @property
     def kld(self) -> float:
-        """Estimated mean KL divergence from the float model, in nats."""
+        """Estimated mean KL divergence from the float model, in nats; for encoders, mean 1 - cosine of states."""
         return sum(o.kld for o in self.chosen.values())
 
     @property
@@ -100,19 +107,32 @@ class Plan:
         for name, o in self.chosen.items():
             counts = kinds.setdefault(name.rpartition(".")[2], {})
             counts[str(o)] = counts.get(str(o), 0) + 1
-        lines = [f"{self.bits:.3f} bits per weight, estimated mean KL divergence {self.kld:.2e}"]
+        lines = [f"{self.bits:.3f} bits per weight, estimated mean {self.measure} {self.kld:.2e}"]
         for kind, counts in kinds.items():
             lines.append(f"  {kind}: " + ", ".join(f"{n} x {o}" for o, n in sorted(counts.items())))
         return "\n".join(lines)
 
 
+def _scores(out: Any, generator: torch.Generator) -> tuple[Tensor, str]:
+    """Return a random number for each token, by whose gradients errors are weighed, and what they then estimate."""
+    if getattr(out, "logits", None) is not None:
+        log_p = out.logits.float().log_softmax(-1).flatten(0, -2)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        return log_p.gather(1, drawn), "KL divergence"
+    if getattr(out, "last_hidden_state", None) is not None:
+        direction = normalize(out.last_hidden_state.float(), dim=-1).flatten(0, -2)
+        along = torch.randn(direction.shape, generator=generator)
+        return (along * direction).sum(-1), "1 - cosine of states"
+    raise ValueError(f"plan: expected a model whose output has logits or last hidden states, got {type(out).__name__}")
+
+
 def sensitivities(
     model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Any], seed: int = 0
-) -> dict[str, Tensor]:
-    """Return the mean squared gradient of log p(sampled token) for each output of each layer, float64 (N,)."""
+) -> tuple[dict[str, Tensor], str]:
+    """Return the weight F of a squared error of each output of each layer, float64 (N,), and what F estimates."""
     totals: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    tokens = 0
+    tokens, measure = 0, ""
 
     def hook(name: str) -> Callable[..., Tensor]:
         def look(_: nn.Module, _x: Any, y: Tensor) -> Tensor:
@@ -135,13 +155,9 @@ def sensitivities(
         with evaluating(model), torch.enable_grad():
             for batch in batches:
                 out = forward_call(model, batch, every_logit=True)()
-                logits = getattr(out, "logits", None)
-                if logits is None:
-                    raise ValueError(f"plan: expected a model whose output has logits, got {type(out).__name__}")
-                log_p = logits.float().log_softmax(-1).flatten(0, -2)
-                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-                log_p.gather(1, drawn).sum().backward()
-                tokens += len(log_p)
+                scores, measure = _scores(out, generator)
+                scores.sum().backward()  # type: ignore[no-untyped-call]
+                tokens += len(scores)
                 if tokens >= _SENSITIVITY_TOKENS:
                     break
     finally:
@@ -149,7 +165,7 @@ def sensitivities(
             h.remove()
         for p in frozen:
             p.requires_grad_(True)
-    return {n: t / tokens for n, t in totals.items()}
+    return {n: t / tokens for n, t in totals.items()}, measure
 
 
 def options(
@@ -254,7 +270,7 @@ def plan_layers(
         raise ValueError("plan: expected held-out batches, got none")
     packed = target_bits is None or target_bits <= _LEAST_BITS_WITHOUT_PACKED
     weights = {n: layer.weight.numel() for n, layer in layers.items()}
-    sensitivity = sensitivities(model, layers, [*text.held, *text.batches])
+    sensitivity, measure = sensitivities(model, layers, [*text.held, *text.batches])
     found: dict[str, list[Option]] = {}
     for name, feedback, held in rounds(model, layers, text, damping, room, mapped, clock or Clock()):
         layer = layers[name]
@@ -265,7 +281,9 @@ def plan_layers(
             formats = candidate_formats(layer.weight.shape[1], packed)
             found[name] = options(layer, feedback, held, sensitivity[name], formats)
         advance(weights[name])
-    return allocate({n: found[n] for n in layers}, weights, target_bits, target_kld)
+    made = allocate({n: found[n] for n in layers}, weights, target_bits, target_kld)
+    made.measure = measure
+    return made
 
 
 def plan(
@@ -284,13 +302,14 @@ def plan(
 
     Each layer is rounded to log8 with every fast group size. Unless target_bits is above 8, it is also rounded to log6,
     log5 and log4 in groups of 32 and 64. The cost of its output errors on held-out tokens is estimated from gradients
-    of the model's predictions. A layer may also stay in float.
+    of the model's predictions, or of an encoder's last hidden states. A layer may also stay in float.
 
     Args:
-        model: a float language model on the CPU, whose output has logits.
+        model: a float model on the CPU, whose output has logits or last hidden states.
         batches: as in `calibrate`.
         target_bits: largest mean bits per weight over these layers, scales included.
-        target_kld: largest estimated mean KL divergence, in nats. It is only an estimate: measure with `qins eval`.
+        target_kld: largest estimated mean KL divergence, in nats; for encoders, mean 1 - cosine of their states. It is
+            only an estimate: measure with `qins eval`.
         include: fnmatch patterns of module names; None for all linear layers.
         exclude: patterns of module names to leave out of the plan.
         damping: as in `calibrate`.

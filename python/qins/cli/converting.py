@@ -36,7 +36,8 @@ def quantize(
         typer.Option(help="Bits per weight, such as 4.5: layers get log4 to log8, more bits where they matter."),
     ] = None,
     target_kld: Annotated[
-        float | None, typer.Option(help="Instead, spend as few bits as this estimated mean KL divergence allows.")
+        float | None,
+        typer.Option(help="Instead, the fewest bits for this estimated mean KL divergence (encoder: 1 - cosine)."),
     ] = None,
     exact: Annotated[
         bool,

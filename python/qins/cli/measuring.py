@@ -150,7 +150,7 @@ def evaluate(
         names = (
             [*codec, *([*fidelity.PEERS, fidelity.WHOLE_BF16] if peers else [])]
             if codec
-            else fidelity.default_names(model, peers)
+            else fidelity.default_names(peers)
         )
         found = fidelity.evaluate_all(model, names, settings)
     if tasks:

@@ -36,7 +36,7 @@ from . import metrics
 from .metrics import Comparison, Similarity
 from .peers import PEERS
 from .recording import Recording, fingerprint, left_out, vocabulary
-from .subjects import ENCODER, Item, Subject, subject
+from .subjects import Item, Subject, subject
 
 Tensor = torch.Tensor
 
@@ -433,11 +433,9 @@ def kind_of(reference: str | None) -> str:
     return subject(find_model(reference)).kind
 
 
-def default_names(reference: str | None, peers: bool = True) -> list[str]:
-    """Return the rows of the full table for this float original."""
-    # plans weigh bits by their effect on predictions, and encoders make none
-    codecs = [c for c in CODECS if kind_of(reference) != ENCODER or not _TO_BITS.fullmatch(c)]
-    return codecs + ([*PEERS, WHOLE_BF16] if peers else [])
+def default_names(peers: bool = True) -> list[str]:
+    """Return the rows of the full table."""
+    return [*CODECS] + ([*PEERS, WHOLE_BF16] if peers else [])
 
 
 def evaluate_one(

@@ -148,15 +148,16 @@ class CheckpointCalibration:
                     self.model, layers, self.text, calibration.target_bits, calibration.target_kld, mapped=True,
                     advance=advance,
                 )  # fmt: skip
+            estimate = "estimated_kld" if made.measure == "KL divergence" else "estimated_cosine_distance"
             plan = {"formats": made.formats, "left": made.left, "words": str(made), "bits": made.bits,
-                     "kld": made.kld}  # fmt: skip
+                     "estimate": {estimate: made.kld}}  # fmt: skip
             write_json(path, plan)
         about = read_json(path)
         formats = about["formats"].items()
         config.overrides = {n: {"codec": codec, "group_size": s} for n, (codec, s) in formats} | config.overrides
         config.exclude = [*config.exclude, *about["left"]]
         assert isinstance(config.calibration, dict)
-        config.calibration |= {"bits": about["bits"], "estimated_kld": about["kld"]}
+        config.calibration |= {"bits": about["bits"]} | about["estimate"]
         words: str = about["words"]
         return words
 
