@@ -400,12 +400,17 @@ class Package:
         if missing := [t for t in first if t not in known]:
             self.find_entered(missing, record)
         self.tests = [r for r in read_lines(record) if r["test"] in first]
+        if len(self.tests) < 0.9 * len(first):
+            raise RuntimeError(f"{record}: expected what {len(first)} tests enter, got {len(self.tests)}")
 
     def collect(self) -> list[str]:
         """Return the tests of the rooms."""
-        rooms = [d.name for d in sorted((ROOT / "python/qins").iterdir()) if (ROOT / "tests" / d.name).is_dir()]
+        rooms = [d.parent.name for d in sorted((ROOT / "python/qins").glob("*/__init__.py"))]
+        rooms = [name for name in rooms if (ROOT / "tests" / name).is_dir()]
         command = [*PYTEST, "--collect-only", *(f"tests/{name}" for name in rooms)]
         output = subprocess.run(command, cwd=self.place, env=environment(self.place), capture_output=True, text=True)
+        if output.returncode != 0:
+            raise RuntimeError(f"collecting tests failed: {output.stdout[-2000:]}{output.stderr[-2000:]}")
         return re.findall(r"^tests/\S+::.*$", output.stdout, re.MULTILINE)
 
     def find_entered(self, tests: list[str], record: Path) -> None:

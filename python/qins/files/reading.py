@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from ..system import naming_extras, naming_file, read_json, require_address_space, uninterrupted
@@ -40,6 +41,7 @@ _PICKLED = {
 
 _CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
 _HASHED = 1 << 24  # bytes of a file that are hashed at a time
+_ENTRIES = 1 << 23  # numbers and strings in a GGUF header: ten times those of a vocabulary of 128,000 tokens
 _MAPPED = 1 << 26  # bytes of tensors after which a file is mapped anew, so that those no longer used leave memory
 
 
@@ -420,6 +422,24 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     raise ValueError(f"{path}: expected a state dict (names to tensors), got none")
 
 
+def _bounded_reader() -> Any:
+    """Return the gguf package's reader, bounded by the file: itself, it reads as many elements as an array claims."""
+    from gguf.gguf_reader import GGUFReader
+
+    class Bounded(GGUFReader):  # type: ignore[misc]
+        _entries = 0
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+            self._entries += 1
+            if self._entries > _ENTRIES:
+                raise ValueError(f"more than {_ENTRIES:,} numbers and strings in its header")
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it ends within its entries, at {len(self.data):,} bytes")
+            return super()._get(offset, dtype, count, *order, **named)
+
+    return Bounded
+
+
 def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     with naming_extras():
         import gguf
@@ -431,13 +451,13 @@ def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     if len(head) < 24 or sum(counts) > size // 12:
         raise ValueError(f"{path}: not a readable GGUF file: {sum(counts)} entries in {size} bytes")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _bounded_reader()(path)
+        architecture = reader.get_field("general.architecture")
+        if architecture is not None:
+            checkpoint.metadata["architecture"] = str(architecture.contents())
     except Exception as e:  # the library does not catch errors in parsing, which may be of any class
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path}: not a readable GGUF file (truncated or damaged): {reason}") from None
-    architecture = reader.get_field("general.architecture")
-    if architecture is not None:
-        checkpoint.metadata["architecture"] = str(architecture.contents())
     for i, t in enumerate(reader.tensors):
         shape = tuple(int(s) for s in reversed(t.shape))
         dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(t.tensor_type.name, t.tensor_type.name)
