@@ -54,6 +54,24 @@ def test_code_of_a_model_is_not_run(remote, tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
+@pytest.mark.parametrize("where", [(), ("text_config",)])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_local_experts", "depth"])
+def test_counts_beyond_the_file(tmp_path, where, name):
+    """transformers would make as many modules, or lists of that length, before anything is compared."""
+    make("llama").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    at = config
+    for key in where:
+        at = at.setdefault(key, {})
+    at[name] = 1 << 40
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=rf"config\.json: {name}: expected at most 4096 in a checkpoint of \d+ tensors"
+    ):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out")
+
+
 def test_nothing_but_models_is_built(tmp_path, monkeypatch):
     """`architectures` could name any object of transformers, to be called with what the file says."""
     called = []

@@ -48,6 +48,16 @@ def test_a_header_is_read_once(file, read):
     assert read == 2 * [str(file)]
 
 
+def test_more_layers_than_tensors(file, tmp_path):
+    data = bytearray(file.read_bytes())
+    at = data.index(b"llama.block_count") + len(b"llama.block_count")
+    assert data[at : at + 4] == (4).to_bytes(4, "little")  # uint32
+    data[at + 4 : at + 8] = (1 << 31).to_bytes(4, "little")
+    (tmp_path / "deep.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"deep\.gguf: llama\.block_count: expected at most 4096"):
+        open_gguf(open_checkpoint(tmp_path / "deep.gguf"))
+
+
 def test_nothing_is_kept(file, read):
     """After an error, too, a file that has changed is read again."""
     before = gguf.GGUFReader, gguf.get_tensor_name_map

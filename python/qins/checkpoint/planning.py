@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..files import DTYPE_CODES, Checkpoint, ScaledCheckpoint, Target
+from ..files import DTYPE_CODES, Checkpoint, ScaledCheckpoint, Target, check_counts
 from ..hf import (
     Names,
     QinsConfig,
@@ -318,6 +318,7 @@ def _meta_model(checkpoint: Checkpoint) -> Any:
         raise ValueError(f"{checkpoint.path}: is quantized already: {checkpoint.config['quantization_config']}")
     config = getattr(checkpoint, "transformers_config", None)  # of a GGUF file
     if config is None:
+        check_counts(checkpoint.path / "config.json", checkpoint.config, len(checkpoint.tensors))
         with loading("the config.json of a model", checkpoint.path):
             config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     cls = architecture(checkpoint)

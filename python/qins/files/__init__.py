@@ -7,7 +7,7 @@ from .gguf import GgufCheckpoint, open_gguf, reading_once
 from .inspecting import inspect
 from .inspection_report import InspectionReport
 from .layers import EncodedLayer, encoded_layers, load_layer
-from .reading import Checkpoint, StoredTensor, checksum, fingerprint, open_checkpoint, open_files, verify
+from .reading import Checkpoint, StoredTensor, check_counts, checksum, fingerprint, open_checkpoint, open_files, verify
 from .remote import RemoteFolder, is_remote, open_remote, sketch
 from .restoring import RestoredCheckpoint, restore_checkpoint
 from .scaled import ScaledCheckpoint
@@ -28,6 +28,7 @@ __all__ = [
     "ShardWriter",
     "StoredTensor",
     "Target",
+    "check_counts",
     "check_restorable",
     "checksum",
     "encoded_layers",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from .reading import Checkpoint, StoredTensor
+from .reading import Checkpoint, StoredTensor, check_counts
 
 _READING = threading.RLock()
 
@@ -107,6 +107,9 @@ def open_gguf(checkpoint: Checkpoint) -> GgufCheckpoint:
     reader = gguf.GGUFReader(str(file))
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise ValueError(f"{file}: expected a whole model, got one of several files; join them with gguf-split")
+    others = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+    numbers = {name: f.contents() for name, f in reader.fields.items() if f.types[0] not in others}
+    check_counts(file, numbers, len(reader.tensors))
     parsed = load_gguf_checkpoint(str(file), return_tensors=False)  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING

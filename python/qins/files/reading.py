@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickletools
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,8 @@ _PICKLED = {
 _CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
 _HASHED = 1 << 24  # bytes of a file that are hashed at a time
 _ENTRIES = 1 << 23  # numbers and strings in a GGUF header: ten times those of a vocabulary of 128,000 tokens
+_COUNTS = re.compile("layer|block_count|expert|depth")  # in names of numbers of modules
+_MOST_STACKED = 1 << 12
 _MAPPED = 1 << 26  # bytes of tensors after which a file is mapped anew, so that those no longer used leave memory
 
 
@@ -249,6 +252,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def check_counts(source: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Check that a model may have so many layers and experts, before transformers makes modules and lists for them.
+
+    Args:
+        source: the file that says so, for messages.
+        config: of the model; dictionaries in it are checked, too.
+        tensors: how many the checkpoint has. Every layer has one, and stacks of fewer experts are one.
+
+    Raises:
+        ValueError: a number is larger.
+
+    """
+    most = max(tensors, _MOST_STACKED)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_counts(source, value, tensors)
+        elif isinstance(value, int) and value > most and _COUNTS.search(str(key)):
+            raise ValueError(
+                f"{source}: {key}: expected at most {most} in a checkpoint of {tensors} tensors, got {value}"
+            )
+
+
 def open_files(files: Iterable[str | Path], config: dict[str, Any]) -> Checkpoint:
     """Open the files of one model; only headers are read.
 
@@ -426,7 +451,7 @@ def _bounded_reader() -> Any:
     """Return the gguf package's reader, bounded by the file: itself, it reads as many elements as an array claims."""
     from gguf.gguf_reader import GGUFReader
 
-    class Bounded(GGUFReader):  # type: ignore[misc]
+    class Bounded(GGUFReader):
         _entries = 0
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
@@ -442,7 +467,7 @@ def _bounded_reader() -> Any:
 
 def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     with naming_extras():
-        import gguf
+        bounded = _bounded_reader()
     size = path.stat().st_size
     with naming_file(path), path.open("rb") as f:
         head = f.read(24)
@@ -451,7 +476,7 @@ def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     if len(head) < 24 or sum(counts) > size // 12:
         raise ValueError(f"{path}: not a readable GGUF file: {sum(counts)} entries in {size} bytes")
     try:
-        reader = _bounded_reader()(path)
+        reader = bounded(path)
         architecture = reader.get_field("general.architecture")
         if architecture is not None:
             checkpoint.metadata["architecture"] = str(architecture.contents())
