@@ -93,3 +93,14 @@ def test_version():
         f"transformers {metadata.version('transformers')}",
         "False",
     ]
+
+
+def test_the_demos_snr():
+    """Of 3 parts of the weights at 20 dB and one at 30 dB: noise of 0.03 and 0.001, of 4."""
+    from qins.cli.demo import _pooled_snr
+    from qins.nn import ConversionReport
+    from qins.nn.report import ConvertedModule
+
+    parts = [ConvertedModule("a", (3, 100), "log8", 64, 1200, 310, 20.0)]
+    parts.append(ConvertedModule("b", (1, 100), "log8", 64, 400, 104, 30.0))
+    assert _pooled_snr(ConversionReport(converted=parts)) == pytest.approx(21.1070, abs=1e-3)

@@ -256,7 +256,7 @@ def test_errors_change_nothing():
         (k[:1], v[:1], "expected 2 sequences"),
         (k[:, :2], v[:, :2], "3 heads of 16"),
         (k[..., :8], v[..., :8], "3 heads of 16"),
-        (k, v[:, :, :2], "v: expected batch, heads and tokens"),
+        (k, v[:, :, :2], r"v: expected batch, heads and tokens of k, \(2, 3, 5\), got \(2, 3, 2\)"),
         (k[0], v[0], "shape"),
         (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), "1 to 2 sequences"),
     ]
