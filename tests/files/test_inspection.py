@@ -203,8 +203,8 @@ def test_gguf(tmp_path, monkeypatch):
         (tmp_path / "long.gguf").write_bytes(changed)
         with pytest.raises(ValueError, match=r"long\.gguf: not a readable GGUF file"):
             qins.inspect(tmp_path / "long.gguf")
-    monkeypatch.setattr(reading, "_ENTRIES", 20)
-    with pytest.raises(ValueError, match="more than 20 numbers and strings in its header"):
+    monkeypatch.setattr(reading, "_ENTRIES", 2)
+    with pytest.raises(ValueError, match="arrays of 3 elements in its header"):
         qins.inspect(tmp_path / "m.gguf")
 
 

@@ -42,7 +42,7 @@ _PICKLED = {
 
 _CHUNK = 1 << 26  # bytes of a tensor that are summed at a time, so that signals do not wait for gigabytes
 _HASHED = 1 << 24  # bytes of a file that are hashed at a time
-_ENTRIES = 1 << 23  # numbers and strings in a GGUF header: ten times those of a vocabulary of 128,000 tokens
+_ENTRIES = 1 << 22  # elements of arrays in a GGUF header: three times those of a vocabulary of 262,144 tokens
 _COUNTS = re.compile("layer|block_count|expert|depth")  # in names of numbers of modules
 _MOST_STACKED = 1 << 12
 _MAPPED = 1 << 26  # bytes of tensors after which a file is mapped anew, so that those no longer used leave memory
@@ -447,27 +447,48 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     raise ValueError(f"{path}: expected a state dict (names to tensors), got none")
 
 
-def _bounded_reader() -> Any:
-    """Return the gguf package's reader, bounded by the file: itself, it reads as many elements as an array claims."""
+def _header_reader() -> Any:
+    """Return the gguf package's reader, without what arrays hold, and bounded by the file.
+
+    Itself, it makes two or three objects for each element, as many as an array claims to have: 170 MB and seconds for a
+    vocabulary of 49,152 tokens.
+    """
+    from gguf import GGUFValueType
     from gguf.gguf_reader import GGUFReader
 
-    class Bounded(GGUFReader):
+    class HeaderReader(GGUFReader):
         _entries = 0
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
-            self._entries += 1
-            if self._entries > _ENTRIES:
-                raise ValueError(f"more than {_ENTRIES:,} numbers and strings in its header")
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError(f"it ends within its entries, at {len(self.data):,} bytes")
             return super()._get(offset, dtype, count, *order, **named)
 
-    return Bounded
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            at, elements = orig_offs + 12, int(length[0])
+            self._entries += elements
+            if self._entries > _ENTRIES:
+                raise ValueError(f"arrays of {self._entries:,} elements in its header")
+            dtype = self.gguf_scalar_to_np.get(kind[0])
+            if dtype is not None:
+                at += self._get(at, dtype, elements).nbytes
+                return at - orig_offs, [kind, length], [], [GGUFValueType.ARRAY]
+            for _ in range(elements):
+                if kind[0] == GGUFValueType.STRING:
+                    at += 8 + int(self._get(at, np.uint64)[0])
+                else:
+                    at += self._get_field_parts(at, kind[0])[0]
+            return at - orig_offs, [kind, length], [], [GGUFValueType.ARRAY]
+
+    return HeaderReader
 
 
 def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     with naming_extras():
-        bounded = _bounded_reader()
+        header_reader = _header_reader()
     size = path.stat().st_size
     with naming_file(path), path.open("rb") as f:
         head = f.read(24)
@@ -476,7 +497,7 @@ def _read_gguf(checkpoint: Checkpoint, path: Path) -> Iterator[StoredTensor]:
     if len(head) < 24 or sum(counts) > size // 12:
         raise ValueError(f"{path}: not a readable GGUF file: {sum(counts)} entries in {size} bytes")
     try:
-        reader = bounded(path)
+        reader = header_reader(path)
         architecture = reader.get_field("general.architecture")
         if architecture is not None:
             checkpoint.metadata["architecture"] = str(architecture.contents())
